@@ -1,0 +1,1 @@
+"""Your loop, any hardware, nothing in between."""

@@ -1,0 +1,81 @@
+"""The errors that fabric_lite raises: each is also the built-in error that a reader expects.
+
+FabricError                       base of all; its message has three parts
+├── FabricValueError              (ValueError)    an argument's value is not allowed
+├── FabricTypeError               (TypeError)     an argument has the wrong type
+├── FabricKeyError                (KeyError)      a key is missing
+└── FabricRuntimeError            (RuntimeError)  the call is right, the moment or the machine is not
+    ├── LaunchError               processes could not be started as asked
+    ├── StrategyError             a strategy cannot do this with this model
+    ├── CollectiveError           the ranks did not agree
+    └── CheckpointError           a checkpoint could not be written, read or trusted
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "CollectiveError",
+    "FabricError",
+    "FabricKeyError",
+    "FabricRuntimeError",
+    "FabricTypeError",
+    "FabricValueError",
+    "LaunchError",
+    "StrategyError",
+]
+
+
+class FabricError(Exception):
+    """An error that says what went wrong, what was given, and what to do.
+
+    Args:
+        what: What went wrong, one sentence.
+        given: What was given; shown with ``str``.
+        fix: What to do about it, one sentence.
+    """
+
+    def __init__(self, what: str, *, given: object = None, fix: str | None = None) -> None:
+        lines = [what]
+        if given is not None:
+            lines.append(f"  Given: {given}")
+        if fix is not None:
+            lines.append(f"  Try: {fix}")
+        # One argument, so that the error pickles and travels between ranks unchanged.
+        super().__init__("\n".join(lines))
+
+    def __str__(self) -> str:
+        # KeyError would show the repr of the message, line breaks escaped.
+        return str(self.args[0])
+
+
+class FabricValueError(FabricError, ValueError):
+    """An argument's value is not allowed."""
+
+
+class FabricTypeError(FabricError, TypeError):
+    """An argument has the wrong type."""
+
+
+class FabricKeyError(FabricError, KeyError):
+    """A key is missing."""
+
+
+class FabricRuntimeError(FabricError, RuntimeError):
+    """The call is right, but not now or not on this machine."""
+
+
+class LaunchError(FabricRuntimeError):
+    """Processes could not be started as asked."""
+
+
+class StrategyError(FabricRuntimeError):
+    """A strategy cannot do this with this model."""
+
+
+class CollectiveError(FabricRuntimeError):
+    """The ranks did not agree, or one of them failed."""
+
+
+class CheckpointError(FabricRuntimeError):
+    """A checkpoint could not be written, read or trusted."""

@@ -1,0 +1,97 @@
+"""Precision is data: which dtype parameters, computation, reduction and outputs have, and whether the loss is scaled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from fabric_lite.errors import FabricTypeError, FabricValueError
+
+__all__ = ["PRECISIONS", "Precision", "parse_precision"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """The dtypes of one run.
+
+    Args:
+        name: How it is written, for messages: ``"bf16-mixed"``.
+        param_dtype: Dtype that ``setup`` gives to floating-point parameters and buffers and, in a pure ("true")
+            precision, that float inputs of ``forward`` are cast to. None: they stay as they are.
+        compute_dtype: Dtype of ``torch.autocast`` around ``forward``. None: no autocast.
+        reduce_dtype: Dtype in which sharded strategies reduce gradients. None: the gradients' own.
+        output_dtype: Dtype that float outputs of ``forward`` are cast to. None: they stay as they are.
+        loss_scale: Whether the loss is scaled against underflow of float16 gradients.
+    """
+
+    name: str
+    param_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    output_dtype: torch.dtype | None = None
+    loss_scale: bool = False
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether ``forward`` runs under autocast."""
+        return self.compute_dtype is not None
+
+    @property
+    def changes_forward(self) -> bool:
+        """Whether ``forward`` needs anything around it; not so in ``32-true``."""
+        return self.is_mixed or self.param_dtype is not None or self.output_dtype is not None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _true(name: str, dtype: torch.dtype) -> Precision:
+    return Precision(name, param_dtype=dtype, reduce_dtype=dtype)
+
+
+def _mixed(name: str, dtype: torch.dtype, *, loss_scale: bool = False) -> Precision:
+    return Precision(
+        name, compute_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32, loss_scale=loss_scale
+    )
+
+
+# In 32-true nothing is cast, as in a loop written by hand: a model is float32 unless its author chose otherwise.
+PRECISIONS: dict[str, Precision] = {
+    "64-true": _true("64-true", torch.float64),
+    "32-true": Precision("32-true"),
+    "16-true": _true("16-true", torch.float16),
+    "bf16-true": _true("bf16-true", torch.bfloat16),
+    "16-mixed": _mixed("16-mixed", torch.float16, loss_scale=True),
+    "bf16-mixed": _mixed("bf16-mixed", torch.bfloat16),
+}
+_ALIASES = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+AMBIGUOUS_ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+def parse_precision(precision: str | int | Precision | None) -> Precision:
+    """Return the :class:`Precision` that ``precision`` names; None is ``32-true``.
+
+    Raises:
+        FabricTypeError: ``precision`` is neither a name, nor an int, nor a ``Precision``.
+        FabricValueError: The name is unknown; the message lists all.
+    """
+    if precision is None:
+        return PRECISIONS["32-true"]
+    if isinstance(precision, Precision):
+        return precision
+    if not isinstance(precision, (str, int)) or isinstance(precision, bool):
+        raise FabricTypeError(
+            "precision must be a name, a number of bits or a Precision.",
+            given=f"precision={precision!r}",
+            fix=f"one of {', '.join(PRECISIONS)}",
+        )
+    name = str(precision).lower()
+    name = _ALIASES.get(name, name)
+    if name not in PRECISIONS:
+        raise FabricValueError(
+            "This precision does not exist.",
+            given=f"precision={precision!r}",
+            fix=f"one of {', '.join(PRECISIONS)} (or {', '.join(_ALIASES)})",
+        )
+    return PRECISIONS[name]
