@@ -1,0 +1,12 @@
+"""Starting processes: the file list is the process tree.
+
+cli.py          fabric-run: reads the command line, becomes the supervisor
+supervisor.py   the supervisor: imports no torch, watches the ranks, reports the first failure
+warm_server.py  the supervisor's handle on its one server process
+server.py       the server: imports torch once, then forks what it is asked for
+rank.py         a rank: the user's script, as if started by ``python script.py``
+elastic.py      the supervisor of one of several nodes: torchelastic's agent over the same server
+in_script.py    starting from inside a script: ``fabric.launch()`` and ``fabric.launch(function)``
+
+messages.py, failure.py, environment.py, process_tree.py hold what several of them use.
+"""

@@ -1,0 +1,159 @@
+"""``fabric-run``: reads the command line and becomes the supervisor."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fabric_lite.errors import FabricError, LaunchError
+from fabric_lite.launch.plan import LaunchPlan, Rendezvous, parse_devices
+from fabric_lite.launch.rank import ScriptCall
+from fabric_lite.run_config import RunConfig
+
+__all__ = ["main", "parse_arguments"]
+
+_ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps", "tpu", "xpu")
+_DEFAULT_MAIN_PORT = 29500
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: the first failing rank's; 2 for a line that asks for nonsense."""
+    try:
+        plan = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    except LaunchError as error:
+        print(f"fabric-run: {error}", file=sys.stderr)
+        return 2
+    from fabric_lite.launch.supervisor import launch
+
+    try:
+        return launch(plan)
+    except FabricError as error:
+        print(f"fabric-run: {error}", file=sys.stderr)
+        return 1
+
+
+def parse_arguments(arguments: Sequence[str]) -> LaunchPlan:
+    """Return what the command line asks for.
+
+    Raises:
+        LaunchError: It asks for something that is not possible.
+    """
+    options = _parser().parse_args(arguments)
+    _check_at_least("--num-nodes", options.num_nodes, 1)
+    _check_at_least("--max-restarts", options.max_restarts, 0)
+    if options.devices is not None:
+        parse_devices(options.devices)
+    rendezvous = _rendezvous(options)
+    return LaunchPlan(
+        script=_script(options),
+        run_config=RunConfig(
+            accelerator=options.accelerator,
+            strategy=options.strategy,
+            precision=options.precision,
+            devices=options.devices,
+            num_nodes=options.num_nodes,
+            check_collectives=options.check_collectives,
+        ),
+        max_restarts=options.max_restarts,
+        log_dir=options.log_dir,
+        main_address=options.main_address or "127.0.0.1",
+        main_port=options.main_port or 0,
+        rendezvous=rendezvous,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise LaunchError(
+            f"The command line could not be read: {message}.",
+            given=" ".join(sys.argv[1:]) or "nothing",
+            fix="fabric-run --help",
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fabric-run",
+        usage="fabric-run [OPTIONS] SCRIPT [ARGS...]\n       fabric-run [OPTIONS] -m MODULE [ARGS...]",
+        description="Start a script in one process per device. Everything after SCRIPT belongs to the script.",
+        # An option must be written out: --dev for --devices would change its meaning when options are added.
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--accelerator", choices=_ACCELERATORS, help="what to run on; the script's own choice if left out")
+    add("--strategy", help="ddp, fsdp, ...; the script's own choice if left out")
+    add("--devices", help='per node: a count ("2"), indices ("0,2"), or "auto" (the default; one process on a CPU)')
+    add("--precision", help="32-true, bf16-mixed, ...; the script's own choice if left out")
+    add("--num-nodes", type=int, help="how many machines take part (default: 1)")
+    add("--node-rank", type=int, help="this machine's number, 0 to num-nodes - 1")
+    add("--main-address", help="the address of node 0 that all nodes reach")
+    add("--main-port", type=int, help=f"its port (default: {_DEFAULT_MAIN_PORT}; on one machine: a free one)")
+    add("--max-restarts", type=int, default=0, help="how often to start all ranks again after a failure (default: 0)")
+    add("--rdzv-backend", help="torchelastic's way for nodes to meet: c10d, static, ...")
+    add("--rdzv-endpoint", help="where they meet, host:port")
+    add("--rdzv-id", help="the name of the job, the same on all nodes")
+    add("--log-dir", help="also write each rank's output to rank_N.out and rank_N.err in this folder")
+    add(
+        "--check-collectives",
+        action="store_true",
+        help="before each collective, compare operation, shapes and dtypes over the ranks",
+    )
+    add("-m", dest="is_module", action="store_true", help="SCRIPT is the name of a module")
+    add("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS...]", help="what to run, and its own arguments")
+    return parser
+
+
+def _script(options: argparse.Namespace) -> ScriptCall:
+    words = options.script
+    if not words:
+        raise LaunchError("There is no script to run.", fix="fabric-run --devices 2 script.py")
+    target, *arguments = words
+    if not options.is_module and not os.path.isfile(target):
+        raise LaunchError(
+            "The script does not exist.",
+            given=f"{target}, looked for in {os.getcwd()}",
+            fix="check the path; options of fabric-run stand before it",
+        )
+    return ScriptCall(target, options.is_module, tuple(arguments))
+
+
+def _rendezvous(options: argparse.Namespace) -> Rendezvous | None:
+    num_nodes = options.num_nodes or 1
+    backend = options.rdzv_backend or ("c10d" if options.rdzv_endpoint else "static")
+    if num_nodes == 1 and options.rdzv_backend is None and options.rdzv_endpoint is None:
+        return None
+    if backend == "static":
+        _check_static(options, num_nodes)
+        endpoint = f"{options.main_address}:{options.main_port or _DEFAULT_MAIN_PORT}"
+    else:
+        endpoint = options.rdzv_endpoint or ""
+    if not endpoint:
+        raise LaunchError(
+            "Several nodes need a place to meet.",
+            given=f"--rdzv-backend {backend} without --rdzv-endpoint",
+            fix="--rdzv-endpoint HOST:PORT, the same on all nodes",
+        )
+    return Rendezvous(num_nodes, backend, options.node_rank, endpoint, options.rdzv_id or "none")
+
+
+def _check_static(options: argparse.Namespace, num_nodes: int) -> None:
+    if options.node_rank is None or options.main_address is None:
+        raise LaunchError(
+            "Several nodes need to know where node 0 is and which one this is.",
+            given=f"--num-nodes {num_nodes}, --main-address {options.main_address}, --node-rank {options.node_rank}",
+            fix="--main-address HOST_OF_NODE_0 --node-rank 0 there, 1, 2, ... on the others",
+        )
+    if not 0 <= options.node_rank < num_nodes:
+        raise LaunchError(
+            "The node's number does not fit the number of nodes.",
+            given=f"--node-rank {options.node_rank} --num-nodes {num_nodes}",
+            fix=f"0 to {num_nodes - 1}",
+        )
+
+
+def _check_at_least(option: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise LaunchError(f"{option} must be at least {least}.", given=f"{option} {value}", fix=f"{option} {least}")

@@ -1,0 +1,77 @@
+"""The environment of a rank: torchrun's variables, and the thread count."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+
+__all__ = ["chosen_threads", "cores", "listen_on", "rank_environment", "server_environment"]
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def chosen_threads(environ: Mapping[str, str], local_world_size: int) -> int | None:
+    """Return the thread count of each rank: cores / ranks; None for one rank and where the user has set one."""
+    if "OMP_NUM_THREADS" in environ or local_world_size == 1:
+        return None
+    return max(1, cores() // local_world_size)
+
+
+def server_environment(environ: Mapping[str, str], threads: int | None) -> dict[str, str]:
+    """Return the environment in which the server starts: OpenMP and OpenBLAS read their thread count when loaded."""
+    return {**environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+
+
+def rank_environment(
+    *,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    local_world_size: int,
+    node_rank: int,
+    num_nodes: int,
+    main_address: str,
+    main_port: int,
+    error_file: str,
+    run_id: str = "none",
+    restart_count: int = 0,
+    max_restarts: int = 0,
+    use_agent_store: bool = True,
+    role_name: str = "default",
+    role_rank: int | None = None,
+    role_world_size: int | None = None,
+) -> dict[str, str]:
+    """Return exactly the variables that torchrun sets for a worker."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(local_world_size),
+        "GROUP_RANK": str(node_rank),
+        "GROUP_WORLD_SIZE": str(num_nodes),
+        "ROLE_NAME": role_name,
+        "ROLE_RANK": str(rank if role_rank is None else role_rank),
+        "ROLE_WORLD_SIZE": str(world_size if role_world_size is None else role_world_size),
+        "MASTER_ADDR": main_address,
+        "MASTER_PORT": str(main_port),
+        "TORCHELASTIC_RUN_ID": run_id,
+        "TORCHELASTIC_RESTART_COUNT": str(restart_count),
+        "TORCHELASTIC_MAX_RESTARTS": str(max_restarts),
+        "TORCHELASTIC_USE_AGENT_STORE": str(use_agent_store),
+        "TORCHELASTIC_ERROR_FILE": error_file,
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+    }
+
+
+def listen_on(address: str, port: int = 0) -> socket.socket:
+    """Return a socket that listens on ``address`` alone; a TCPStore left to itself listens on every interface."""
+    family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
+    listener.listen(2048)
+    return listener

@@ -1,0 +1,190 @@
+"""What supervisor, server and ranks say to each other: frozen dataclasses, one JSON line each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+from typing import Any
+
+__all__ = [
+    "Channel",
+    "CountDevices",
+    "DevicesCounted",
+    "EndRanks",
+    "HostStore",
+    "Preload",
+    "RankExited",
+    "RankFailed",
+    "RankStarted",
+    "RanksEnded",
+    "SignalRanks",
+    "StartRank",
+    "Verdict",
+]
+
+
+# From the supervisor to the server.
+
+
+@dataclasses.dataclass(frozen=True)
+class HostStore:
+    """Fork the keeper of the TCPStore, which listens on the inherited socket ``listen_fd``."""
+
+    listen_fd: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Preload:
+    """Import torch._dynamo, which DDP's constructor needs, before forking; left out where that is not safe."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CountDevices:
+    """Fork a probe that counts the accelerators; ``DevicesCounted`` answers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StartRank:
+    """Fork one rank.
+
+    Args:
+        local_rank: Which one.
+        environment: The variables to add to the server's own.
+        run_config: The fields of :class:`fabric_lite.run_config.RunConfig`.
+        stdout_fd: The inherited descriptor that becomes its stdout; None: the server's own.
+        stderr_fd: Likewise.
+        error_log: The file that gets its traceback; None: stderr, and only the first failing rank's.
+    """
+
+    local_rank: int
+    environment: dict[str, str]
+    run_config: dict[str, Any]
+    stdout_fd: int | None = None
+    stderr_fd: int | None = None
+    error_log: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SignalRanks:
+    """Send a signal to every rank that still runs; ``spare_failing``: not to those that said RankFailed and are leaving."""
+
+    number: int
+    spare_failing: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class EndRanks:
+    """End every process that the ranks left behind; ``RanksEnded`` answers."""
+
+
+# From the server to the supervisor.
+
+
+@dataclasses.dataclass(frozen=True)
+class RankStarted:
+    """A rank was forked."""
+
+    local_rank: int
+    pid: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RankFailed:
+    """A rank has an exception that nobody caught; it is about to exit. Ranks send it to the server too."""
+
+    local_rank: int
+    failure: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class RankExited:
+    """A rank has ended; ``exit_code`` is negative for a signal, as in ``subprocess``."""
+
+    local_rank: int
+    exit_code: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RanksEnded:
+    """Nothing that the ranks started lives any more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DevicesCounted:
+    """The kind (``"cuda"``, ...; None: no accelerator) and number of devices present."""
+
+    kind: str | None
+    count: int
+
+
+# From the server to a rank that sent RankFailed.
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether this rank's failure is the job's first, whose traceback the user sees."""
+
+    is_first: bool
+
+
+_TYPES = {
+    kind.__name__: kind
+    for kind in (
+        HostStore,
+        Preload,
+        CountDevices,
+        StartRank,
+        SignalRanks,
+        EndRanks,
+        RankStarted,
+        RankFailed,
+        RankExited,
+        RanksEnded,
+        DevicesCounted,
+        Verdict,
+    )
+}
+
+
+class Channel:
+    """One end of a socket pair that carries messages."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.is_closed = False
+        self._buffer = b""
+
+    def fileno(self) -> int:
+        return self.connection.fileno()
+
+    def send(self, message: Any) -> None:
+        """Send one message; a peer that has gone is noticed by :meth:`receive`, not here."""
+        line = json.dumps([type(message).__name__, dataclasses.asdict(message)]) + "\n"
+        try:
+            self.connection.sendall(line.encode())
+        except (BrokenPipeError, ConnectionResetError):
+            self.is_closed = True
+
+    def receive(self) -> list[Any]:
+        """Wait for at least one message and return all that have come; empty and ``is_closed`` when the peer is gone.
+
+        Empty, too, when nothing has come and the socket does not block.
+        """
+        while b"\n" not in self._buffer:
+            try:
+                chunk = self.connection.recv(1 << 16)
+            except BlockingIOError:
+                return []
+            except ConnectionResetError:
+                chunk = b""
+            if not chunk:
+                self.is_closed = True
+                return []
+            self._buffer += chunk
+        *lines, self._buffer = self._buffer.split(b"\n")
+        return [_TYPES[name](**fields) for name, fields in map(json.loads, lines)]
+
+    def close(self) -> None:
+        self.is_closed = True
+        self.connection.close()

@@ -1,0 +1,163 @@
+"""A rank: the user's script, in a process forked from the server, as if started by ``python script.py``.
+
+This is the one place that writes the environment of a running process: the rank's own, before the script's first line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import importlib.util
+import io
+import os
+import sys
+import types
+from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from typing import TextIO
+
+from fabric_lite import run_config
+from fabric_lite.errors import LaunchError
+from fabric_lite.launch.failure import describe_exception, user_traceback, write_error_file
+from fabric_lite.launch.messages import Channel, RankFailed, StartRank, Verdict
+
+__all__ = ["ScriptCall", "run_rank"]
+
+_VERDICT_TIMEOUT_SECONDS = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ScriptCall:
+    """What every rank runs.
+
+    Args:
+        target: The path of a script, or the name of a module.
+        is_module: Whether it is a module (``-m``).
+        arguments: The script's own command line.
+    """
+
+    target: str
+    is_module: bool
+    arguments: tuple[str, ...]
+
+
+def run_rank(script: ScriptCall, request: StartRank, server: Channel) -> None:
+    """Run the script in this freshly forked process; leaves by SystemExit unless the script ran to its end."""
+    _prepare_process(request)
+    try:
+        main_module, code = _load_main(script)
+        exec(code, main_module.__dict__)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        _report(error, request, server)
+        # Python's own exit code after Ctrl-C is that of the signal.
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    finally:
+        server.close()
+
+
+def _prepare_process(request: StartRank) -> None:
+    for descriptor, target in ((request.stdout_fd, 1), (request.stderr_fd, 2)):
+        if descriptor is not None:
+            os.dup2(descriptor, target)
+    os.environ.update(request.environment)
+    run_config.install(run_config.RunConfig(**request.run_config))
+    gc.enable()
+    if "numpy" in sys.modules:
+        # Processes that start afresh do not draw the same numbers; forked ones would. random reseeds itself.
+        sys.modules["numpy"].random.seed()
+    _use_threads(request.run_config["threads_per_rank"])
+
+
+def _use_threads(threads: int | None) -> None:
+    # OMP_NUM_THREADS was read when the server loaded OpenMP; it differs where devices had to be counted first.
+    if threads is not None:
+        import torch
+
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
+def _load_main(script: ScriptCall) -> tuple[types.ModuleType, types.CodeType]:
+    """Make the module ``__main__`` what Python makes it; pickle, spawned processes and tracebacks look there.
+
+    runpy is no help: it puts the old ``__main__`` back when the script ends, before exit handlers and threads do.
+    """
+    main_module = types.ModuleType("__main__")
+    main_module.__dict__["__builtins__"] = __builtins__
+    sys.modules["__main__"] = main_module
+    load = _load_module if script.is_module else _load_script
+    return main_module, load(script, main_module)
+
+
+def _load_script(script: ScriptCall, main_module: types.ModuleType) -> types.CodeType:
+    path = os.path.abspath(script.target)
+    main_module.__file__ = path
+    main_module.__loader__ = SourceFileLoader("__main__", path)
+    main_module.__dict__["__cached__"] = None
+    sys.argv = [script.target, *script.arguments]
+    sys.orig_argv = [sys.executable, *sys.argv]
+    # Links are followed, as Python does.
+    _set_first_path(os.path.dirname(os.path.realpath(path)))
+    with io.open_code(path) as file:
+        return compile(file.read(), path, "exec")
+
+
+def _load_module(script: ScriptCall, main_module: types.ModuleType) -> types.CodeType:
+    sys.argv = ["-m", *script.arguments]
+    sys.orig_argv = [sys.executable, "-m", script.target, *script.arguments]
+    _set_first_path(os.getcwd())
+    spec = importlib.util.find_spec(script.target)
+    if spec is not None and spec.submodule_search_locations is not None:
+        spec = importlib.util.find_spec(f"{script.target}.__main__")
+    loader = None if spec is None else spec.loader
+    code = loader.get_code(spec.name) if spec is not None and hasattr(loader, "get_code") else None
+    if spec is None or code is None:
+        raise LaunchError(
+            "The module to run was not found, or is a package without __main__.",
+            given=f"-m {script.target}, searched from {os.getcwd()}",
+            fix="name a module that Python can import, or give the script's path without -m",
+        )
+    main_module.__file__ = spec.origin
+    main_module.__loader__ = spec.loader
+    main_module.__package__ = spec.parent
+    main_module.__spec__ = spec
+    sys.argv[0] = spec.origin or "-m"
+    return code
+
+
+def _set_first_path(folder: str) -> None:
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path.insert(0, folder)
+
+
+def _report(error: BaseException, request: StartRank, server: Channel) -> None:
+    """Tell error file, server and user about the exception; the user sees one rank's traceback, not all."""
+    trace = user_traceback(error.__traceback__)
+    error.__traceback__ = trace
+    details = describe_exception(error)
+    write_error_file(os.environ["TORCHELASTIC_ERROR_FILE"], details)
+    server.send(RankFailed(request.local_rank, details))
+    with _traceback_output(request, is_first=_ask_verdict(server)) as output, contextlib.redirect_stderr(output):
+        sys.excepthook(type(error), error, trace)
+
+
+def _ask_verdict(server: Channel) -> bool:
+    server.connection.settimeout(_VERDICT_TIMEOUT_SECONDS)
+    try:
+        answers = server.receive()
+    except TimeoutError:
+        return True  # better twice than never
+    return all(answer == Verdict(is_first=True) for answer in answers)
+
+
+@contextlib.contextmanager
+def _traceback_output(request: StartRank, *, is_first: bool) -> Iterator[TextIO]:
+    if request.error_log is None and is_first:
+        yield sys.stderr
+        return
+    with open(request.error_log or os.devnull, "a") as file:
+        yield file

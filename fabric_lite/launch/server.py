@@ -1,0 +1,270 @@
+"""The server: imports torch once, then forks what the supervisor asks for.
+
+It stays single-threaded and never calls into CUDA: either would break the processes that it forks. A forked child
+returns all the way up to :func:`main`, so that the interpreter ends it as it ends any script.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import selectors
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NoReturn
+
+from fabric_lite.launch.messages import (
+    Channel,
+    CountDevices,
+    DevicesCounted,
+    EndRanks,
+    HostStore,
+    Preload,
+    RankExited,
+    RankFailed,
+    RanksEnded,
+    RankStarted,
+    SignalRanks,
+    StartRank,
+    Verdict,
+)
+from fabric_lite.launch.process_tree import adopt_orphans, die_with_parent, end_descendants, outlive_parent
+from fabric_lite.launch.rank import ScriptCall, run_rank
+
+__all__ = ["main"]
+
+# Between SIGTERM and SIGKILL for what ranks leave behind, such as the workers of a loader.
+_LEFTOVER_GRACE_SECONDS = 3.0
+
+_Child = Callable[[], None]
+
+
+def main() -> None:
+    """Serve until the supervisor closes its end: ``server CONTROL_FD SUPERVISOR_PID -f|-m TARGET [ARGUMENTS...]``."""
+    control_fd, supervisor, kind, target, *arguments = sys.argv[1:]
+    die_with_parent(int(supervisor))
+    control = Channel(socket.socket(fileno=int(control_fd)))
+    gc.disable()
+    import torch  # noqa: F401 # the import that every rank shares
+
+    # What is here already is no rank's garbage; a collection that touches it would also unshare its pages.
+    gc.freeze()
+    with adopt_orphans():
+        # From here on this loop sees the supervisor end, and takes the ranks' own children along.
+        outlive_parent()
+        if os.getppid() != int(supervisor):
+            os._exit(1)
+        child = _Server(control, ScriptCall(target, kind == "-m", tuple(arguments))).serve()
+    child()
+
+
+@dataclasses.dataclass
+class _Rank:
+    local_rank: int
+    channel: Channel
+    is_failing: bool = False
+
+
+class _Server:
+    def __init__(self, control: Channel, script: ScriptCall) -> None:
+        self.control = control
+        self.script = script
+        self.ranks: dict[int, _Rank] = {}
+        self.store_keeper: int | None = None
+        self.listen_fd: int | None = None
+        self.has_failed = False
+        self.child_ended, wakeup = socket.socketpair()
+        self.wakeup = wakeup
+        for end in (self.child_ended, wakeup):
+            end.setblocking(False)
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(control, selectors.EVENT_READ, self._read_control)
+        self.selector.register(self.child_ended, selectors.EVENT_READ, self._read_child_ended)
+
+    def serve(self) -> _Child:
+        """Loop over what happens; returns only in a forked child, with what the child has to do."""
+        while True:
+            # One at a time: what it does may end what the others are about.
+            key, _ = self.selector.select()[0]
+            child = key.data()
+            if child is not None:
+                return child
+
+    def _read_control(self) -> _Child | None:
+        for message in self.control.receive():
+            child = self._obey(message)
+            if child is not None:
+                return child
+        if self.control.is_closed:
+            self._exit()
+        return None
+
+    def _obey(self, message: Any) -> _Child | None:
+        if isinstance(message, StartRank):
+            return self._start_rank(message)
+        if isinstance(message, HostStore):
+            return self._host_store(message.listen_fd)
+        if isinstance(message, CountDevices):
+            self.control.send(_count_devices())
+        elif isinstance(message, Preload):
+            _preload()
+        elif isinstance(message, SignalRanks):
+            for pid, rank in self.ranks.items():
+                if not (message.spare_failing and rank.is_failing):
+                    os.kill(pid, message.number)
+        elif isinstance(message, EndRanks):
+            self._end_leftovers()
+            self.control.send(RanksEnded())
+        return None
+
+    def _start_rank(self, request: StartRank) -> _Child | None:
+        ours, theirs = socket.socketpair()
+        server = os.getpid()
+        pid = _fork()
+        if pid == 0:
+            die_with_parent(server)
+            ours.close()
+            self._forget()
+            return lambda: run_rank(self.script, request, Channel(theirs))
+        theirs.close()
+        # A loader's workers may hold the rank's end open when the rank has gone.
+        ours.setblocking(False)
+        rank = _Rank(request.local_rank, Channel(ours))
+        self.ranks[pid] = rank
+        self.selector.register(rank.channel, selectors.EVENT_READ, lambda: self._read_rank(pid))
+        self.control.send(RankStarted(request.local_rank, pid))
+        return None
+
+    def _host_store(self, listen_fd: int) -> _Child | None:
+        """Fork the keeper of the store; not this process, because the store runs a thread."""
+        server = os.getpid()
+        pid = _fork()
+        if pid == 0:
+            die_with_parent(server)
+            self._forget()
+            return lambda: _keep_store(listen_fd)
+        os.close(listen_fd)
+        self.store_keeper = pid
+        return None
+
+    def _forget(self) -> None:
+        """Leave the server's business behind, in a forked child."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.selector.close()
+        for closable in (self.control, self.child_ended, self.wakeup, *(rank.channel for rank in self.ranks.values())):
+            closable.close()
+
+    def _read_rank(self, pid: int) -> None:
+        rank = self.ranks[pid]
+        failures = [message for message in rank.channel.receive() if isinstance(message, RankFailed)]
+        if rank.channel.is_closed:
+            self.selector.unregister(rank.channel)
+            rank.channel.close()
+            return
+        # A rank that was killed may be what this exception is about: see first who has ended.
+        self._reap()
+        for failure in failures:
+            rank.is_failing = True
+            rank.channel.send(Verdict(is_first=not self.has_failed))
+            self.has_failed = True
+            self.control.send(failure)
+
+    def _read_child_ended(self) -> None:
+        try:
+            self.child_ended.recv(1 << 12)
+        except BlockingIOError:
+            pass  # an earlier look has taken it
+        self._reap()
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._note_exit(pid, status)
+
+    def _note_exit(self, pid: int, status: int) -> None:
+        rank = self.ranks.pop(pid, None)
+        if rank is None:
+            return  # an orphan of a rank, or the store's keeper
+        if not rank.channel.is_closed:
+            # What the rank said last comes before its end.
+            for message in rank.channel.receive():
+                self.control.send(message)
+            self.selector.unregister(rank.channel)
+            rank.channel.close()
+        exit_code = os.waitstatus_to_exitcode(status)
+        self.has_failed |= exit_code != 0
+        self.control.send(RankExited(rank.local_rank, exit_code))
+
+    def _end_leftovers(self) -> None:
+        keep = [self.store_keeper] if self.store_keeper is not None else []
+        end_descendants(os.getpid(), keep=keep, grace_seconds=_LEFTOVER_GRACE_SECONDS)
+        self.has_failed = False
+
+    def _exit(self) -> NoReturn:
+        end_descendants(os.getpid(), grace_seconds=_LEFTOVER_GRACE_SECONDS)
+        # Finalising torch takes a tenth of a second and does nothing for anybody.
+        os._exit(0)
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # OpenBLAS has threads, and its own handlers that make forking with them safe; Python 3.12 sees the threads only.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def _preload() -> None:
+    import torch
+
+    # On a build with an accelerator the import may ask the driver for devices, which a fork does not survive.
+    if torch.accelerator.current_accelerator(check_available=False) is None:
+        import torch._dynamo
+
+        gc.freeze()
+
+
+def _count_devices() -> DevicesCounted:
+    """Count the accelerators in a child: counting may call the driver, and no fork survives that."""
+    reading, writing = socket.socketpair()
+    pid = _fork()
+    if pid == 0:
+        import torch
+
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        kind = None if accelerator is None else accelerator.type
+        Channel(writing).send(DevicesCounted(kind, torch.accelerator.device_count()))
+        os._exit(0)
+    writing.close()
+    answers = Channel(reading).receive()
+    reading.close()
+    os.waitpid(pid, 0)
+    return answers[0] if answers else DevicesCounted(None, 0)
+
+
+def _keep_store(listen_fd: int) -> None:
+    """Serve the TCPStore of the job on a socket that the supervisor has bound."""
+    from torch.distributed import TCPStore
+
+    listener = socket.socket(fileno=listen_fd)
+    host, port = listener.getsockname()[:2]
+    # The store closes the descriptor; this object must not close it again.
+    listener.detach()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _store = TCPStore(
+        host, port, None, True, timeout=timedelta(minutes=5), wait_for_workers=False, master_listen_fd=listen_fd
+    )
+    while True:
+        signal.pause()

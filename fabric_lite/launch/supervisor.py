@@ -1,0 +1,272 @@
+"""The supervisor: starts the server, watches the ranks, passes signals on, reports the first failure.
+
+It imports no torch, holds no rank, and leaves no process behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import selectors
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from fabric_lite.errors import LaunchError
+from fabric_lite.launch.environment import chosen_threads, cores, listen_on, rank_environment, server_environment
+from fabric_lite.launch.failure import Failure, exit_status, report
+from fabric_lite.launch.logs import RankLogs
+from fabric_lite.launch.messages import CountDevices, DevicesCounted, HostStore, Preload, StartRank
+from fabric_lite.launch.plan import LaunchPlan, count_in, count_present, parse_devices
+from fabric_lite.launch.process_tree import adopt_orphans
+from fabric_lite.launch.rank_group import RankGroup
+from fabric_lite.launch.warm_server import WarmServer
+
+__all__ = ["Signals", "launch", "print_line"]
+
+_FAILURE_GRACE_SECONDS = 5.0
+# After Ctrl-C or SIGTERM ranks may be writing a checkpoint; this long after the first of them has ended.
+_SIGNAL_GRACE_SECONDS = 30.0
+
+
+def launch(plan: LaunchPlan) -> int:
+    """Run the plan to its end and return the exit code for the shell.
+
+    Raises:
+        LaunchError: The ranks could not be started as asked.
+    """
+    if plan.rendezvous is not None:
+        from fabric_lite.launch.elastic import launch_node
+
+        return launch_node(plan, plan.rendezvous)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(adopt_orphans())
+        signals = stack.enter_context(Signals())
+        job = stack.enter_context(open_job(plan))
+        return _Supervisor(plan, job, signals).run()
+
+
+@dataclasses.dataclass
+class Job:
+    """What a launch holds while it runs.
+
+    Args:
+        server: The server.
+        local_world_size: The number of ranks on this node.
+        listener: The socket of the store.
+        folder: A temporary folder for error files.
+        logs: The ranks' logs, where they are asked for.
+        threads: The thread count chosen for each rank.
+    """
+
+    server: WarmServer
+    local_world_size: int
+    listener: socket.socket | None
+    folder: str
+    logs: RankLogs | None
+    threads: int | None
+
+    def request(self, plan: LaunchPlan, environment: dict[str, str]) -> StartRank:
+        """Return the request that starts the rank with this environment."""
+        local_rank = int(environment["LOCAL_RANK"])
+        run_config = dataclasses.replace(plan.run_config, threads_per_rank=self.threads)
+        log = None if self.logs is None else self.logs.of(local_rank)
+        return StartRank(
+            local_rank,
+            environment,
+            dataclasses.asdict(run_config),
+            stdout_fd=None if log is None else log.out.write_fd,
+            stderr_fd=None if log is None else log.err.write_fd,
+            error_log=None if log is None else log.err.path,
+        )
+
+    def error_file(self, local_rank: int, restart_count: int) -> str:
+        """Return the path at which this rank tells its exception."""
+        return os.path.join(self.folder, f"attempt_{restart_count}_rank_{local_rank}.json")
+
+
+@contextlib.contextmanager
+def open_job(plan: LaunchPlan) -> Iterator[Job]:
+    """Start the server and find out how many ranks there are; end everything on leaving."""
+    devices = parse_devices(plan.run_config.devices or "auto")
+    count = count_in(devices, plan.run_config.accelerator)
+    threads = chosen_threads(os.environ, count or 1)
+    with contextlib.ExitStack() as stack:
+        listener = None
+        if plan.rendezvous is None:
+            listener = stack.enter_context(listen_on(plan.main_address, plan.main_port))
+        # All descriptors must exist before the server does; a count that is not known yet has no logs of its own.
+        if count is None and plan.log_dir is not None:
+            count = _count_in_server_of_its_own(plan)
+        logs = None if plan.log_dir is None else stack.enter_context(RankLogs(plan.log_dir, count or 1))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fabric_run_"))
+        server = WarmServer(
+            plan.script,
+            environment=server_environment(os.environ, threads),
+            pass_descriptors=[
+                *([] if listener is None else [listener.fileno()]),
+                *([] if logs is None else logs.write_fds),
+            ],
+        )
+        stack.callback(server.close)
+        if count is None:
+            count = _count_devices(server, plan)
+            threads = chosen_threads(os.environ, count)
+        yield Job(server, count, listener, folder, logs, threads)
+
+
+def _count_in_server_of_its_own(plan: LaunchPlan) -> int:
+    server = WarmServer(plan.script, environment=os.environ)
+    try:
+        return _count_devices(server, plan)
+    finally:
+        server.close()
+
+
+def _count_devices(server: WarmServer, plan: LaunchPlan) -> int:
+    server.send(CountDevices())
+    (answer,) = server.receive()
+    assert isinstance(answer, DevicesCounted)
+    return count_present(answer.kind, answer.count, plan.run_config.accelerator)
+
+
+class Signals:
+    """SIGINT and SIGTERM as something to select on: the numbers that came, in order."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._reading, self._writing = socket.socketpair()
+        self._before: dict[int, Any] = {}
+        self._wakeup_before = -1
+
+    def fileno(self) -> int:
+        return self._reading.fileno()
+
+    def __enter__(self) -> Signals:
+        for end in (self._reading, self._writing):
+            end.setblocking(False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._reading.close()
+        self._writing.close()
+
+    def clear(self) -> None:
+        """Make the object wait for the next signal."""
+        try:
+            self._reading.recv(1 << 12)
+        except BlockingIOError:
+            pass  # nothing has come since the last time
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.received.append(number)
+
+
+class _Supervisor:
+    """The event loop of a single node."""
+
+    def __init__(self, plan: LaunchPlan, job: Job, signals: Signals) -> None:
+        self.plan = plan
+        self.job = job
+        self.signals = signals
+        self.signals_passed_on = 0
+        self.group = RankGroup(job.server)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(job.server.channel, selectors.EVENT_READ, self.group.read)
+        self.selector.register(signals, selectors.EVENT_READ, signals.clear)
+        if job.logs is not None:
+            job.logs.register(self.selector)
+
+    def run(self) -> int:
+        job = self.job
+        announce_threads(job)
+        if job.local_world_size > cores():
+            # With a core for each rank, each importing it alone takes no longer; with fewer, they would take turns.
+            job.server.send(Preload())
+        assert job.listener is not None
+        job.server.send(HostStore(job.listener.fileno()))
+        with self.selector:
+            for restart_count in range(self.plan.max_restarts + 1):
+                failure = self._attempt(restart_count)
+                if failure is None or self.signals.received:
+                    break
+                if restart_count < self.plan.max_restarts:
+                    print_line(report(failure) + f"Restart {restart_count + 1} of {self.plan.max_restarts}.")
+        return self._conclude(failure)
+
+    def _attempt(self, restart_count: int) -> Failure | None:
+        self.group.start([self._request(local_rank, restart_count) for local_rank in range(self.job.local_world_size)])
+        while not self.group.has_ended:
+            self._wait()
+        self.group.end_leftovers()
+        if self.job.logs is not None:
+            self.job.logs.drain()
+        return self.group.first_failure
+
+    def _wait(self) -> None:
+        """Wait for the next event and act on it."""
+        for key, _ in self.selector.select(self.group.seconds_to_deadline()):
+            key.data()
+        self._pass_signals_on()
+        if self.signals.received and len(self.group.running) < self.job.local_world_size:
+            self.group.stop(grace_seconds=_SIGNAL_GRACE_SECONDS, number=None)
+        elif self.group.first_failure is not None:
+            self.group.stop(grace_seconds=_FAILURE_GRACE_SECONDS)
+
+    def _pass_signals_on(self) -> None:
+        for number in self.signals.received[self.signals_passed_on :]:
+            self.group.send_signal(number if self.signals_passed_on == 0 else signal.SIGKILL)
+            self.signals_passed_on += 1
+
+    def _request(self, local_rank: int, restart_count: int) -> StartRank:
+        job = self.job
+        assert job.listener is not None
+        address, port = job.listener.getsockname()[:2]
+        environment = rank_environment(
+            rank=local_rank,
+            world_size=job.local_world_size,
+            local_rank=local_rank,
+            local_world_size=job.local_world_size,
+            node_rank=0,
+            num_nodes=1,
+            main_address=address,
+            main_port=port,
+            error_file=job.error_file(local_rank, restart_count),
+            restart_count=restart_count,
+            max_restarts=self.plan.max_restarts,
+        )
+        return job.request(self.plan, environment)
+
+    def _conclude(self, failure: Failure | None) -> int:
+        if failure is None:
+            return 0
+        assert failure.exit_code is not None
+        if self.signals.received:
+            print_line(f"fabric-run: ended by {signal.Signals(self.signals.received[0]).name}.")
+        else:
+            print_line(report(failure))
+        return exit_status(failure.exit_code)
+
+
+def announce_threads(job: Job) -> None:
+    """Say once which thread count was chosen."""
+    if job.threads is not None:
+        print_line(
+            f"fabric-run: {job.local_world_size} ranks with {job.threads} thread(s) each; OMP_NUM_THREADS sets another number."
+        )
+
+
+def print_line(text: str) -> None:
+    """Write to stderr at once; what ranks print must not come between the lines."""
+    sys.stderr.write(text.rstrip("\n") + "\n")
+    sys.stderr.flush()
