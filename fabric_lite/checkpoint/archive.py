@@ -1,0 +1,234 @@
+"""The file: what ``torch.save`` writes, with a manifest as one more record of the same zip.
+
+The manifest (``fabric_lite.json``) lists every record with its size and CRC-32, and the tensors that live in it. So
+one rename commits data and manifest together, and plain ``torch.load(path, weights_only=True)`` reads the file.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import pickle
+import struct
+import warnings
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.utils.serialization import config
+
+from fabric_lite.checkpoint.packing import storages
+from fabric_lite.checkpoint.plain import Place, tensors_in
+from fabric_lite.collectives import rank, world_size
+from fabric_lite.errors import CheckpointError
+
+__all__ = ["FORMAT", "MANIFEST", "CheckpointNotFoundError", "read_archive", "read_manifest", "write_archive"]
+
+FORMAT = 1
+MANIFEST = "fabric_lite.json"
+_LOCAL_HEADER = 30  # bytes of a zip record's fixed header; its last four are the lengths of name and extra field
+_CHUNK = 1 << 24
+
+_Records = dict[str, tuple[torch.UntypedStorage, list[dict[str, Any]]]]
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint under this name."""
+
+
+def write_archive(file: BinaryIO, content: dict[Any, Any]) -> None:
+    """Write packed plain data into an empty file that is open for reading and writing.
+
+    The checksums are computed in a thread beside the writing, by zlib instead of torch's slower CRC-32, and also put
+    into the zip's directory, so that any zip tool can check the file.
+    """
+    records = _storage_records(content)
+    with ThreadPoolExecutor(1) as thread:
+        checksums = thread.submit(lambda: {name: _crc32_of(storage) for name, (storage, _) in records.items()})
+        with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
+            torch.save(content, file)
+        crc_by_name = checksums.result()
+    with zipfile.ZipFile(file, "a", zipfile.ZIP_STORED) as archive:
+        described = _describe(archive, file, records, crc_by_name)
+        folder = archive.infolist()[0].filename.split("/", 1)[0]
+        archive.writestr(zipfile.ZipInfo(f"{folder}/{MANIFEST}"), json.dumps(_manifest(described)))
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """Return the manifest of a file; None for a file that something else wrote.
+
+    Raises:
+        CheckpointError: The file or its manifest is damaged.
+    """
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return None
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return _manifest_in(archive, path)
+        except zipfile.BadZipFile as error:
+            raise _damaged(path, str(error)) from error
+
+
+def read_archive(path: Path, weights_only: bool | None) -> Any:
+    """Return what a checkpoint file holds, after its checksums were compared; tensors are mapped, not read.
+
+    Files of plain ``torch.save`` and of Lightning Fabric have no manifest: they are read unchecked.
+
+    Args:
+        path: The file.
+        weights_only: None and True run no code of the file. False lets it run any, and warns.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        CheckpointError: It is damaged, or no checkpoint, or can't be read without running code.
+    """
+    if path.is_dir():
+        raise CheckpointError("This checkpoint is a folder, not a file.", given=path, fix="the path of a file")
+    if weights_only is False and rank() == 0:
+        warnings.warn(
+            f"weights_only=False lets {path} run any code while it is loaded; only do this with files you trust.",
+            stacklevel=2,
+        )
+    try:
+        mapped = _verify(path)
+        return torch.load(path, map_location="cpu", weights_only=weights_only is not False, mmap=mapped)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointNotFoundError("There is no checkpoint of this name.", given=path) from error
+    except OSError as error:
+        raise CheckpointError("This checkpoint could not be read.", given=f"{path}: {error}") from error
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise _needs_code(path, error) from error
+    except Exception as error:  # torch.load raises any type for a file that is cut short or is something else
+        raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _storage_records(content: Any) -> _Records:
+    """Each storage under the record name that ``torch.save`` gives it, with a description of its tensors."""
+    names: dict[int, str] = {}
+    records: _Records = {}
+    for place, tensor in tensors_in(content, Place()):
+        for storage in storages(tensor):
+            name = names.setdefault(storage._cdata, f"data/{len(names)}")
+            _, tensors = records.setdefault(name, (storage, []))
+            tensors.append({"key": str(place), "dtype": str(tensor.dtype)[6:], "shape": list(tensor.shape)})
+    return records
+
+
+def _describe(
+    archive: zipfile.ZipFile, file: BinaryIO, records: _Records, crc_by_name: dict[str, int]
+) -> dict[str, dict[str, Any]]:
+    """Put the checksums into the zip's directory and return the manifest's entry of each record."""
+    described: dict[str, dict[str, Any]] = {}
+    for info in archive.infolist():
+        name = info.filename.split("/", 1)[1]
+        info.CRC = crc_by_name[name] if name in crc_by_name else _crc32_in_file(file, info)
+        described[name] = {"bytes": info.file_size, "crc32": info.CRC}
+        if name in records:
+            described[name]["tensors"] = records[name][1]
+    sizes = {name: record["bytes"] for name, record in described.items() if name.startswith("data/")}
+    if sizes != {name: storage.nbytes() for name, (storage, _) in records.items()}:
+        raise CheckpointError("This torch names the parts of its files in another way.", given=torch.__version__)
+    return described
+
+
+def _manifest(records: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "fabric_lite": _own_version(),
+        "torch": str(torch.__version__),
+        "world_size": world_size(),
+        "records": records,
+    }
+
+
+@functools.cache
+def _own_version() -> str | None:
+    try:
+        return importlib.metadata.version("fabric-lite")
+    except importlib.metadata.PackageNotFoundError:  # used from a checkout that is not installed
+        return None
+
+
+def _verify(path: Path) -> bool:
+    """Compare the file with its manifest, if it has one; return whether its tensors can be mapped into memory."""
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return False  # the format of torch before 1.6, or no checkpoint: torch.load tells
+        with zipfile.ZipFile(file) as archive:
+            manifest = _manifest_in(archive, path)
+            infos = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+            if manifest is not None:
+                _compare(path, file, infos, manifest)
+            return all(info.compress_type == zipfile.ZIP_STORED for info in infos.values())
+
+
+def _manifest_in(archive: zipfile.ZipFile, path: Path) -> dict[str, Any] | None:
+    found = [info for info in archive.infolist() if info.filename.split("/", 1)[-1] == MANIFEST]
+    if not found:
+        return None
+    manifest: dict[str, Any] = json.loads(archive.read(found[0]))
+    if manifest["format"] > FORMAT:
+        raise CheckpointError(
+            "This checkpoint was written by a newer fabric_lite.",
+            given=f"{path}, format {manifest['format']}, by version {manifest['fabric_lite']}",
+            fix="a newer fabric_lite, or plain torch.load(path, weights_only=True)",
+        )
+    return manifest
+
+
+def _compare(path: Path, file: BinaryIO, infos: dict[str, zipfile.ZipInfo], manifest: dict[str, Any]) -> None:
+    unlisted = set(infos) - set(manifest["records"]) - {MANIFEST}
+    if unlisted:
+        raise _damaged(path, f"record {min(unlisted)} is not in the manifest")
+    for name, record in manifest["records"].items():
+        info = infos.get(name)
+        if info is None or info.file_size != record["bytes"] or _crc32_in_file(file, info) != record["crc32"]:
+            tensors = [tensor["key"] for tensor in record.get("tensors", [])]
+            raise _damaged(path, ", ".join(tensors) if tensors else f"record {name}")
+
+
+def _crc32_in_file(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    file.seek(info.header_offset)
+    header = file.read(_LOCAL_HEADER)
+    if len(header) < _LOCAL_HEADER:
+        return -1
+    name_length, extra_length = struct.unpack("<HH", header[-4:])
+    file.seek(name_length + extra_length, 1)
+    checksum, left = 0, info.file_size
+    while left > 0:
+        chunk = file.read(min(left, _CHUNK))
+        if not chunk:
+            return -1
+        checksum, left = zlib.crc32(chunk, checksum), left - len(chunk)
+    return checksum
+
+
+def _crc32_of(storage: torch.UntypedStorage) -> int:
+    return zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data) if storage.nbytes() else 0
+
+
+def _damaged(path: Path, where: str) -> CheckpointError:
+    return CheckpointError(
+        "This file is damaged, or is no checkpoint.", given=f"{path}: {where}", fix="an earlier checkpoint"
+    )
+
+
+def _needs_code(path: Path, error: Exception) -> CheckpointError:
+    # torch's message goes on with advice on its own functions
+    reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
+    return CheckpointError(
+        "This file can't be read without running code from it, or it is damaged.",
+        given=f"{path}: {reason}",
+        fix="load(..., weights_only=False) if you trust whoever wrote it",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,218 @@
+"""``load`` and ``load_raw``: everything is checked first, then all objects change or none does."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fabric_lite.checkpoint.archive import read_archive
+from fabric_lite.checkpoint.layout import is_sharded, laid_out_like
+from fabric_lite.checkpoint.plain import Place, is_stateful, stateful_objects
+from fabric_lite.checkpoint.restore import Restore, prepare
+from fabric_lite.checkpoint.saving import checked_path, compare_objects, on_every_rank
+from fabric_lite.errors import CheckpointError, FabricKeyError, FabricTypeError
+
+__all__ = ["load", "load_raw"]
+
+
+def load(
+    path: str | os.PathLike[str],
+    state: dict[str, Any] | None = None,
+    *,
+    strict: bool = True,
+    weights_only: bool | None = None,
+) -> dict[str, Any]:
+    """Put what a file holds back into ``state``, and return the rest.
+
+    Every rank calls it, with the same objects. Objects are restored in place: parameters keep their memory, their
+    dtype (the file's values are cast) and their layout over the ranks, whichever the file was saved under. Plain
+    values are replaced in ``state``, in nested dicts too. Modules are restored last, the others in order. When it
+    raises, it raises on every rank, and objects and ``state`` are as they were.
+
+    Args:
+        path: A file of :func:`save`, of plain ``torch.save`` or of Lightning Fabric.
+        state: What to restore. None returns everything.
+        strict: Whether the file must have all that ``state`` asks for, and modules all that the file has. If not,
+            what fits is loaded; a tensor of another shape is passed over with a warning.
+        weights_only: None and True: no code of the file runs. False: any does; only for files that you trust.
+
+    Returns:
+        The file's content under keys that ``state`` has not.
+
+    Raises:
+        FabricKeyError: Something is missing under ``strict``.
+        FabricTypeError: ``state`` is not a dict.
+        FabricValueError: A shape or the number of parameters differs.
+        CheckpointNotFoundError: There is no such file.
+        CheckpointError: The file is damaged or unsafe, an object refused its state, or another rank failed.
+    """
+    if state is not None and not isinstance(state, dict):
+        raise FabricTypeError(
+            "load() takes a dict of what to restore.",
+            given=type(state).__name__,
+            fix='load(path, {"model": model}), or load_raw(path, model) for a file with a bare state dict',
+        )
+    saved = on_every_rank("load()", _read, path, weights_only)
+    if not isinstance(saved, dict):
+        raise CheckpointError(
+            "This file does not hold a dict.", given=f"{path}: {type(saved).__name__}", fix="load_raw(path, object)"
+        )
+    if state is None:
+        return copy.deepcopy(saved)
+    compare_objects(list(stateful_objects(state, Place())), "load()")
+    match = _Match(strict)
+    remainder = on_every_rank("load()", match.top, state, saved)
+    _restore(match.objects, strict)
+    for assign in match.assignments:
+        assign()
+    return remainder
+
+
+def load_raw(path: str | os.PathLike[str], obj: Any, *, strict: bool = True) -> None:
+    """Put a file that is one bare state dict back into a module, an optimizer or any object with ``load_state_dict``.
+
+    Every rank calls it. No code of the file runs. Raises what :func:`load` raises, and leaves ``obj`` as it was then.
+    """
+    if not is_stateful(obj):
+        raise FabricTypeError(
+            "load_raw() takes an object with state_dict and load_state_dict.",
+            given=type(obj).__name__,
+            fix="load(path, state) for a dict of several",
+        )
+    saved = on_every_rank("load_raw()", _read, path, None)
+    _restore([(Place(), obj, saved)], strict)
+
+
+def _read(path: Any, weights_only: bool | None) -> Any:
+    return read_archive(checked_path(path), weights_only)
+
+
+def _restore(objects: list[tuple[Place, Any, Any]], strict: bool) -> None:
+    """Restore all objects, or none. Every rank calls it."""
+    prepared = [on_every_rank(f"loading {place}", prepare, place, obj, saved, strict) for place, obj, saved in objects]
+    begun: list[Restore] = []
+    for restore in sorted(prepared, key=lambda restore: restore.turn):
+        begun.append(restore)
+        try:
+            on_every_rank(f"loading {restore.place}", restore.apply)
+        except Exception as error:
+            broken = [str(earlier.place) for earlier in reversed(begun) if not _undone(earlier)]
+            if broken:
+                raise CheckpointError(
+                    f"Loading failed, and so did putting back what was there before: {', '.join(broken)}.",
+                    given=error,
+                    fix="start the run again",
+                ) from error
+            raise
+
+
+def _undone(restore: Restore) -> bool:
+    """Whether the object is as it was before; what went wrong is already being raised."""
+    try:
+        restore.undo()
+    except Exception:
+        return False
+    return True
+
+
+@dataclasses.dataclass
+class _Match:
+    """What of a file goes where in the user's state; nothing is changed before all of it is known.
+
+    Args:
+        strict: Whether a missing key is an error.
+        objects: Place, object and saved state, in order.
+        assignments: Calls that put plain values into the user's containers.
+        missing: Places that the file has not.
+        memo: Keeps memory that is shared in the file shared in the copies.
+    """
+
+    strict: bool
+    objects: list[tuple[Place, Any, Any]] = dataclasses.field(default_factory=list)
+    assignments: list[Callable[[], Any]] = dataclasses.field(default_factory=list)
+    missing: list[Place] = dataclasses.field(default_factory=list)
+    memo: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+    def top(self, state: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        """Match all of ``state``, and return what of ``saved`` it has no key for."""
+        remainder = self._entries(state, saved, Place())
+        remainder.update({key: self._own(value) for key, value in saved.items() if key not in state})
+        if self.missing and self.strict:
+            raise FabricKeyError(
+                f"The file does not have {', '.join(map(str, self.missing))}.",
+                given=f"its keys are {', '.join(map(repr, saved))}",
+                fix="take it out of the state, or strict=False",
+            )
+        return remainder
+
+    def _entries(self, current: dict[Any, Any], saved: dict[Any, Any], place: Place) -> dict[Any, Any]:
+        remainder = {}
+        for key, value in current.items():
+            if key not in saved:
+                self.missing.append(place.at(key))
+                continue
+            new, rest = self._value(value, saved[key], place.at(key))
+            if new is not value:
+                self.assignments.append(functools.partial(current.__setitem__, key, new))
+            if rest:
+                remainder[key] = rest
+        return remainder
+
+    def _value(self, current: Any, saved: Any, place: Place) -> tuple[Any, dict[Any, Any]]:
+        """What to put in the place of ``current`` (itself, if it changes in place), and what is left of ``saved``."""
+        if is_stateful(current):
+            self.objects.append((place, current, saved))
+            return current, {}
+        if isinstance(current, dict) and isinstance(saved, dict):
+            return current, self._dict(current, saved, place)
+        if isinstance(current, (list, tuple)) and next(stateful_objects(current, place), None) is not None:
+            return self._sequence(current, saved, place), {}
+        if isinstance(current, torch.Tensor) and isinstance(saved, torch.Tensor):
+            own = self._own(saved)
+            return laid_out_like(own, current) if is_sharded(current) else own.to(current.device), {}
+        self._refuse_if_objects(current, saved, place)
+        return self._own(saved), {}
+
+    def _dict(self, current: dict[Any, Any], saved: dict[Any, Any], place: Place) -> dict[Any, Any]:
+        remainder = self._entries(current, saved, place)
+        unasked = {key: self._own(value) for key, value in saved.items() if key not in current}
+        if next(stateful_objects(current, place), None) is None:
+            # Plain data (a history, say) takes on all that the file has.
+            self.assignments.append(functools.partial(current.update, unasked))
+            return remainder
+        return remainder | unasked
+
+    def _sequence(self, current: Any, saved: Any, place: Place) -> Any:
+        if not isinstance(saved, (list, tuple)) or len(saved) != len(current):
+            found = f"{len(saved)} entries" if isinstance(saved, (list, tuple)) else f"a {type(saved).__name__}"
+            raise CheckpointError(
+                f"{place} has {len(current)} entries, some of them objects, and the file has {found}.",
+                fix="the same number of objects as when it was saved",
+            )
+        pairs = enumerate(zip(current, saved, strict=True))
+        new = [self._value(old, value, place.at(index))[0] for index, (old, value) in pairs]
+        if all(item is old for item, old in zip(new, current, strict=True)):
+            return current
+        if isinstance(current, list):
+            self.assignments.append(functools.partial(current.__setitem__, slice(None), new))
+            return current
+        return tuple(new)
+
+    def _refuse_if_objects(self, current: Any, saved: Any, place: Place) -> None:
+        first = next(stateful_objects(current, place), None)
+        if first is not None:
+            raise CheckpointError(
+                f"{place} holds objects, and the file has a {type(saved).__name__} there.",
+                given=f"{first[0]} is a {type(first[1]).__name__}",
+                fix="the state with the shape that was saved",
+            )
+
+    def _own(self, value: Any) -> Any:
+        """A copy in memory: what was read is mapped from the file."""
+        return copy.deepcopy(value, self.memo)

@@ -1,0 +1,88 @@
+"""Tensors made ready to be written: on the CPU, shared memory shared, and no view drags its whole storage along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+__all__ = ["packed", "storages"]
+
+
+def packed(tensors: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Return what to write for each tensor, keyed by its ``id``.
+
+    Tensors whose memory overlaps go on sharing it. A storage that they cover entirely is used as it is; of any
+    other only the covered parts are copied.
+    """
+    written: dict[int, torch.Tensor] = {}
+    by_storage: dict[int, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            written[id(tensor)] = tensor.cpu()
+        elif tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg():
+            written[id(tensor)] = tensor.resolve_conj().resolve_neg().to("cpu", copy=True)
+        else:
+            by_storage.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+    for members in by_storage.values():
+        for cluster in _overlapping(members):
+            written.update(_pack_cluster(cluster))
+    return written
+
+
+def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
+    """Yield the storages of a tensor in the order in which ``torch.save`` meets them."""
+    if tensor.layout == torch.strided:
+        yield tensor.untyped_storage()
+        return
+    if tensor.layout == torch.sparse_coo:
+        parts = [tensor._indices(), tensor._values()]
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    else:
+        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    for part in parts:
+        yield part.untyped_storage()
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a strided tensor with elements reaches over: first, and one past the last."""
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.storage_offset() * tensor.itemsize
+    return start, start + reach * tensor.itemsize
+
+
+def _overlapping(members: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    cluster: list[torch.Tensor] = []
+    end = -1
+    for tensor in sorted(members, key=_span):
+        first, past = _span(tensor)
+        if cluster and first >= end:
+            yield cluster
+            cluster = []
+        cluster.append(tensor)
+        end = max(end, past)
+    yield cluster
+
+
+def _pack_cluster(cluster: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+    head = cluster[0]
+    if any(tensor.dtype != head.dtype for tensor in cluster):
+        # One memory seen as several dtypes can't be written by torch.save: each gets its own.
+        return {id(tensor): tensor.to("cpu", copy=True) for tensor in cluster}
+    first = min(_span(tensor)[0] for tensor in cluster)
+    past = max(_span(tensor)[1] for tensor in cluster)
+    if head.device.type == "cpu" and past - first == head.untyped_storage().nbytes():
+        return {id(tensor): tensor for tensor in cluster}
+    alike = len({(tensor.storage_offset(), tensor.shape, tensor.stride()) for tensor in cluster}) == 1
+    if alike and past - first > head.numel() * head.itemsize:
+        # A view with gaps (one column of a matrix) is smaller without them.
+        return dict.fromkeys(map(id, cluster), head.to("cpu", copy=True, memory_format=torch.contiguous_format))
+    origin = first // head.itemsize
+    memory = head.as_strided(((past - first) // head.itemsize,), (1,), origin).to("cpu", copy=True)
+    return {id(tensor): _view_like(memory, tensor, origin) for tensor in cluster}
+
+
+def _view_like(memory: torch.Tensor, tensor: Any, origin: int) -> torch.Tensor:
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - origin)

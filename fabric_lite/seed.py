@@ -1,0 +1,159 @@
+"""Random seeds, and the state of every random generator of this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import random
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fabric_lite.errors import FabricTypeError, FabricValueError
+
+__all__ = ["random_state", "reset_seed", "seed_everything", "set_random_state", "worker_seed_base"]
+
+MAX_SEED = 2**32 - 1  # numpy takes no more
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seeding:
+    seed: int
+    workers: bool
+
+
+_latest: _Seeding | None = None
+
+
+def seed_everything(seed: int | None = None, workers: bool = True) -> int:
+    """Seed Python, numpy and torch with all its accelerators, and return the seed.
+
+    Called on each rank by itself; it communicates nothing and leaves the environment alone.
+
+    Args:
+        seed: From 0 to 2**32 - 1. None is the seed of the call before, or, in the first call, a fresh random one
+            (then each rank draws its own).
+        workers: Whether data loader workers derive their seeds from this one, see :func:`worker_seed_base`.
+
+    Raises:
+        FabricTypeError: ``seed`` is no whole number.
+        FabricValueError: ``seed`` is out of range.
+
+    >>> seed_everything(42)
+    42
+    """
+    global _latest
+    if seed is None:
+        seed = secrets.randbits(32) if _latest is None else _latest.seed
+    _latest = _Seeding(_checked(seed), workers)
+    _seed_generators(_latest.seed)
+    return _latest.seed
+
+
+def reset_seed() -> None:
+    """Start every generator again from the seed of the latest :func:`seed_everything`; nothing if there was none."""
+    if _latest is not None:
+        _seed_generators(_latest.seed)
+
+
+def worker_seed_base() -> int | None:
+    """The seed that data loader workers derive theirs from; None if nobody asked for that."""
+    return _latest.seed if _latest is not None and _latest.workers else None
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of this process's generators: Python, numpy, torch CPU and each device of the accelerator.
+
+    It holds only what ``torch.load(weights_only=True)`` reads back. An accelerator that was never used is left out.
+    """
+    legacy = np.random.get_state(legacy=False)
+    assert isinstance(legacy, dict)
+    numpy_state = {
+        "bit_generator": legacy["bit_generator"],
+        "key": torch.from_numpy(legacy["state"]["key"].astype(np.int64)),
+        "position": int(legacy["state"]["pos"]),
+        "has_gauss": int(legacy["has_gauss"]),
+        "gauss": float(legacy["gauss"]),
+    }
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
+    accelerator = _accelerator_in_use()
+    if accelerator is not None:
+        name, module = accelerator
+        state["accelerator"] = name
+        state["devices"] = [_device_state(module, index) for index in range(module.device_count())]
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Set this process's generators to what :func:`random_state` returned; devices that are not here are passed over.
+
+    Raises:
+        FabricValueError: Something is missing; no generator was changed.
+    """
+    missing = [key for key in ("python", "numpy", "torch") if key not in state]
+    if missing:
+        raise FabricValueError(
+            "This is not the random state of a process.",
+            given=f"a mapping without {', '.join(missing)}",
+            fix="what fabric_lite.seed.random_state() returned",
+        )
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    saved = state["numpy"]
+    np.random.set_state(
+        {
+            "bit_generator": saved["bit_generator"],
+            "state": {"key": saved["key"].cpu().numpy().astype(np.uint32), "pos": saved["position"]},
+            "has_gauss": saved["has_gauss"],
+            "gauss": saved["gauss"],
+        }
+    )
+    torch.set_rng_state(state["torch"].cpu())
+    accelerator = _accelerator_in_use()
+    if accelerator is not None and accelerator[0] == state.get("accelerator"):
+        module = accelerator[1]
+        for index, device_state in enumerate(state["devices"][: module.device_count()]):
+            _set_device_state(module, index, device_state.cpu())
+
+
+def _checked(seed: Any) -> int:
+    try:
+        number = operator.index(seed)
+    except TypeError as error:
+        raise FabricTypeError(
+            "A seed is a whole number.", given=f"{type(seed).__name__}: {seed!r:.80}", fix="an int"
+        ) from error
+    if not 0 <= number <= MAX_SEED:
+        raise FabricValueError("This seed is out of range.", given=f"seed={number}", fix=f"0 to {MAX_SEED}, or None")
+    return number
+
+
+def _seed_generators(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)  # also every accelerator, at its first use if it was not used yet
+
+
+def _accelerator_in_use() -> tuple[str, Any] | None:
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or not torch.accelerator.is_available():
+        return None
+    module = torch.get_device_module(accelerator)
+    # Asking an unused accelerator for its state would start it, also in a run on the CPU.
+    started = getattr(module, "is_initialized", None)
+    return None if started is not None and not started() else (accelerator.type, module)
+
+
+def _device_state(module: Any, index: int) -> torch.Tensor:
+    # mps has one device and takes no index
+    return module.get_rng_state() if module.__name__ == "torch.mps" else module.get_rng_state(index)
+
+
+def _set_device_state(module: Any, index: int, state: torch.Tensor) -> None:
+    if module.__name__ == "torch.mps":
+        module.set_rng_state(state)
+    else:
+        module.set_rng_state(state, index)
