@@ -1,0 +1,291 @@
+"""Collectives over nested data, written once for all strategies.
+
+Every function must be called by all ranks, in the same order. In a process alone they do nothing. Leaves are
+tensors, Python numbers and numpy arrays; dtypes are kept and inputs are never changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fabric_lite.errors import CollectiveError, FabricValueError
+from fabric_lite.trees import leaves, map_leaves
+
+__all__ = [
+    "REDUCE_OPS",
+    "Collectives",
+    "barrier",
+    "broadcast_object",
+    "gather_objects",
+    "is_distributed",
+    "raise_together",
+    "rank",
+    "world_size",
+]
+
+REDUCE_OPS = ("mean", "avg", "sum", "min", "max", "product")
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several that can communicate."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """The rank of this process; 0 for a process alone."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """The number of processes; 1 for a process alone."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's picklable ``value``, ordered by rank, on every rank."""
+    if not is_distributed():
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: Any, src: int = 0) -> Any:
+    """Return rank ``src``'s picklable ``value`` on every rank."""
+    if not is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=src)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if is_distributed():
+        dist.barrier()
+
+
+def raise_together(error: Exception | None, what: str, kind: type[CollectiveError] | type[Exception]) -> None:
+    """Raise on every rank if ``error`` is set on any: the own error where there is one, else ``kind`` naming the rank.
+
+    Args:
+        error: What went wrong on this rank, or None.
+        what: What was being done, for the message of the ranks where nothing went wrong.
+        kind: An error type of :mod:`fabric_lite.errors`, raised on those ranks.
+    """
+    failures = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for failed, message in enumerate(failures):
+        if message is not None:
+            raise kind(f"{what} failed on rank {failed}: {message}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """The collectives of one run.
+
+    Args:
+        device: Device on which the tensors travel and come back.
+        check: Whether each call first compares operation, shapes, dtypes and call site over the ranks. Costs one
+            object collective a call; a difference is raised on all ranks instead of hanging or mixing data up.
+    """
+
+    device: torch.device
+    check: bool = False
+
+    def broadcast(self, tree: Any, src: int = 0) -> Any:
+        """Return rank ``src``'s ``tree`` on every rank; tensors keep their dtype, any other picklable object may be in it."""
+        if not 0 <= src < world_size():
+            raise FabricValueError(
+                "The source rank of a broadcast does not exist.",
+                given=f"src={src} of {world_size()} ranks",
+                fix=f"a rank from 0 to {world_size() - 1}",
+            )
+        if not is_distributed():
+            return tree
+        self._compare("broadcast", None)
+        tensors = [leaf.detach().to(self.device).contiguous() for leaf in leaves(tree) if isinstance(leaf, torch.Tensor)]
+        skeleton = map_leaves(lambda leaf: _TensorSpec.of(leaf) if isinstance(leaf, torch.Tensor) else leaf, tree)
+        skeleton = broadcast_object(skeleton, src)
+        if rank() == src:
+            for tensor in tensors:
+                dist.broadcast(tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor, src)
+            return tree
+
+        def receive(leaf: Any) -> Any:
+            if not isinstance(leaf, _TensorSpec):
+                return leaf
+            tensor = torch.empty(leaf.shape, dtype=leaf.dtype, device=self.device)
+            dist.broadcast(tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor, src)
+            return tensor
+
+        return map_leaves(receive, skeleton)
+
+    def all_gather(self, tree: Any, group: Any = None, *, sync_grads: bool = False) -> Any:
+        """Return ``tree`` with each leaf of shape ``(*shape)`` replaced by a tensor of shape ``(group size, *shape)``.
+
+        A process alone gets its leaves back as tensors, without the extra dim. Shapes and dtypes must be equal on
+        all ranks.
+
+        Args:
+            tree: Nested tensors, numbers and numpy arrays.
+            group: A process group; None is all ranks.
+            sync_grads: Whether gradients flow back: each rank receives the sum over ranks of its part's gradients.
+        """
+        tree = map_leaves(self._as_tensor, tree)
+        if not is_distributed():
+            return tree
+        self._compare("all_gather", tree)
+        if sync_grads:
+            return map_leaves(lambda leaf: _DifferentiableGather.apply(leaf, group), tree)
+        return map_leaves(lambda leaf: _gather(leaf.detach(), group), tree)
+
+    def all_reduce(self, tree: Any, group: Any = None, reduce_op: str = "mean") -> Any:
+        """Return ``tree`` with every leaf reduced over the ranks.
+
+        The mean of integers and bools is a float64, never truncated; every other result keeps its dtype.
+
+        Raises:
+            FabricValueError: ``reduce_op`` is none of ``mean avg sum min max product``.
+        """
+        operation = str(reduce_op).lower()
+        if operation not in REDUCE_OPS:
+            raise FabricValueError(
+                "This reduction does not exist.", given=f"reduce_op={reduce_op!r}", fix=f"one of {', '.join(REDUCE_OPS)}"
+            )
+        tree = map_leaves(self._as_tensor, tree)
+        self._compare(f"all_reduce {operation}", tree)
+        return map_leaves(lambda leaf: _reduce(leaf, operation, group), tree)
+
+    def gather_uneven(self, tree: Any) -> Any:
+        """Return ``tree`` with each leaf ``(n, *shape)`` replaced by all ranks' rows ``(sum of n, *shape)``, by rank.
+
+        The number of rows ``n`` may differ from rank to rank; the other dims and the dtype may not.
+        """
+        tree = map_leaves(self._as_tensor, tree)
+        if not is_distributed():
+            return tree
+        return map_leaves(_gather_rows, tree)
+
+    @contextlib.contextmanager
+    def rank_zero_first(self, is_first: bool) -> Iterator[None]:
+        """Run the block where ``is_first``, then on all other ranks.
+
+        Raises:
+            CollectiveError: On every other rank at once, when the block raised where it ran first.
+        """
+        error: Exception | None = None
+        if not is_first:
+            raise_together(None, "rank_zero_first()", CollectiveError)
+            yield
+            return
+        try:
+            yield
+        except Exception as exception:
+            error = exception
+        raise_together(error, "rank_zero_first()", CollectiveError)
+
+    def _as_tensor(self, leaf: Any) -> torch.Tensor:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.to(self.device)
+        # A Python float is a double; mps has none.
+        if isinstance(leaf, float):
+            return torch.tensor(leaf, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+        if isinstance(leaf, (bool, int)):
+            return torch.tensor(leaf, device=self.device)
+        if isinstance(leaf, (np.ndarray, np.generic)):
+            return torch.as_tensor(leaf, device=self.device)
+        raise FabricValueError(
+            "A collective takes tensors, numbers and numpy arrays.",
+            given=f"{type(leaf).__name__}: {leaf!r:.80}",
+            fix="fabric.broadcast for any other object, or take it out of the data",
+        )
+
+    def _compare(self, operation: str, tree: Any) -> None:
+        if not (self.check and is_distributed()):
+            return
+        specs = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves(tree)] if tree is not None else None
+        mine = (operation, specs, _call_site())
+        calls = gather_objects(mine)
+        if any(call[:2] != calls[0][:2] for call in calls):
+            lines = "\n".join(f"    rank {number}: {name} {found or ''} at {site}" for number, (name, found, site) in enumerate(calls))
+            raise CollectiveError(
+                "The ranks called different collectives, or with different shapes or dtypes.",
+                given="\n" + lines,
+                fix="let every rank make the same calls in the same order, with equal shapes and dtypes",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _TensorSpec:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> _TensorSpec:
+        return _TensorSpec(tuple(tensor.shape), tensor.dtype)
+
+
+def _gather(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    # contiguous() alone would keep channels_last strides from rank to rank
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor, group=group)
+    return torch.stack(parts)
+
+
+def _gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()
+    counts = [int(count) for count in _gather(torch.tensor(len(tensor), device=tensor.device), None)]
+    padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    return torch.cat([part[:count] for part, count in zip(_gather(padded, None), counts, strict=True)])
+
+
+def _reduce(tensor: torch.Tensor, operation: str, group: Any) -> torch.Tensor:
+    tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+    mean = operation in ("mean", "avg")
+    if mean and not (tensor.is_floating_point() or tensor.is_complex()):
+        tensor = tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+    if not is_distributed():
+        return tensor
+    kept = tensor.dtype
+    if kept == torch.bool:
+        # Bytes, since sums of bools differ between backends: sum is "any", product is "all", as in torch.
+        tensor = tensor.to(torch.uint8)
+        operation = {"sum": "max", "product": "min"}.get(operation, operation)
+    operations = {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX, "product": dist.ReduceOp.PRODUCT}
+    dist.all_reduce(tensor, op=operations.get(operation, dist.ReduceOp.SUM), group=group)
+    return (tensor / dist.get_world_size(group) if mean else tensor).to(kept)
+
+
+class _DifferentiableGather(torch.autograd.Function):
+    """``all_gather`` whose gradient is the sum over ranks of the gradients of this rank's part."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        return _gather(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor, None]:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient[dist.get_rank(ctx.group)], None
+
+
+def _call_site() -> str:
+    """The innermost line outside this package."""
+    for frame in reversed(traceback.extract_stack()):
+        if "/fabric_lite/" not in frame.filename.replace("\\", "/"):
+            return f"{frame.filename}:{frame.lineno}"
+    return "?"

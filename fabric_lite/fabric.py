@@ -1,0 +1,556 @@
+"""``Fabric``: the one stateful object. Every method is a few lines that call down."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_lite import checkpoint, collectives, run_config, seed
+from fabric_lite.adopt import extension_of
+from fabric_lite.callbacks import call_hook, has_hook
+from fabric_lite.collectives import Collectives
+from fabric_lite.data import extend_loader, release_loader
+from fabric_lite.device import Accelerator
+from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
+from fabric_lite.init import tensors_on
+from fabric_lite.launch import in_script
+from fabric_lite.mesh import build_mesh, join
+from fabric_lite.notices import rank_zero_info
+from fabric_lite.optim import LossScaler, parameters_of, repoint
+from fabric_lite.placement import move
+from fabric_lite.precision import Precision
+from fabric_lite.route import ModuleExtension, extend_module, release_module
+from fabric_lite.run import Arguments, resolve
+from fabric_lite.strategies import Placement, Strategy
+
+__all__ = ["Fabric"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Fabric:
+    """Your loop on any hardware: devices, processes, precision, data and checkpoints behind a few calls.
+
+    Args:
+        accelerator: ``auto cpu cuda gpu mps xpu``; auto takes the best one present.
+        strategy: ``auto single_device ddp ...`` or a strategy object.
+        devices: Per node: a count, a list of indices, ``"0,2"``, ``-1`` or ``"auto"``. On CPU a count of processes.
+        num_nodes: Number of nodes; under a launcher it is the launcher's.
+        precision: ``64-true 32-true 16-true bf16-true 16-mixed bf16-mixed``, or a ``Precision``. None is 32-true.
+        callbacks: Objects whose methods :meth:`call` calls by name.
+        loggers: Objects with ``log_metrics(metrics, step)``.
+        plugins: A ``Precision``, instead of ``precision``.
+
+    Raises:
+        FabricValueError: A value is not allowed; FabricTypeError: a type is not.
+        LaunchError: The processes that are there are not those asked for, or cannot be connected.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: str | Accelerator = "auto",
+        strategy: str | Strategy = "auto",
+        devices: int | str | Sequence[int] = "auto",
+        num_nodes: int = 1,
+        precision: str | int | Precision | None = None,
+        callbacks: Any = None,
+        loggers: Any = None,
+        plugins: Any = None,
+    ) -> None:
+        arguments = Arguments(accelerator, strategy, devices, num_nodes, precision)
+        self._arguments = {**vars(arguments), "callbacks": callbacks, "loggers": loggers, "plugins": plugins}
+        self._run = resolve(arguments, plugins, run_config.current(), os.environ)
+        self._callbacks = tuple(callbacks) if isinstance(callbacks, (list, tuple)) else () if callbacks is None else (callbacks,)
+        self._loggers = list(loggers) if isinstance(loggers, (list, tuple)) else [] if loggers is None else [loggers]
+        self._collectives = Collectives(self.device, check=self._run.config.check_collectives)
+        self._scaler = LossScaler(self.device.type) if self.precision.loss_scale else None
+        self._owns_group = False
+        self._placement: Placement | None = None
+        self._setup_objects: list[Any] = []
+        if not self._run.needs_launch:
+            self._connect()
+
+    # --- who and where am I -------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return self._run.device
+
+    @property
+    def global_rank(self) -> int:
+        """0 to world_size - 1."""
+        return self._run.topology.rank
+
+    @property
+    def local_rank(self) -> int:
+        """The rank among the processes of this node."""
+        return self._run.topology.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """Which node this is."""
+        return self._run.topology.node_rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes over all nodes."""
+        return self._run.topology.world_size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is rank 0."""
+        return self.global_rank == 0
+
+    @property
+    def strategy(self) -> Strategy:
+        """The layout of models over the ranks."""
+        return self._run.strategy
+
+    @property
+    def precision(self) -> Precision:
+        """The dtypes of this run."""
+        return self._run.strategy.precision
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The kind of device."""
+        return self._run.accelerator
+
+    @property
+    def loggers(self) -> list[Any]:
+        """All loggers."""
+        return self._loggers
+
+    @property
+    def logger(self) -> Any:
+        """The first logger, or None."""
+        return self._loggers[0] if self._loggers else None
+
+    # --- launch -------------------------------------------------------------------------------------------------
+
+    def launch(self, function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Start the processes, where no launcher has; otherwise go on.
+
+        Without a function, ``python script.py`` becomes the supervisor of ranks that run the script from its top. With
+        one, ``function(fabric, *args, **kwargs)`` runs on every rank and rank 0's result is returned.
+
+        Raises:
+            FabricTypeError: ``function`` cannot be called with a fabric.
+        """
+        if function is not None:
+            in_script.check_function(function)
+        if self._run.needs_launch:
+            if function is None:
+                in_script.supervise_script(self._run.config)
+            start_method = in_script.choose_start_method(getattr(self.strategy, "start_method", None))
+            return in_script.run_function(
+                _call_with_fabric,
+                (self._arguments, function, args),
+                kwargs,
+                ranks=self.world_size,
+                start_method=start_method,
+                config=self._run.config,
+            )
+        if function is None:
+            return None
+        return collectives.broadcast_object(function(self, *args, **kwargs))
+
+    # --- setup --------------------------------------------------------------------------------------------------
+
+    def setup(
+        self, module: nn.Module, *optimizers: Optimizer, scheduler: Any = None, move_to_device: bool = True,
+        _reapply_compile: bool = True,
+    ) -> Any:
+        """Lay out a model, and its optimizers, as the strategy says; returns the same objects, extended in place.
+
+        Every rank calls, with the same model. Works before and after ``torch.compile`` and ``module.compile()``.
+
+        Args:
+            module: Any module; without trainable parameters it is only moved and cast.
+            optimizers: Optimizers over its parameters, made before or after.
+            scheduler: Given back as it is, last; stateful schedulers need nothing.
+            move_to_device: Whether to move the module to this rank's device.
+
+        Returns:
+            ``module`` alone, or a tuple in the order given.
+
+        Raises:
+            FabricValueError: One of the objects is set up already.
+            FabricTypeError: Not a module or optimizer, or a class that cannot be extended.
+        """
+        for optimizer in optimizers:
+            self._check_new(optimizer, Optimizer)
+        self.setup_module(module, move_to_device=move_to_device, _optimizers=optimizers)
+        for optimizer in optimizers:
+            self._attach(optimizer)
+        given = (module, *optimizers) if scheduler is None else (module, *optimizers, scheduler)
+        return given if len(given) > 1 else module
+
+    def setup_module(self, module: Module, move_to_device: bool = True, *, _optimizers: Sequence[Optimizer] = ()) -> Module:
+        """:meth:`setup` of a model alone."""
+        placement = self._launched()
+        self._check_new(module, nn.Module)
+        if move_to_device:
+            self.strategy.materialize(module, placement)
+            module.to(self.device)
+        if self.precision.param_dtype is not None:
+            module.to(self.precision.param_dtype)
+        extension = ModuleExtension(
+            self, self.device.type, self.precision,
+            output_hook=None if self._scaler is None else self._scaler.check_plain_backward,
+        )
+        names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
+        engine = self.strategy.wrap(module, extension.run, placement)
+        extension.engine, extension.hooked = engine.module, engine.hooked
+        extend_module(module, extension)
+        for optimizer in _optimizers:
+            repoint(optimizer, names, module)
+        self._setup_objects.append(module)
+        call_hook(self._callbacks, "on_after_setup", fabric=self, module=module)
+        return module
+
+    def setup_optimizers(self, *optimizers: Optimizer) -> Any:
+        """Set up optimizers alone; one comes back as it is, several as a tuple."""
+        self._launched()
+        if not optimizers:
+            raise FabricValueError("setup_optimizers() needs at least one optimizer.", fix="setup_optimizers(optimizer)")
+        for optimizer in optimizers:
+            self._check_new(optimizer, Optimizer)
+        for optimizer in optimizers:
+            self._attach(optimizer)
+        return optimizers[0] if len(optimizers) == 1 else optimizers
+
+    def setup_dataloaders(
+        self, *dataloaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True,
+        pad: bool | None = None, uneven: str | None = None,
+    ) -> Any:
+        """Let loaders give each rank its share, on its device; the same objects, extended in place.
+
+        ``batch_size`` is per rank. Orders are those of torch's ``DistributedSampler``.
+
+        Args:
+            dataloaders: Any ``DataLoader`` or other iterable of batches.
+            use_distributed_sampler: Whether to shard; else every rank sees all.
+            move_to_device: Whether batches come on this rank's device.
+            pad: False: every sample exactly once over all ranks and as many batches on each. None, True: samples are
+                repeated so that the ranks' shares are of equal size, as ``DistributedSampler`` does.
+            uneven: ``"stop"``: all ranks end when the first one does, for loaders of unknown length.
+
+        Returns:
+            The loader, or a list of several.
+        """
+        self._launched()
+        if not dataloaders:
+            raise FabricValueError("setup_dataloaders() needs at least one loader.", fix="setup_dataloaders(loader)")
+        extended = [
+            extend_loader(
+                loader, rank=self.global_rank, world_size=self.world_size,
+                device=self.device if move_to_device else None, shard=use_distributed_sampler, pad=pad, uneven=uneven,
+            )
+            for loader in dataloaders
+        ]
+        self._setup_objects += extended
+        return extended[0] if len(extended) == 1 else extended
+
+    def release(self, *objects: Any) -> None:
+        """Give back plain objects: what ``setup`` added is taken off."""
+        for target in objects:
+            if isinstance(target, Optimizer):
+                self._detach(target)
+            elif isinstance(target, nn.Module):
+                release_module(target)
+            else:
+                release_loader(target)
+            self._setup_objects = [kept for kept in self._setup_objects if kept is not target]
+
+    def close(self) -> None:
+        """Release everything and leave the process group, if it was made here."""
+        self.release(*self._setup_objects)
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+            self._owns_group = False
+
+    # --- the step -----------------------------------------------------------------------------------------------
+
+    def backward(self, tensor: torch.Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        """``tensor.backward(*args, **kwargs)``, the loss scaled where the precision asks."""
+        if self._scaler is None:
+            self.strategy.backward(tensor, model, *args, **kwargs)
+            return
+        scaled = self._scaler.scale(tensor)
+        with self._scaler:
+            self.strategy.backward(scaled, model, *args, **kwargs)
+
+    def clip_gradients(
+        self, module: nn.Module, optimizer: Optimizer, clip_val: float | None = None, max_norm: float | None = None,
+        norm_type: float = 2.0, error_if_nonfinite: bool = True,
+    ) -> torch.Tensor | None:
+        """Clip the gradients of ``optimizer``'s parameters by value or by their norm over all ranks.
+
+        Returns:
+            By norm: the norm before clipping, a 0-dim tensor equal on all ranks. By value: None.
+
+        Raises:
+            FabricValueError: Not exactly one of ``clip_val`` and ``max_norm``.
+            RuntimeError: The norm is not finite, on all ranks, parameters untouched. With a loss scaler such a step is
+                skipped instead.
+        """
+        if (clip_val is None) == (max_norm is None):
+            raise FabricValueError(
+                "Gradients are clipped either by value or by norm.",
+                given=f"clip_val={clip_val}, max_norm={max_norm}",
+                fix="exactly one of clip_val= and max_norm=",
+            )
+        if self._scaler is not None:
+            self._scaler.unscale(optimizer)
+        parameters = parameters_of(optimizer)
+        if clip_val is not None:
+            torch.nn.utils.clip_grad_value_(parameters, clip_val)
+            return None
+        assert max_norm is not None
+        strict = error_if_nonfinite and self._scaler is None
+        return self.strategy.clip_grad_norm(parameters, float(max_norm), float(norm_type), strict)
+
+    @contextlib.contextmanager
+    def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> Iterator[None]:
+        """Around forward and backward of a micro-step: gradients stay on their rank and add up.
+
+        An exception inside drops the gradients of the window, so that nothing of it reaches a later step.
+        """
+        extension = extension_of(module)
+        if not isinstance(extension, ModuleExtension):
+            raise FabricTypeError(
+                "no_backward_sync() needs a module that went through setup().",
+                given=f"module={type(module).__name__}",
+                fix="model = fabric.setup(model) first",
+            )
+        if not enabled:
+            yield
+            return
+        try:
+            with self.strategy.no_sync(module, extension.engine):
+                yield
+        except BaseException:
+            self.strategy.drop_gradients(module)
+            raise
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context that ``forward`` runs in."""
+        dtype = self.precision.compute_dtype
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    # --- placement ----------------------------------------------------------------------------------------------
+
+    def to_device(self, data: Any) -> Any:
+        """Move a module in place, or return nested data with everything that has ``.to`` on this rank's device."""
+        return data.to(self.device) if isinstance(data, nn.Module) else move(data, self.device)
+
+    def init_tensor(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which new tensors are on this rank's device, floats in the dtype of parameters."""
+        return tensors_on(self.device, self.precision.param_dtype)
+
+    def init_module(self, empty_init: bool | None = None) -> contextlib.AbstractContextManager[Any]:
+        """A context in which a module is made in place and dtype.
+
+        Args:
+            empty_init: True leaves parameters uninitialised, for a model whose weights are loaded next.
+        """
+        return tensors_on(self.device, self.precision.param_dtype, skip_initialisation=bool(empty_init))
+
+    # --- collectives --------------------------------------------------------------------------------------------
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until every rank is here; ``name`` is for the reader."""
+        del name
+        self._launched()
+        collectives.barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return rank ``src``'s object, of any kind, on every rank; tensors keep their dtype."""
+        self._launched()
+        return self._collectives.broadcast(obj, src)
+
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Return each leaf ``(*shape)`` of all ranks as ``(world_size, *shape)``; a process alone: no extra dim."""
+        self._launched()
+        return self._collectives.all_gather(data, group, sync_grads=sync_grads)
+
+    def all_reduce(self, data: Any, group: Any = None, reduce_op: str = "mean") -> Any:
+        """Return each leaf reduced over the ranks: ``mean avg sum min max product``. The input is not changed."""
+        self._launched()
+        return self._collectives.all_reduce(data, group, reduce_op)
+
+    def gather(self, data: Any) -> Any:
+        """Return each leaf ``(n, *shape)`` as the rows of all ranks, ``(sum of n, *shape)``; n may differ by rank."""
+        self._launched()
+        return self._collectives.gather_uneven(data)
+
+    @contextlib.contextmanager
+    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
+        """Run the block on rank 0 (of each node, if ``local``) first, then on the others.
+
+        Raises:
+            CollectiveError: On the others, at once, when it raised on the first.
+        """
+        self._launched()
+        with self._collectives.rank_zero_first((self.local_rank if local else self.global_rank) == 0):
+            yield
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """``print`` on rank 0."""
+        if self.is_global_zero:
+            print(*args, **kwargs)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, state: Mapping[str, Any], filter: dict[str, Callable[[str, Any], bool]] | None = None) -> None:
+        """Write ``state`` to one file, old or new and never in between; every rank calls.
+
+        See :func:`fabric_lite.checkpoint.save`.
+        """
+        self._launched()
+        checkpoint.save(path, state, filter=filter)
+
+    def load(
+        self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Restore the objects and values in ``state`` in place; returns what the file holds beside them.
+
+        See :func:`fabric_lite.checkpoint.load`.
+        """
+        self._launched()
+        return checkpoint.load(path, state, strict=strict, weights_only=weights_only)
+
+    def load_raw(self, path: str | Path, obj: nn.Module | Optimizer, strict: bool = True) -> None:
+        """Load a file that holds one bare state dict into a module or optimizer."""
+        self._launched()
+        checkpoint.load_raw(path, obj, strict=strict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random state of every rank and the loss scaler's; every rank calls."""
+        state: dict[str, Any] = {"random": collectives.gather_objects(seed.random_state())}
+        if self._scaler is not None:
+            state["loss_scaler"] = self._scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`; random state only at the world size that it was saved at."""
+        if len(state["random"]) == self.world_size:
+            seed.set_random_state(state["random"][self.global_rank])
+        if self._scaler is not None and "loss_scaler" in state:
+            self._scaler.load_state_dict(state["loss_scaler"])
+
+    # --- the rest -----------------------------------------------------------------------------------------------
+
+    def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
+        """Call the method of that name on every callback that has it, with the arguments that it takes."""
+        call_hook(self._callbacks, hook_name, *args, **kwargs)
+
+    def log(self, name: str, value: Any, step: int | None = None) -> None:
+        """Send one scalar to every logger."""
+        self.log_dict({name: value}, step)
+
+    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Send scalars to every logger, from rank 0; without a logger this costs nothing."""
+        if not self._loggers or not self.is_global_zero:
+            return
+        scalars = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in metrics.items()}
+        for logger in self._loggers:
+            logger.log_metrics(metrics=scalars, step=step)
+
+    @staticmethod
+    def seed_everything(seed_value: int | None = None, workers: bool = True) -> int:
+        """Seed Python, numpy and torch; see :func:`fabric_lite.seed_everything`."""
+        return seed.seed_everything(seed_value, workers)
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        """Join the other ranks and take this rank's device; the first thing that communicates."""
+        if self.device.index is not None:
+            torch.accelerator.set_device_index(self.device.index)
+        if self.world_size > 1 or self._run.topology.is_managed and dist.is_initialized():
+            self._owns_group = join(self._run.topology, self.device)
+        mesh = build_mesh(self.device, self.strategy.mesh_axes(self.world_size)) if self.world_size > 1 else None
+        self._placement = Placement(self.device, self.precision, mesh)
+        for notice in self._run.notices:
+            rank_zero_info(notice)
+
+    def _launched(self) -> Placement:
+        if self._placement is None:
+            raise FabricRuntimeError(
+                f"This run has {self.world_size} processes, and they are not started yet.",
+                given=f"devices={self._arguments['devices']!r} in a script started with python",
+                fix="fabric.launch() right after Fabric(...), or fabric-run --devices N script.py",
+            )
+        return self._placement
+
+    def _check_new(self, target: Any, kind: type) -> None:
+        if not isinstance(target, kind):
+            raise FabricTypeError(
+                f"setup() takes a module and its optimizers; this is no {kind.__name__}.",
+                given=f"{type(target).__name__}: {target!r:.80}",
+                fix="fabric.setup(model, optimizer)",
+            )
+        extension = extension_of(target)
+        if extension is None:
+            return
+        owner = getattr(extension, "owner", None)
+        if owner is self or owner is None:
+            raise FabricValueError(
+                f"This {type(target).__name__} is set up already.",
+                fix="call setup() once per object; fabric.release(obj) gives the plain object back",
+            )
+        owner.release(target)
+        rank_zero_info(f"a {type(target).__name__} that another Fabric had set up was released first")
+
+    def _attach(self, optimizer: Optimizer) -> None:
+        for parameter in parameters_of(optimizer):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor) and value.dim() > 0:
+                    optimizer.state[parameter][key] = value.to(parameter.device)
+        extension = OptimizerExtension(self)
+        if self._scaler is not None:
+            self._scaler.attach(optimizer)
+        if has_hook(self._callbacks, "on_after_optimizer_step"):
+            extension.handles.append(
+                optimizer.register_step_post_hook(
+                    lambda stepped, *_: call_hook(
+                        self._callbacks, "on_after_optimizer_step", strategy=self.strategy, optimizer=stepped
+                    )
+                )
+            )
+        optimizer.__dict__["_fabric"] = extension
+        self._setup_objects.append(optimizer)
+
+    def _detach(self, optimizer: Optimizer) -> None:
+        extension: OptimizerExtension = optimizer.__dict__.pop("_fabric")
+        for handle in extension.handles:
+            handle.remove()
+        if self._scaler is not None:
+            self._scaler.detach(optimizer)
+
+
+class OptimizerExtension:
+    """What ``setup`` adds to an optimizer: a mark, and the handles of its hooks."""
+
+    def __init__(self, owner: Fabric) -> None:
+        self.owner = owner
+        self.handles: list[Any] = []
+
+
+def _call_with_fabric(
+    arguments: dict[str, Any], function: Callable[..., Any], args: Sequence[Any], **kwargs: Any
+) -> Any:
+    """In each started rank: make its Fabric and call the user's function."""
+    return function(Fabric(**arguments), *args, **kwargs)

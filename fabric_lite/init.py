@@ -1,0 +1,47 @@
+"""Making tensors and modules where and as they are needed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["tensors_on"]
+
+
+@contextlib.contextmanager
+def tensors_on(
+    device: torch.device, dtype: torch.dtype | None, *, skip_initialisation: bool = False
+) -> Iterator[None]:
+    """A context in which new tensors are on ``device``, floats in ``dtype``, both for this thread's new tensors only.
+
+    Args:
+        device: Where.
+        dtype: Default floating-point dtype; None leaves the process's own.
+        skip_initialisation: Whether ``torch.nn.init`` does nothing, so that parameters hold whatever memory held.
+    """
+    previous = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        if skip_initialisation:
+            stack.enter_context(_SkipInitialisation())
+        stack.enter_context(device)
+        try:
+            if dtype is not None:
+                torch.set_default_dtype(dtype)
+            yield
+        finally:
+            torch.set_default_dtype(previous)
+
+
+class _SkipInitialisation(TorchFunctionMode):
+    """Turns the functions of ``torch.nn.init`` into no-ops."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)

@@ -1,0 +1,193 @@
+"""From the arguments of ``Fabric``, the command line and the environment to one frozen description of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fabric_lite.device import Accelerator, choose_accelerator, parse_devices
+from fabric_lite.errors import FabricTypeError, FabricValueError, LaunchError
+from fabric_lite.precision import AMBIGUOUS_ALIASES, Precision, parse_precision
+from fabric_lite.run_config import RunConfig
+from fabric_lite.strategies import Strategy, parse_strategy
+from fabric_lite.topology import Topology, read_topology
+
+__all__ = ["Arguments", "Run", "resolve"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The arguments of ``Fabric``, as given."""
+
+    accelerator: str | Accelerator = "auto"
+    strategy: str | Strategy = "auto"
+    devices: int | str | Sequence[int] = "auto"
+    num_nodes: int = 1
+    precision: str | int | Precision | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What was asked for, parsed and checked.
+
+    Args:
+        accelerator: The kind of device.
+        device_indices: Index of each local rank's device.
+        strategy: With its precision filled in.
+        topology: This process's place; for a run that is not launched yet, rank 0 of all.
+        needs_launch: Whether ``launch()`` has yet to start the processes.
+        config: The arguments that the ranks are started with.
+        notices: Lines that the user should see once.
+    """
+
+    accelerator: Accelerator
+    device_indices: tuple[int, ...]
+    strategy: Strategy
+    topology: Topology
+    needs_launch: bool
+    config: RunConfig
+    notices: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return self.accelerator.device(self.device_indices[self.topology.local_rank % len(self.device_indices)])
+
+
+def resolve(
+    arguments: Arguments, plugins: Any, config: RunConfig | None, environ: Mapping[str, str]
+) -> Run:
+    """Return the run that these arguments, ``fabric-run``'s ``config`` and the environment describe.
+
+    Raises:
+        FabricValueError: An argument's value is not allowed, or two of them set the same thing.
+        FabricTypeError: An argument has the wrong type.
+        LaunchError: The processes that a launcher started are not those asked for.
+    """
+    notices: list[str] = []
+    arguments = _with_plugins(arguments, plugins)
+    arguments = _with_command_line(arguments, config, notices)
+    _check_num_nodes(arguments.num_nodes)
+    precision = parse_precision(arguments.precision)
+    if str(arguments.precision) in AMBIGUOUS_ALIASES:
+        notices.append(f"precision={arguments.precision!r} means {precision.name!r}; write it out to silence this line")
+    accelerator = choose_accelerator(arguments.accelerator)
+    indices = parse_devices(arguments.devices, accelerator)
+    topology = read_topology(environ)
+    if topology.is_managed:
+        indices = _reconcile(arguments, indices, topology, accelerator, config)
+        needs_launch = False
+    else:
+        if arguments.num_nodes > 1:
+            raise LaunchError(
+                "Several nodes cannot be started from one script.",
+                given=f"num_nodes={arguments.num_nodes}, no launcher",
+                fix="fabric-run --num-nodes, torchrun or srun on every node",
+            )
+        strategy_name = arguments.strategy if isinstance(arguments.strategy, str) else ""
+        if accelerator.device_type != "cpu" and arguments.devices == "auto" and strategy_name.lower() == "single_device":
+            indices = indices[:1]
+        needs_launch = len(indices) > 1
+        topology = dataclasses.replace(topology, world_size=len(indices), local_world_size=len(indices))
+    strategy = parse_strategy(arguments.strategy, topology.world_size)
+    strategy = dataclasses.replace(strategy, precision=precision)
+    if accelerator.device_type == "mps":
+        _check_mps(precision, topology)
+    return Run(
+        accelerator, indices, strategy, topology, needs_launch, _config_of(arguments, indices, config), tuple(notices)
+    )
+
+
+def _with_command_line(arguments: Arguments, config: RunConfig | None, notices: list[str]) -> Arguments:
+    """The command line wins over an argument in the script, and one line says so."""
+    if config is None:
+        return arguments
+    defaults = Arguments()
+    for name in ("accelerator", "strategy", "devices", "num_nodes", "precision"):
+        told, written = getattr(config, name), getattr(arguments, name)
+        if told is None:
+            continue
+        if written != getattr(defaults, name) and str(written) != str(told):
+            notices.append(f"the command line's --{name.replace('_', '-')} {told} wins over {name}={written!r} in the script")
+        arguments = dataclasses.replace(arguments, **{name: told})
+    return arguments
+
+
+def _with_plugins(arguments: Arguments, plugins: Any) -> Arguments:
+    given = [] if plugins is None else list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+    seen: Precision | None = None
+    for plugin in given:
+        if isinstance(plugin, str):
+            plugin = parse_precision(plugin)
+        if not isinstance(plugin, Precision):
+            raise FabricTypeError(
+                "This plugin is of no known kind.", given=f"plugins={plugin!r}", fix="a Precision (or its name)"
+            )
+        if seen is not None or arguments.precision is not None:
+            raise FabricValueError(
+                "The precision is set twice: choose one.",
+                given=f"precision={arguments.precision or seen!s} and plugins={plugin.name!r}",
+                fix="either precision= or one Precision in plugins=",
+            )
+        seen = plugin
+    return arguments if seen is None else dataclasses.replace(arguments, precision=seen)
+
+
+def _check_num_nodes(num_nodes: Any) -> None:
+    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int):
+        raise FabricTypeError("num_nodes must be an int.", given=f"num_nodes={num_nodes!r}", fix="num_nodes=1")
+    if num_nodes < 1:
+        raise FabricValueError("There is at least one node.", given=f"num_nodes={num_nodes}", fix="num_nodes=1")
+
+
+def _reconcile(
+    arguments: Arguments,
+    indices: tuple[int, ...],
+    topology: Topology,
+    accelerator: Accelerator,
+    config: RunConfig | None,
+) -> tuple[int, ...]:
+    """Hold what was asked for against the processes that are there."""
+    asked = None if arguments.devices in ("auto", -1, "-1") else len(indices)
+    if asked is not None and asked != topology.local_world_size:
+        raise LaunchError(
+            "The number of devices asked for is not the number of processes started on this node.",
+            given=f"devices={arguments.devices!r} and {topology.local_world_size} started by {topology.source}",
+            fix=f"fabric-run --devices {asked}, or devices='auto' in the script",
+        )
+    told_nodes = config.num_nodes if config is not None else None
+    if arguments.num_nodes not in (1, topology.num_nodes) and told_nodes is None:
+        raise LaunchError(
+            "The number of nodes asked for is not the number started.",
+            given=f"num_nodes={arguments.num_nodes} and {topology.num_nodes} by {topology.source}",
+            fix="leave num_nodes out: it comes from the launcher",
+        )
+    if asked is not None:
+        return indices
+    if accelerator.device_type == "cpu":
+        return tuple(range(topology.local_world_size))
+    if len(indices) < topology.local_world_size:
+        raise LaunchError(
+            "More processes were started on this node than it has devices.",
+            given=f"{topology.local_world_size} processes by {topology.source}, {len(indices)} {accelerator.device_type}",
+            fix="start one process per device, or accelerator='cpu'",
+        )
+    return indices[: topology.local_world_size]
+
+
+def _check_mps(precision: Precision, topology: Topology) -> None:
+    if topology.world_size > 1:
+        raise FabricValueError("mps has one device and no communication.", given=f"{topology.world_size} ranks", fix="devices=1")
+    if precision.param_dtype == torch.float64:
+        raise FabricValueError("mps has no float64.", given=f"precision={precision.name!r}", fix="precision='32-true'")
+
+
+def _config_of(arguments: Arguments, indices: tuple[int, ...], config: RunConfig | None) -> RunConfig:
+    """What the ranks of an in-script launch are told: how many they are; all else stands in the script."""
+    base = config or RunConfig()
+    if arguments.accelerator in ("auto", "cpu") and indices == tuple(range(len(indices))):
+        return dataclasses.replace(base, devices=str(len(indices)))
+    return dataclasses.replace(base, devices=",".join(map(str, indices)))

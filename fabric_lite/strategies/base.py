@@ -1,0 +1,110 @@
+"""What a strategy is: a layout over a ``DeviceMesh`` with a few verbs, each with a default."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fabric_lite.precision import PRECISIONS, Precision
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Engine", "Placement", "Strategy"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where and in what a model runs: what a strategy is handed.
+
+    Args:
+        device: This rank's device.
+        precision: The run's dtypes.
+        mesh: All ranks, with the axes that :meth:`Strategy.mesh_axes` asked for; None where it asked for none.
+    """
+
+    device: torch.device
+    precision: Precision
+    mesh: DeviceMesh | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What a strategy made of a module.
+
+    Args:
+        module: Called instead of the user's module where gradients are on; it must call the ``run`` that ``wrap`` was
+            given. None where the user's module itself is called.
+        hooked: Whether the work is done by forward hooks on the user's module (as ``fully_shard`` does).
+    """
+
+    module: nn.Module | None = None
+    hooked: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """Base of all strategies: one device, nothing to do. Subclasses are frozen dataclasses of options.
+
+    Each verb has a default, so a strategy writes down only what it changes. Every rank calls every verb.
+
+    Args:
+        precision: The run's precision; filled in by ``Fabric``.
+    """
+
+    precision: Precision = dataclasses.field(default=PRECISIONS["32-true"], kw_only=True, compare=False)
+
+    @property
+    def uses_several_processes(self) -> bool:
+        """Whether more than one rank can take part."""
+        return True
+
+    def mesh_axes(self, world_size: int) -> Mapping[str, int]:
+        """Return the mesh's axes, name to size, whose product is ``world_size``; empty: no mesh is needed."""
+        del world_size
+        return {}
+
+    def materialize(self, module: nn.Module, placement: Placement) -> None:
+        """Give a module that was made on the meta device its values on ``placement.device``."""
+
+    def wrap(self, module: nn.Module, run: Callable[..., Any], placement: Placement) -> Engine:
+        """Lay ``module``, already on its device and in its dtype, out over the ranks.
+
+        Args:
+            module: The user's module; it may be changed in place.
+            run: What an engine beside the module calls in its own ``forward``, with the same arguments.
+            placement: Device, precision and mesh.
+        """
+        del module, run, placement
+        return Engine()
+
+    def no_sync(self, module: nn.Module, engine: nn.Module | None) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which gradients stay on their rank."""
+        del module, engine
+        return contextlib.nullcontext()
+
+    def backward(self, tensor: torch.Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Run backward from ``tensor``; ``module`` is given where an engine owns the backward pass."""
+        del module
+        tensor.backward(*args, **kwargs)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> Callable[..., Any] | None:
+        """Return what replaces ``optimizer.step`` where an engine owns the step; None: torch's own."""
+        del optimizer
+        return None
+
+    def clip_grad_norm(
+        self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
+    ) -> torch.Tensor:
+        """Scale gradients so that their norm over all ranks is at most ``max_norm``; return the norm before, a plain tensor."""
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+
+    def drop_gradients(self, module: nn.Module) -> None:
+        """Forget all gradients of ``module``, also those that wait to be synchronised."""
+        for parameter in module.parameters():
+            parameter.grad = None

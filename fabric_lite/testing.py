@@ -1,0 +1,157 @@
+"""Running a function on several ranks in tests, fast: the ranks stay warm from one call to the next.
+
+    pool = RankPool()
+    losses = pool.run(train_two_steps, "bf16-mixed", ranks=2)   # one value per rank
+    pool.close()
+
+The function is a top-level function of an importable module. In it, ``Fabric(devices=2)`` finds its place as under
+``fabric-run``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import multiprocessing.connection
+import os
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["RankError", "RankPool"]
+
+
+class RankError(Exception):
+    """A function failed on a rank; the message is that rank's traceback."""
+
+    def __init__(self, rank: int, kind: str, trace: str) -> None:
+        super().__init__(f"rank {rank} raised {kind}\n{trace}")
+        self.rank = rank
+        self.kind = kind
+
+
+class RankPool:
+    """Warm ranks on CPU, connected by gloo; one group for each number of ranks that is asked for.
+
+    Args:
+        timeout_seconds: A rank that takes longer is ended, and its group with it. Also the timeout of collectives.
+    """
+
+    def __init__(self, timeout_seconds: float = 60.0) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._groups: dict[int, _Group] = {}
+
+    def run(self, function: Callable[..., Any], *args: Any, ranks: int = 2, **kwargs: Any) -> list[Any]:
+        """Call ``function(*args, **kwargs)`` on each of ``ranks`` ranks; return their values, by rank.
+
+        Raises:
+            RankError: A rank raised, died or took too long; of several, the one that did so first.
+        """
+        group = self._groups.get(ranks)
+        if group is None:
+            group = self._groups[ranks] = _Group.start(ranks, self._timeout_seconds)
+        try:
+            return group.call(function, args, kwargs, self._timeout_seconds)
+        except RankError:
+            # A rank that failed may have left its peers in the middle of a collective.
+            self._groups.pop(ranks).end()
+            raise
+
+    def close(self) -> None:
+        """End all ranks."""
+        while self._groups:
+            self._groups.popitem()[1].end()
+
+
+@dataclasses.dataclass
+class _Group:
+    processes: list[Any]
+    pipes: list[multiprocessing.connection.Connection]
+    folder: tempfile.TemporaryDirectory[str]
+
+    @staticmethod
+    def start(ranks: int, timeout_seconds: float) -> _Group:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch._dynamo", "fabric_lite.testing"])
+        folder = tempfile.TemporaryDirectory(prefix="fabric_lite_ranks_", ignore_cleanup_errors=True)
+        processes, pipes = [], []
+        for rank in range(ranks):
+            ours, theirs = context.Pipe()
+            arguments = (rank, ranks, theirs, folder.name, timeout_seconds, list(sys.path))
+            process = context.Process(target=_serve, args=arguments, daemon=False)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            pipes.append(ours)
+        return _Group(processes, pipes, folder)
+
+    def call(self, function: Callable[..., Any], args: Any, kwargs: Any, timeout_seconds: float) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, args, kwargs))
+        values: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout_seconds
+        while len(values) < len(self.pipes):
+            waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in values}
+            ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RankError(min(waiting.values()), "nothing", f"ranks {sorted(waiting.values())} took too long")
+            for pipe in ready:
+                rank = waiting[pipe]  # type: ignore[index]
+                try:
+                    succeeded, value = self.pipes[rank].recv()
+                except EOFError:
+                    self.processes[rank].join(5)
+                    raise RankError(rank, "nothing", f"it died: exit code {self.processes[rank].exitcode}") from None
+                if not succeeded:
+                    raise RankError(rank, *value)
+                values[rank] = value
+        return [values[rank] for rank in range(len(self.pipes))]
+
+    def end(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.folder.cleanup()
+
+
+def _serve(
+    rank: int, ranks: int, pipe: Any, folder: str, timeout_seconds: float, path: list[str]
+) -> None:  # pragma: no cover - in a child
+    """A rank's life: join the group, then run one function after the other."""
+    import datetime
+
+    import numpy
+    import torch
+    import torch.distributed as dist
+
+    sys.path[:] = path
+    torch.set_num_threads(1)
+    # The rank's bootstrap: exactly what a launcher gives it.
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
+        GROUP_RANK="0", GROUP_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    if ranks > 1:
+        store = dist.FileStore(os.path.join(folder, "store"), ranks)
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
+    while True:
+        try:
+            function, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        random.seed(0)
+        numpy.random.seed(0)
+        torch.manual_seed(0)
+        try:
+            pipe.send((True, function(*args, **kwargs)))
+        except BaseException as error:
+            pipe.send((False, (type(error).__name__, traceback.format_exc())))
+            if not isinstance(error, Exception):
+                raise
