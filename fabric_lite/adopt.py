@@ -32,7 +32,7 @@ class Extended:
 
 
 # Values are weak: an extended class goes when its last object has gone, and with it the key's hold on the user's class.
-_classes: weakref.WeakValueDictionary[tuple[type, Members], type] = weakref.WeakValueDictionary()
+_classes: weakref.WeakValueDictionary[tuple[type, Members, bool], type] = weakref.WeakValueDictionary()
 
 
 def extend(target: Any, members: Members, holder: Any) -> None:
@@ -49,7 +49,11 @@ def extend(target: Any, members: Members, holder: Any) -> None:
     """
     kind = type(target)
     try:
-        target.__class__ = _extended_class(kind, members)
+        try:
+            target.__class__ = _extended_class(kind, members, mark_first=True)
+        except TypeError:
+            # A class whose first base is Generic (DataLoader) or an ABC has another layout with the mark first.
+            target.__class__ = _extended_class(kind, members, mark_first=False)
     except TypeError as error:
         raise FabricTypeError(
             f"An object of class {kind.__name__} cannot be extended in place.",
@@ -96,8 +100,8 @@ def user_class(kind: type) -> type:
     return kind.__dict__.get("_fabric_extends", kind)
 
 
-def _extended_class(kind: type, members: Members) -> type:
-    extended = _classes.get((kind, members))
+def _extended_class(kind: type, members: Members, *, mark_first: bool) -> type:
+    extended = _classes.get((kind, members, mark_first))
     if extended is None:
         namespace = {
             "__module__": kind.__module__,
@@ -108,19 +112,13 @@ def _extended_class(kind: type, members: Members) -> type:
             "__deepcopy__": _deepcopy_plainly,
             **members(kind),
         }
-        extended = _classes[kind, members] = _new_class(kind, namespace)
+        # The mark first, so that the user's __init_subclass__ does not run; type.__new__ with the user's metaclass,
+        # so that the metaclass's own __new__ and __init__ (registries) do not run.
+        metaclass: Any = type(kind)
+        bases = (Extended, kind) if mark_first else (kind, Extended)
+        extended = type.__new__(metaclass, kind.__name__, bases, namespace)
+        _classes[kind, members, mark_first] = extended
     return extended
-
-
-def _new_class(kind: type, namespace: dict[str, Any]) -> type:
-    # type.__new__ with the user's metaclass, whose own __new__ and __init__ (registries) do not run. The mark stands
-    # first, so that the user's __init_subclass__ does not run either; a class whose first base is Generic or an ABC
-    # without a __dict__ of its own wants the bases the other way round.
-    metaclass: Any = type(kind)
-    try:
-        return type.__new__(metaclass, kind.__name__, (Extended, kind), namespace)
-    except TypeError:
-        return type.__new__(metaclass, kind.__name__, (kind, Extended), namespace)
 
 
 def _reduce_plainly(self: Any, protocol: Any) -> Any:

@@ -17,15 +17,13 @@ from fabric_lite import checkpoint, collectives, run_config, seed
 from fabric_lite.adopt import extension_of
 from fabric_lite.callbacks import call_hook, has_hook
 from fabric_lite.collectives import Collectives
-from fabric_lite.data import extend_loader, release_loader
+from fabric_lite.data import extend_loader, move_to_device, release_loader
 from fabric_lite.device import Accelerator
 from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
 from fabric_lite.init import tensors_on
-from fabric_lite.launch import in_script
 from fabric_lite.mesh import build_mesh, join
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.optim import LossScaler, parameters_of, repoint
-from fabric_lite.placement import move
 from fabric_lite.precision import Precision
 from fabric_lite.route import ModuleExtension, extend_module, release_module
 from fabric_lite.run import Arguments, resolve
@@ -147,6 +145,9 @@ class Fabric:
         Raises:
             FabricTypeError: ``function`` cannot be called with a fabric.
         """
+        # Not needed where a launcher started the ranks, which is most runs.
+        from fabric_lite.launch import in_script
+
         if function is not None:
             in_script.check_function(function)
         if self._run.needs_launch:
@@ -353,7 +354,7 @@ class Fabric:
 
     def to_device(self, data: Any) -> Any:
         """Move a module in place, or return nested data with everything that has ``.to`` on this rank's device."""
-        return data.to(self.device) if isinstance(data, nn.Module) else move(data, self.device)
+        return data.to(self.device) if isinstance(data, nn.Module) else move_to_device(data, self.device)
 
     def init_tensor(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which new tensors are on this rank's device, floats in the dtype of parameters."""
