@@ -1,0 +1,330 @@
+"""Setting up a ``DataLoader`` in place: its samplers deal out to the ranks, its batches come on the device, its place
+in the data is a few numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from fabric_lite import adopt
+from fabric_lite.collectives import Collectives
+from fabric_lite.data.iterables import MovedIterable, end_together
+from fabric_lite.data.move import mover
+from fabric_lite.data.progress import Progress
+from fabric_lite.data.samplers import CountedBatchSampler, CountedSampler, Dealer, Pass, ShardedSampler, length_of
+from fabric_lite.data.workers import WorkerSeed
+from fabric_lite.errors import FabricTypeError, FabricValueError
+
+__all__ = ["ExtendedLoader", "extend_loader", "is_extended_loader", "release_loader"]
+
+# DataLoader guards these against assignment, so they are written through its __dict__.
+_REPLACED = ("sampler", "batch_sampler", "worker_init_fn")
+
+
+def extend_loader(
+    loader: Any,
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device | None,
+    shard: bool = True,
+    pad: bool | None = None,
+    uneven: str | None = None,
+    seed: int = 0,
+) -> Any:
+    """Set ``loader`` up in place and return it.
+
+    An iterable that is no ``DataLoader`` cannot be changed: it comes back inside a
+    :class:`~fabric_lite.data.iterables.MovedIterable`, every rank seeing all of it.
+
+    Args:
+        loader: A ``DataLoader`` of any subclass, or any other iterable of batches.
+        rank: The rank to deal to; every rank calls this with its own.
+        world_size: Ranks among which the data is dealt out.
+        device: Where batches come; None leaves them where the loader makes them.
+        shard: Whether to deal out. An ``IterableDataset`` never is: it splits itself in its ``__iter__``. A
+            ``DistributedSampler`` that is there already deals by itself.
+        pad: True repeats items until all ranks have equally many (None too). False gives every sample exactly once,
+            and every rank equally many batches.
+        uneven: ``"stop"`` ends all ranks as soon as one has ended, at the cost of one tiny reduction per batch. For
+            data whose length is not known. Every rank must then leave the loop at the same batch.
+        seed: The seed of the order, as in ``DistributedSampler``.
+
+    Raises:
+        FabricValueError: The loader is set up already, or ``pad`` or ``uneven`` cannot be had with it.
+        FabricTypeError: ``loader`` is not iterable.
+    """
+    if uneven not in (None, "stop"):
+        raise FabricValueError(
+            "This way to end uneven ranks does not exist.", given=f"uneven={uneven!r}", fix='uneven="stop" or None'
+        )
+    if is_extended_loader(loader):
+        raise FabricValueError(
+            "This loader is already set up.",
+            given=type(loader).__name__,
+            fix="set up each loader once, and use the object everywhere",
+        )
+    move = None if device is None else mover(device)
+    ends = Collectives(device or torch.device("cpu")) if uneven == "stop" and world_size > 1 else None
+    if not isinstance(loader, DataLoader):
+        if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+            raise FabricTypeError(
+                "A loader must be iterable.", given=type(loader).__name__, fix="a DataLoader or any iterable of batches"
+            )
+        return MovedIterable(loader, move=move, together=ends, is_shared=shard and world_size > 1 and rank == 0)
+    dealer = _dealer_for(loader, rank, world_size, shard, pad)
+    progress = Progress(dealer, seed=seed, rank=rank, world_size=world_size)
+    holder = _Holder(progress, move, ends, {name: loader.__dict__[name] for name in _REPLACED})
+    if dealer is not None:
+        loader.__dict__.update(_samplers(loader, dealer, progress))
+    loader.__class__ = _extended_class(type(loader))
+    loader.__dict__[adopt.HOLDER] = holder
+    return loader
+
+
+def release_loader(loader: Any) -> Any:
+    """Give the plain object back: the user's class, samplers and ``worker_init_fn``."""
+    if isinstance(loader, MovedIterable):
+        return loader.iterable
+    originals = _originals(loader)
+    adopt.release(loader)
+    loader.__dict__.update(originals)
+    # Persistent workers serve the samplers that have just been taken out.
+    loader.__dict__["_iterator"] = None
+    return loader
+
+
+def is_extended_loader(loader: Any) -> bool:
+    """Whether :func:`extend_loader` returned ``loader``."""
+    return isinstance(loader, (ExtendedLoader, MovedIterable))
+
+
+@dataclasses.dataclass
+class _Holder:
+    """All that a set-up loader carries beside the user's own attributes."""
+
+    progress: Progress
+    move: Callable[[Any], Any] | None
+    ends: Collectives | None
+    originals: dict[str, Any]
+
+
+class _Batches:
+    """One iterator over a set-up loader; every other attribute is that of torch's iterator.
+
+    Not a generator, which would hold on to the batch that the user has let go.
+    """
+
+    def __init__(self, holder: _Holder, current: Pass, inner: Iterator[Any], pin: Callable[[], None]) -> None:
+        self._inner = inner
+        self._current = current
+        self._pin = pin
+        self._move = holder.move
+        self._advance = inner.__next__ if holder.ends is None else end_together(inner, holder.ends).__next__
+        self._is_new = True
+        # Without indices, what was seen has to be read again and dropped.
+        self._to_drop = current.start.seen if holder.progress.counts_batches_read else 0
+
+    def __iter__(self) -> _Batches:
+        return self
+
+    def __next__(self) -> Any:
+        if self._is_new:
+            self._start()
+        try:
+            batch = self._advance()
+        except StopIteration:
+            self._current.is_finished = True
+            raise
+        self._current.yielded += 1
+        return batch if self._move is None else self._move(batch)
+
+    def _start(self) -> None:
+        self._is_new = False
+        if self._current.claims == 0:
+            # The user's __iter__ is a generator: only now it comes to torch's own, perhaps after that of another
+            # iterator.
+            self._pin()
+        for _ in range(self._to_drop):
+            next(self._inner, None)
+
+    def __len__(self) -> int:
+        return len(self._inner)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_inner":
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+
+def _dealer_for(loader: DataLoader, rank: int, world_size: int, shard: bool, pad: bool | None) -> Dealer | None:
+    """The dealer of a loader over indices; None for an ``IterableDataset``."""
+    if isinstance(loader.dataset, IterableDataset):
+        if pad is not None:
+            raise FabricValueError(
+                "An IterableDataset has no indices to deal out or pad.",
+                given=f"pad={pad} with {type(loader.dataset).__name__}",
+                fix='uneven="stop" to end all ranks together, and split the data in the dataset\'s __iter__',
+            )
+        return None
+    is_custom = loader.batch_size is None and loader.batch_sampler is not None
+    sampler: Any = loader.batch_sampler if is_custom else loader.sampler
+    is_dealt = shard and not _is_distributed(sampler)
+    dealer = Dealer(
+        sampler=sampler,
+        original=loader.sampler if loader.batch_sampler is None else loader.batch_sampler,
+        batch_size=loader.batch_size,
+        drop_last=loader.drop_last,
+        items_are_batches=is_custom,
+        rank=rank if is_dealt else 0,
+        world_size=world_size if is_dealt else 1,
+        pad=pad is not False,
+    )
+    if not dealer.pad and dealer.world_size > 1:
+        _check_exact(dealer)
+    return dealer
+
+
+def _check_exact(dealer: Dealer) -> None:
+    total = length_of(dealer.sampler)
+    if total is None:
+        raise FabricValueError(
+            "Without padding, the number of samples must be known.",
+            given=f"pad=False with {type(dealer.sampler).__name__}, which has no length",
+            fix='a sampler with __len__, or uneven="stop"',
+        )
+    if dealer.batch_size is None and not dealer.items_are_batches and total % dealer.world_size:
+        raise FabricValueError(
+            "Without padding and batches, every rank needs equally many samples.",
+            given=f"pad=False and batch_size=None with {total} samples on {dealer.world_size} ranks",
+            fix="a batch_size, or pad=True",
+        )
+    dealer.plan(total)  # raises where a rank would have nothing
+
+
+def _is_distributed(sampler: Any) -> bool:
+    inner = getattr(sampler, "sampler", None)
+    is_wrapper = inner is not None and inner is not sampler
+    return isinstance(sampler, DistributedSampler) or (is_wrapper and _is_distributed(inner))
+
+
+def _samplers(loader: DataLoader, dealer: Dealer, progress: Progress) -> dict[str, Any]:
+    """What stands in the loader's ``__dict__`` while it is set up."""
+    if loader.batch_sampler is None:
+        return {"sampler": CountedSampler(dealer, progress.claim)}
+    batches = CountedBatchSampler(dealer, progress.claim)
+    if dealer.world_size == 1 or dealer.items_are_batches:
+        return {"batch_sampler": batches}
+    batches.sampler = ShardedSampler(batches, progress.set_epoch)
+    return {"batch_sampler": batches, "sampler": batches.sampler}
+
+
+class ExtendedLoader(DataLoader[Any]):
+    """The mark of an extended loader class.
+
+    As :class:`fabric_lite.adopt.Extended`, but a DataLoader: an object of a Generic class takes no class that has
+    another first base ("object layout differs").
+    """
+
+    @classmethod
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Hide from the registries of users."""
+
+
+_classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
+
+
+def _extended_class(kind: type) -> type:
+    extended = _classes.get(kind)
+    if extended is None:
+        namespace = {
+            "__module__": kind.__module__,
+            "__qualname__": kind.__qualname__,
+            "__doc__": kind.__doc__,
+            "_fabric_extends": kind,
+            **_members(kind),
+        }
+        # The user's metaclass, without its own __new__ and __init__.
+        metaclass: Any = type(kind)
+        extended = _classes[kind] = type.__new__(metaclass, kind.__name__, (ExtendedLoader, kind), namespace)
+    return extended
+
+
+def _members(kind: type) -> dict[str, Any]:
+    """What the extended class of a loader class defines."""
+    plain_iter = kind.__iter__  # type: ignore[attr-defined]  # a DataLoader class
+    plain_set_epoch = getattr(kind, "set_epoch", None)
+
+    def __iter__(self: Any) -> Iterator[Any]:
+        holder: _Holder = adopt.extension_of(self)
+        current = holder.progress.begin()
+        _seed_workers(self, holder)
+
+        def pin() -> None:
+            holder.progress.pin(current, has_persistent_workers=self.persistent_workers)
+
+        pin()
+        inner = iter(plain_iter(self))
+        current.rewind()
+        return _Batches(holder, current, inner, pin)
+
+    def set_epoch(self: Any, epoch: int) -> None:
+        """Let the next iteration be epoch ``epoch``; a place within that epoch that was loaded is kept."""
+        adopt.extension_of(self).progress.set_epoch(epoch)
+        if plain_set_epoch is not None:
+            plain_set_epoch(self, epoch)
+
+    def state_dict(self: Any) -> dict[str, Any]:
+        """Return the place of the latest iterator: plain numbers, the same on every rank."""
+        return adopt.extension_of(self).progress.state_dict()
+
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        """Let the next iteration begin at the place ``state_dict``, also of another world size."""
+        adopt.extension_of(self).progress.load_state_dict(state_dict)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        with _as_the_user_made_it(self):
+            reduced = self.__reduce_ex__(protocol)
+            return tuple(dict(part) if part is self.__dict__ else part for part in reduced)
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        with _as_the_user_made_it(self):
+            return copy.deepcopy(self, memo)
+
+    return {
+        function.__name__: function
+        for function in (__iter__, set_epoch, state_dict, load_state_dict, __reduce_ex__, __deepcopy__)
+    }
+
+
+@contextlib.contextmanager
+def _as_the_user_made_it(loader: Any) -> Iterator[None]:
+    """The plain loader for the length of the block, with its own samplers."""
+    originals = _originals(loader)
+    ours = {name: loader.__dict__[name] for name in _REPLACED}
+    with adopt.plain(loader):
+        loader.__dict__.update(originals)
+        try:
+            yield
+        finally:
+            loader.__dict__.update(ours)
+
+
+def _originals(loader: Any) -> dict[str, Any]:
+    originals = dict(adopt.extension_of(loader).originals)
+    if not isinstance(loader.worker_init_fn, WorkerSeed):
+        originals["worker_init_fn"] = loader.worker_init_fn  # the user has set another since
+    return originals
+
+
+def _seed_workers(loader: Any, holder: _Holder) -> None:
+    current = loader.worker_init_fn
+    user_function = current.user_function if isinstance(current, WorkerSeed) else current
+    loader.__dict__["worker_init_fn"] = holder.progress.worker_seed(user_function)
