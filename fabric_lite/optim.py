@@ -135,7 +135,7 @@ class LossScaler:
         self._scaler.step(watch.recorder)  # type: ignore[arg-type]
         watch.stepped = True
         if not watch.recorder.may_step:
-            watch.hide_parameters()
+            watch.hide_gradients()
 
     def _update_if_due(self) -> None:
         watches = self._watches.values()
@@ -175,7 +175,7 @@ class _Watch:
     depth: int = 0  # a subclass that calls super().step() fires the hooks twice
     stepped: bool = False
     unscaled: bool = False
-    hidden_groups: list[dict[str, Any]] | None = None
+    hidden: _Hidden | None = None
 
     @property
     def recorder(self) -> _StepRecorder:
@@ -193,20 +193,39 @@ class _Watch:
     def holds_gradients(self) -> bool:
         return any(parameter.grad is not None for parameter in parameters_of(self.optimizer))
 
-    def hide_parameters(self) -> None:
-        """Let the step that follows see no parameters, and copies of the groups, whose counters it may change."""
-        self.hidden_groups = self.optimizer.param_groups
-        self.optimizer.param_groups = [{**group, "params": []} for group in self.hidden_groups]
+    def hide_gradients(self) -> None:
+        """Let the step that follows find no gradients, so that torch's optimizers do nothing."""
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        parameters = parameters_of(self.optimizer)
+        self.hidden = _Hidden([(parameter, parameter.grad) for parameter in parameters], groups)
+        for parameter in parameters:
+            parameter.grad = None
 
     def after_step(self) -> None:
         self.depth -= 1
         if self.depth == 0:
             self.unscaled = False
-            self.recover()
+            if self.hidden is not None:
+                self.hidden.restore(self.optimizer)
+            self.hidden = None
 
     def recover(self) -> None:
-        """Show the parameters again, also after a step that raised."""
+        """After a step that raised: its gradients, hidden because they overflowed, are gone for good."""
         self.depth = 0
-        if self.hidden_groups is not None:
-            self.optimizer.param_groups = self.hidden_groups
-            self.hidden_groups = None
+        self.hidden = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hidden:
+    """What a skipped step may not see or change: gradients, and the counters that some optimizers keep in groups."""
+
+    gradients: list[tuple[torch.Tensor, torch.Tensor | None]]
+    groups: list[dict[str, Any]]
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        for group, options in zip(optimizer.param_groups, self.groups, strict=True):
+            parameters = group["params"]
+            group.clear()
+            group.update({"params": parameters, **options})

@@ -1,0 +1,52 @@
+"""Small models and data that many tests share; top-level, so that ranks can import them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    """Two linear layers, with the ways in which users run a model."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, width)
+        self.second = nn.Linear(width, 4)
+        self.note = "unchanged"
+
+    def forward(self, x: torch.Tensor, depth: int = 0) -> torch.Tensor:
+        y = self.second(torch.relu(self.first(x)))
+        return self(y, depth - 1) if depth else y
+
+    def training_step(self, x: torch.Tensor) -> torch.Tensor:
+        """Calls the model as a whole."""
+        return self(x).pow(2).mean()
+
+    def by_layers(self, x: torch.Tensor) -> torch.Tensor:
+        """Runs submodules directly, around ``forward``."""
+        return self.second(torch.relu(self.first(x))).pow(2).mean()
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(x))
+
+
+def make_net(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net()
+
+
+def batches(count: int = 4, size: int = 8, seed: int = 1) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, 4, generator=generator) for _ in range(count)]
+
+
+def weights(module: nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
