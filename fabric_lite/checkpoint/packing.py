@@ -46,7 +46,7 @@ def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
         yield part.untyped_storage()
 
 
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
+def _span(tensor: torch.Tensor) -> tuple[Any, Any]:
     """The bytes of its storage that a strided tensor with elements reaches over: first, and one past the last."""
     reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.storage_offset() * tensor.itemsize

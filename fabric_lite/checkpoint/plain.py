@@ -56,15 +56,21 @@ def is_stateful(value: Any) -> bool:
     return not isinstance(value, (dict, list, tuple, torch.Tensor, type)) and isinstance(value, Stateful)
 
 
-def stateful_objects(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+def stateful_objects(
+    value: Any, place: Place, parents: frozenset[int] = frozenset()
+) -> Iterator[tuple[Place, Any]]:
     """Yield every object with a state that is nested in ``value``, with its place, in order."""
+    if id(value) in parents:
+        return  # plain() says so
     if isinstance(value, dict):
+        parents = parents | {id(value)}
         for key, item in value.items():
-            yield from stateful_objects(item, place.at(key))
+            yield from stateful_objects(item, place.at(key), parents)
     elif isinstance(value, (list, tuple)):
+        parents = parents | {id(value)}
         for index, item in enumerate(value):
             if type(item) not in _SCALARS:
-                yield from stateful_objects(item, place.at(index))
+                yield from stateful_objects(item, place.at(index), parents)
     elif is_stateful(value):
         yield place, value
 
@@ -131,20 +137,20 @@ def _ordered_like(value: Any, items: dict[Any, Any]) -> Any:
 def _tensor(value: torch.Tensor, place: Place) -> torch.Tensor:
     if is_sharded(value):
         return value.detach()
-    if type(value) not in _TENSORS or value.is_nested:
-        return _refuse(value, place)
-    if value.is_meta:
-        raise FabricTypeError(
-            f"{place} is a meta tensor: it has no data to save.",
-            given=f"shape {tuple(value.shape)}, {value.dtype}",
-            fix="materialise the model first, for instance with fabric.setup(model)",
-        )
     if torch.nn.parameter.is_lazy(value):
         raise FabricTypeError(
             f"{place} belongs to a lazy module that has not run yet: it has no data to save.",
             given=type(value).__name__,
             fix="one forward pass before the first checkpoint",
         )
+    if value.is_meta:
+        raise FabricTypeError(
+            f"{place} is a meta tensor: it has no data to save.",
+            given=f"shape {tuple(value.shape)}, {value.dtype}",
+            fix="materialise the model first, for instance with fabric.setup(model)",
+        )
+    if type(value) not in _TENSORS or value.is_nested:
+        return _refuse(value, place)
     return value.detach()
 
 
@@ -189,4 +195,4 @@ def _refuse(value: Any, place: Place) -> Any:
 
 
 def _article(word: str) -> str:
-    return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"
+    return f"{'an' if word[:1].lower() in 'aeiou' or word == 'ndarray' else 'a'} {word}"

@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
 
-def save(path: str | os.PathLike[str], state: dict[str, Any], *, filter: Filter | None = None) -> None:
+def save(path: str | os.PathLike[str], state: Mapping[str, Any], *, filter: Filter | None = None) -> None:
     """Write ``state`` into one file that plain ``torch.load(path, weights_only=True)`` reads.
 
     Every rank calls it, with the same objects; rank 0 writes, and its plain values are the ones in the file. When it
@@ -46,6 +46,7 @@ def save(path: str | os.PathLike[str], state: dict[str, Any], *, filter: Filter 
         CheckpointError: The file could not be written, or another rank failed.
     """
     target = on_every_rank("save()", _checked, path, state, filter)
+    state = dict(state)
     compare_objects(list(stateful_objects(state, Place())), "save()")
     content = on_every_rank("save()", _filtered, _collected(state), filter or {})
     sharded = {str(place): tensor for place, tensor in tensors_in(content, Place()) if is_sharded(tensor)}
@@ -111,7 +112,7 @@ def own_keys(state: Any) -> Any:
 
 
 def _checked(path: Any, state: Any, filter: Any) -> Path:
-    if not isinstance(state, dict):
+    if not isinstance(state, Mapping):
         raise FabricTypeError(
             "save() takes a dict, so that each part has a name.",
             given=type(state).__name__,
