@@ -243,7 +243,7 @@ def test_a_flipped_bit_anywhere_is_found_or_does_no_harm(tmp_path: Path) -> None
     saved = {"step": 3, "weight": torch.arange(40.0), "name": "net"}
     save(path, saved)
     found = 0
-    for position in range(0, path.stat().st_size):
+    for position in range(path.stat().st_size):
         flip(path, position)
         try:
             back = load(path)

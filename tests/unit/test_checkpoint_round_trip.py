@@ -299,8 +299,11 @@ def failing_states() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
     refusing.armed = True
     return {
         "a module with other keys": ({"model": Wide()}, FabricKeyError, r"state\[\"model\"\]: the file lacks body"),
-        "another shape": ({"model": nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))},
-                          FabricValueError, r'state\["model"\]\["2.weight"\] has shape \(2, 8\) in the file and \(3, 8\) in the model'),
+        "another shape": (
+            {"model": nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))},
+            FabricValueError,
+            r'state\["model"\]\["2.weight"\] has shape \(2, 8\) in the file and \(3, 8\) in the model',
+        ),
         "a key that is missing": ({"nested": {"scheduler": object}, "absent": 1, "nothing": {}},
                                   FabricKeyError, "absent"),
         "more parameters": ({"optimizers": [torch.optim.AdamW([*small_model().parameters()][:2])]}, FabricValueError,
