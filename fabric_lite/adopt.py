@@ -75,7 +75,7 @@ def is_wrapped(target: Any) -> bool:
 
 def release(target: Any) -> Any:
     """Take the extension off; returns the holder. The object is what it was before :func:`extend`."""
-    holder = target.__dict__.pop(HOLDER)
+    holder = target.__dict__.pop(HOLDER, None)
     target.__class__ = user_class(type(target))
     return holder
 
@@ -83,16 +83,17 @@ def release(target: Any) -> Any:
 @contextlib.contextmanager
 def plain(target: Any) -> Iterator[Any]:
     """Take the extension off for the length of the block: for copies, pickles, scripting and export."""
-    if extension_of(target) is None:
+    extended = type(target)
+    if user_class(extended) is extended:
         yield target
         return
-    extended = type(target)
     holder = release(target)
     try:
         yield target
     finally:
         target.__class__ = extended
-        target.__dict__[HOLDER] = holder
+        if holder is not None:  # an object that the user's code made by self.__class__(...) has none
+            target.__dict__[HOLDER] = holder
 
 
 def user_class(kind: type) -> type:

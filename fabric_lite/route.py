@@ -121,6 +121,12 @@ def extend_module(module: nn.Module, extension: ModuleExtension) -> None:
     Raises:
         FabricTypeError: A lazy module that is not materialised yet, or a class that cannot be extended.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise FabricTypeError(
+            "A scripted module cannot be extended in place.",
+            given=f"{type(module).__name__} of {getattr(module, 'original_name', '?')}",
+            fix="set up the plain module before torch.jit.script, or use torch.compile",
+        )
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         raise FabricTypeError(
             f"{type(module).__name__} is a lazy module whose parameters have no shape yet.",
@@ -163,10 +169,12 @@ class ForwardRoute:
 
         @functools.wraps(user_forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            extension = self.__dict__[HOLDER]
+            extension = self.__dict__.get(HOLDER)
             target = self.__dict__.get("forward")
-            if extension.inside is not None:
-                extension.check_thread()
+            if extension is None or extension.inside is not None:
+                # Not set up itself (made by self.__class__(...)), or the engine calls back.
+                if extension is not None:
+                    extension.check_thread()
                 return user_forward(self, *args, **kwargs) if target is None else target(*args, **kwargs)
             if target is None:
                 # No bound method: torch.compile would rebuild it as self.forward, which is this route.
@@ -212,8 +220,8 @@ def _routed_members(kind: type) -> dict[str, Any]:
 
 def _hooked_members(kind: type) -> dict[str, Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        extension = self.__dict__[HOLDER]
-        if extension.inside is not None:
+        extension = self.__dict__.get(HOLDER)
+        if extension is None or extension.inside is not None:
             return kind.__call__(self, *args, **kwargs)
         extension.enter_thread()
         extension.inside = kind.__call__
@@ -226,7 +234,8 @@ def _hooked_members(kind: type) -> dict[str, Any]:
 
     @functools.wraps(route.user_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.__dict__[HOLDER].inside is None:
+        extension = self.__dict__.get(HOLDER)
+        if extension is not None and extension.inside is None:
             return self(*args, **kwargs)
         target = self.__dict__.get("forward")
         return route.user_forward(self, *args, **kwargs) if target is None else target(*args, **kwargs)
@@ -242,6 +251,8 @@ def _compiled_module_members(kind: type) -> dict[str, Any]:
 
 def _compile(self: Any, *args: Any, **kwargs: Any) -> None:
     """Compile this module's forward; the compiled call stands inside the engine."""
+    if HOLDER not in self.__dict__:
+        return super(type(self), self).compile(*args, **kwargs)
     self.__dict__["_compiled_call_impl"] = None
     _route_compiled_call(self, self.__dict__[HOLDER], torch.compile(self._call_impl, *args, **kwargs))
 
