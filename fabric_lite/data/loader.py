@@ -4,7 +4,6 @@ in the data is a few numbers."""
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
@@ -80,7 +79,7 @@ def extend_loader(
             )
         return MovedIterable(loader, move=move, together=ends, is_shared=shard and world_size > 1 and rank == 0)
     dealer = _dealer_for(loader, rank, world_size, shard, pad)
-    progress = Progress(dealer, seed=seed, rank=rank, world_size=world_size)
+    progress = Progress(dealer, seed=seed, rank=rank, world_size=world_size, generator=loader.generator)
     holder = _Holder(progress, move, ends, {name: loader.__dict__[name] for name in _REPLACED})
     if dealer is not None:
         loader.__dict__.update(_samplers(loader, dealer, progress))
@@ -200,12 +199,6 @@ def _check_exact(dealer: Dealer) -> None:
             given=f"pad=False with {type(dealer.sampler).__name__}, which has no length",
             fix='a sampler with __len__, or uneven="stop"',
         )
-    if dealer.batch_size is None and not dealer.items_are_batches and total % dealer.world_size:
-        raise FabricValueError(
-            "Without padding and batches, every rank needs equally many samples.",
-            given=f"pad=False and batch_size=None with {total} samples on {dealer.world_size} ranks",
-            fix="a batch_size, or pad=True",
-        )
     dealer.plan(total)  # raises where a rank would have nothing
 
 
@@ -290,13 +283,12 @@ def _members(kind: type) -> dict[str, Any]:
         adopt.extension_of(self).progress.load_state_dict(state_dict)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        with _as_the_user_made_it(self):
-            reduced = self.__reduce_ex__(protocol)
-            return tuple(dict(part) if part is self.__dict__ else part for part in reduced)
+        with _own_samplers(self):
+            return adopt._reduce_plainly(self, protocol)
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
-        with _as_the_user_made_it(self):
-            return copy.deepcopy(self, memo)
+        with _own_samplers(self):
+            return adopt._deepcopy_plainly(self, memo)
 
     return {
         function.__name__: function
@@ -305,16 +297,14 @@ def _members(kind: type) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _as_the_user_made_it(loader: Any) -> Iterator[None]:
-    """The plain loader for the length of the block, with its own samplers."""
-    originals = _originals(loader)
+def _own_samplers(loader: Any) -> Iterator[None]:
+    """The user's own samplers in the loader for the length of the block."""
     ours = {name: loader.__dict__[name] for name in _REPLACED}
-    with adopt.plain(loader):
-        loader.__dict__.update(originals)
-        try:
-            yield
-        finally:
-            loader.__dict__.update(ours)
+    loader.__dict__.update(_originals(loader))
+    try:
+        yield
+    finally:
+        loader.__dict__.update(ours)
 
 
 def _originals(loader: Any) -> dict[str, Any]:

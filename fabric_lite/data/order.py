@@ -102,9 +102,9 @@ class Plan:
     def shares(self, rank: int, first: int = 0) -> Iterator[range]:
         """Yield the items that ``rank`` gets at each step; an item ``i >= total`` stands for ``i % total``."""
         regular = max(first, self.steps - 2)  # only the last two steps can be of another width
-        start, width, world_size = self.start + rank, self.width, self.world_size
-        for step in range(first, regular):
-            yield range(start + step * width, start + (step + 1) * width, world_size)
+        width, world_size = self.width, self.world_size
+        for edge in range(self.start + first * width, self.start + regular * width, width):
+            yield range(edge + rank, edge + width, world_size)
         for step in range(regular, self.steps):
             yield range(self.edge(step) + rank, self.edge(step + 1), world_size)
 

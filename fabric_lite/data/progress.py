@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fabric_lite.data.order import Position
+from fabric_lite.data.randomness import decode, encode, generators_of
 from fabric_lite.data.samplers import Dealer, Pass
 from fabric_lite.data.workers import WorkerSeed
 from fabric_lite.errors import FabricValueError
@@ -24,10 +25,15 @@ class Progress:
         seed: The seed of the epochs' orders.
         rank: The rank of this process.
         world_size: The number of ranks.
+        generator: The loader's own.
     """
 
-    def __init__(self, dealer: Dealer | None, *, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, dealer: Dealer | None, *, seed: int, rank: int, world_size: int, generator: torch.Generator | None = None
+    ) -> None:
         self._dealer = dealer
+        own = generators_of(dealer.sampler) if dealer is not None else []
+        self._generators = own if generator is None or generator in own else [*own, generator]
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
@@ -53,16 +59,19 @@ class Progress:
     def pin(self, current: Pass, *, has_persistent_workers: bool) -> None:
         """Let the next sampler that is iterated serve ``current``.
 
-        Making an iterator draws a number from torch's global generator. An iterator that goes on for an earlier one
-        must not draw it again.
+        Making an iterator draws a number from the loader's or torch's global generator. An iterator that goes on for
+        an earlier one must not draw it again.
         """
         self._pinned = current
         start = current.start
         if start.is_loaded and (start.seen > 0 or (has_persistent_workers and start.epoch > 0)):
             state = torch.get_rng_state()
+            own_states = [generator.get_state() for generator in self._generators]
 
             def rewind() -> None:
                 torch.set_rng_state(state)
+                for generator, own_state in zip(self._generators, own_states, strict=True):
+                    generator.set_state(own_state)
                 current.rewind = _nothing
 
             current.rewind = rewind
@@ -76,10 +85,8 @@ class Progress:
         if current.claims and not current.is_dealt:
             # ... or within one.
             return Pass(current.start, self._seed), current.start
-        current.claims += 1
-        current.is_dealt = False
         # A loader whose own __iter__ goes round and round takes the next epoch each time.
-        return current, current.start if current.claims == 1 else Position(current.start.epoch + current.claims - 1)
+        return current, Position(current.start.epoch + current.claims) if current.claims else current.start
 
     def worker_seed(self, user_function: Callable[[int], Any] | None) -> Callable[[int], Any] | None:
         """The ``worker_init_fn`` of the latest pass."""
@@ -113,6 +120,8 @@ class Progress:
             "world_size": self._world_size,
             "is_dealt": self._is_dealt,
         }
+        if self._generators:
+            state["generators"] = [encode(generator.get_state()) for generator in self._generators]
         if place.seen and place.draw is not None:
             state["draw"] = place.draw
         return state
@@ -128,6 +137,8 @@ class Progress:
             )
         if state["seen"]:
             self._check_place(state)
+        for generator, own_state in zip(self._generators, state.get("generators", ()), strict=False):
+            generator.set_state(decode(own_state))
         self._seed = int(state["seed"])
         self._next = Position(int(state["epoch"]), int(state["seen"]), state.get("draw"), is_loaded=True)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
 
-__all__ = ["Apart", "capture", "generators_of", "replayed", "seeded"]
+__all__ = ["Apart", "capture", "decode", "encode", "generators_of", "replayed", "seeded"]
 
 
 def generators_of(sampler: Any) -> list[torch.Generator]:
@@ -39,9 +39,9 @@ def capture(sampler: Any) -> dict[str, Any] | None:
     if type(sampler) is RandomSampler and not generators:
         with Apart(lambda: None):
             return {"seed": int(torch.empty((), dtype=torch.int64).random_().item())}
-    states: dict[str, Any] = {"generators": [_encode(generator.get_state()) for generator in generators]}
+    states: dict[str, Any] = {"generators": [encode(generator.get_state()) for generator in generators]}
     if not (type(sampler) is RandomSampler and generators):
-        states["torch"] = _encode(torch.get_rng_state())
+        states["torch"] = encode(torch.get_rng_state())
     if not type(sampler).__module__.startswith("torch.utils.data"):
         version, words, gauss = random.getstate()
         kind, keys, position, has_gauss, cached = np.random.get_state()
@@ -92,9 +92,9 @@ def replayed(sampler: Any, draw: dict[str, Any]) -> tuple[Any, Apart]:
 
     def prepare() -> None:
         for generator, state in zip(generators_of(sampler), draw["generators"], strict=True):
-            generator.set_state(_decode(state))
+            generator.set_state(decode(state))
         if "torch" in draw:
-            torch.set_rng_state(_decode(draw["torch"]))
+            torch.set_rng_state(decode(draw["torch"]))
         if "python" in draw:
             version, words, gauss = draw["python"]
             random.setstate((version, tuple(words), gauss))
@@ -140,9 +140,11 @@ class _Snapshot:
             generator.set_state(state)
 
 
-def _encode(state: torch.Tensor) -> str:
+def encode(state: torch.Tensor) -> str:
+    """Return a generator's state as text."""
     return base64.b64encode(state.numpy().tobytes()).decode()
 
 
-def _decode(state: str) -> torch.Tensor:
+def decode(state: str) -> torch.Tensor:
+    """Return the state that :func:`encode` made text of."""
     return torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8)

@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSam
 
 from fabric_lite.data.order import Plan, Position
 from fabric_lite.data.randomness import Apart, capture, replayed, seeded
+from fabric_lite.errors import FabricValueError
 
 __all__ = ["CountedBatchSampler", "CountedSampler", "Dealer", "Pass", "ShardedSampler", "length_of"]
 
@@ -27,7 +28,7 @@ class Pass:
         draws: The random state from which the user's sampler drew an epoch, where it drew by itself.
         yielded: Batches handed to the user.
         is_finished: Whether the iterator has ended.
-        claims: How often a sampler was iterated for it: once, unless the user's ``__iter__`` goes round.
+        claims: How many samplers have begun to deal for it: one, unless the user's ``__iter__`` goes round.
         is_dealt: Whether the latest of these samplers has been used up.
         rewind: Puts back the random state that an uninterrupted run would have here.
     """
@@ -68,11 +69,24 @@ class Dealer:
     pad: bool = True
 
     def plan(self, total: int, start: int = 0) -> Plan:
-        """How ``total`` items are dealt out from item ``start`` on."""
+        """How ``total`` items are dealt out from item ``start`` on.
+
+        Raises:
+            FabricValueError: Without ``pad``, some ranks would have nothing.
+        """
+        is_item_by_item = self.batch_size is None and not self.items_are_batches
+        if is_item_by_item and not self.pad and (total - start) % self.world_size:
+            raise FabricValueError(
+                "Without padding and batches, every rank needs equally many samples.",
+                given=f"pad=False and batch_size=None with {total - start} samples left for {self.world_size} ranks",
+                fix="a batch_size, or pad=True",
+            )
         return Plan(total, start, self.world_size, self.batch_size or 1, self.drop_last, self.pad)
 
     def deal(self, current: Pass, start: Position) -> Iterator[Any]:
         """Yield what the loader fetches at each step from ``start`` on, and note in ``current`` how it was drawn."""
+        # Counted here and not where the sampler is iterated: torch iterates it twice per multi-worker iterator.
+        current.claims, current.is_dealt = current.claims + 1, False
         current.rewind()
         _set_epoch(self.original, start.epoch)
         current.total = length_of(self.sampler)

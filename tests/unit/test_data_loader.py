@@ -1,0 +1,300 @@
+"""A set-up loader is the user's own object."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import weakref
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from fabric_lite.data import extend_loader, is_extended_loader, release_loader
+from fabric_lite.errors import FabricTypeError, FabricValueError
+from fabric_lite.seed import seed_everything
+
+CPU = torch.device("cpu")
+
+
+class Numbers(Dataset):
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(10))
+
+
+class Draws(Dataset):
+    """What a worker's generator gives."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        info = get_worker_info()
+        assert info is not None
+        return torch.stack([torch.tensor(info.seed), torch.randint(2**60, ())])
+
+
+class Named(DataLoader):
+    """Needs an argument, has attributes and a method."""
+
+    registered: ClassVar[list[str]] = []
+
+    def __init__(self, name: str, dataset: Dataset, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.name = name
+
+    def __init_subclass__(cls, *, needed: int = 0, **kwargs: Any) -> None:
+        Named.registered.append(cls.__name__)
+
+    def shout(self) -> str:
+        return self.name.upper()
+
+
+class Doubling(DataLoader):
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            yield 2 * batch
+
+
+class RoundAndRound(DataLoader):
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from super().__iter__()
+
+
+def set_up(loader: Any, rank: int = 0, world_size: int = 2, device: torch.device | None = CPU, **options: Any) -> Any:
+    return extend_loader(loader, rank=rank, world_size=world_size, device=device, **options)
+
+
+def epoch_of(loader: Any) -> list[Any]:
+    return [batch.tolist() for batch in loader]
+
+
+def test_a_subclass_with_required_arguments_keeps_identity_class_attributes_and_methods() -> None:
+    loader = Named("train", Numbers(8), batch_size=2)
+    ours = set_up(loader)
+    assert ours is loader
+    assert isinstance(ours, Named)
+    assert (type(ours).__name__, type(ours).__module__, type(ours).__doc__) == ("Named", Named.__module__, Named.__doc__)
+    assert (ours.name, ours.shout()) == ("train", "TRAIN")
+    assert Named.registered == [], "the user's registry does not see our class"
+    assert epoch_of(ours) == [[0, 2], [4, 6]]
+    with pytest.raises(ValueError, match="batch_size attribute should not be set"):
+        ours.batch_size = 3
+    ours.name = "other"
+    assert ours.shout() == "OTHER"
+
+
+def test_two_loaders_of_one_class_share_one_extended_class() -> None:
+    assert type(set_up(DataLoader([1, 2]))) is type(set_up(DataLoader([1, 2])))
+
+
+def test_setting_up_twice_says_so() -> None:
+    for loader in (set_up(DataLoader(Numbers(4))), set_up([1, 2], shard=False)):
+        assert is_extended_loader(loader)
+        with pytest.raises(FabricValueError, match=r"(?s)already set up.*once"):
+            set_up(loader)
+
+
+def test_released_the_loader_is_what_it_was() -> None:
+    def user_function(worker: int) -> None: ...
+
+    loader = DataLoader(Numbers(8), batch_size=2, shuffle=True, worker_init_fn=user_function)
+    before = dict(loader.__dict__)
+    set_up(loader, rank=1)
+    list(loader)
+    assert release_loader(loader) is loader
+    assert type(loader) is DataLoader
+    assert loader.__dict__ == before
+    assert not is_extended_loader(loader)
+    assert len(loader) == 4
+    set_up(loader)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda loader: pickle.loads(pickle.dumps(loader))])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_copies_and_pickles_are_plain_loaders_over_all_the_data(make: Any, world_size: int) -> None:
+    loader = set_up(Named("train", Numbers(8), batch_size=2), world_size=world_size)
+    list(loader)
+    twin = make(loader)
+    assert type(twin) is Named
+    assert "_fabric" not in twin.__dict__
+    assert twin.worker_init_fn is None
+    assert epoch_of(twin) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert is_extended_loader(loader)
+    assert len(loader) == 4 // world_size
+
+
+def test_an_own_iter_is_kept() -> None:
+    assert epoch_of(set_up(Doubling(Numbers(8), batch_size=2))) == [[0, 4], [8, 12]]
+
+
+def test_a_loader_that_goes_round_and_round_takes_the_next_epoch_each_time() -> None:
+    endless = iter(set_up(RoundAndRound(Numbers(8), batch_size=2, shuffle=True)))
+    loader = set_up(DataLoader(Numbers(8), batch_size=2, shuffle=True))
+    assert [next(endless).tolist() for _ in range(6)] == epoch_of(loader) + epoch_of(loader) + epoch_of(loader)
+
+
+@pytest.mark.parametrize("kind", [DataLoader, Doubling])
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_two_live_iterators_do_not_disturb_each_other(kind: Any, num_workers: int, world_size: int) -> None:
+    def new() -> Any:
+        torch.manual_seed(0)
+        loader = kind(Numbers(12), batch_size=2, num_workers=num_workers, shuffle=world_size > 1)
+        return set_up(loader, world_size=world_size)
+
+    one_by_one = new()
+    expected = [epoch_of(one_by_one), epoch_of(one_by_one)]
+    loader = new()
+    together = list(zip(loader, loader, strict=True))
+    assert [[batch.tolist() for batch in batches] for batches in zip(*together, strict=True)] == expected
+
+
+def test_the_users_look_at_the_samplers_takes_no_epoch() -> None:
+    looked_at, left_alone = (set_up(DataLoader(Numbers(8), batch_size=2, shuffle=True)) for _ in range(2))
+    assert list(looked_at.batch_sampler) == epoch_of(left_alone)
+    iterator = iter(looked_at)
+    first = next(iterator).tolist()
+    assert [*looked_at.sampler][:2] == first
+    assert next(iter(looked_at.batch_sampler)) == first
+    list(iterator)
+    assert epoch_of(looked_at) == epoch_of(left_alone)
+
+
+@pytest.mark.parametrize("through", ["loader", "sampler"])
+def test_an_explicit_epoch_wins_for_the_next_iteration(through: str) -> None:
+    counted = set_up(DataLoader(Numbers(20), batch_size=2, shuffle=True))
+    epochs = [epoch_of(counted) for _ in range(7)]
+    loader = set_up(DataLoader(Numbers(20), batch_size=2, shuffle=True))
+    (loader if through == "loader" else loader.sampler).set_epoch(5)
+    assert [epoch_of(loader), epoch_of(loader)] == epochs[5:7]
+    loader.set_epoch(1)
+    assert epoch_of(loader) == epochs[1]
+
+
+def test_set_epoch_of_the_users_own_class_is_called_too() -> None:
+    class Telling(DataLoader):
+        told: int | None = None
+
+        def set_epoch(self, epoch: int) -> None:
+            self.told = epoch
+
+    loader = set_up(Telling(Numbers(4)))
+    loader.set_epoch(3)
+    assert loader.told == 3
+    assert loader.state_dict()["epoch"] == 3
+
+
+def test_an_iterable_dataset_is_left_whole_and_has_no_length() -> None:
+    loader = set_up(DataLoader(Stream(), batch_size=4), rank=1)
+    assert epoch_of(loader) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    with pytest.raises(TypeError, match=r"has no len\(\)"):
+        len(loader)
+    with pytest.raises(FabricValueError, match=r'(?s)no indices.*pad=False with Stream.*uneven="stop"'):
+        set_up(DataLoader(Stream()), pad=False)
+
+
+def test_an_unknown_way_to_end_is_an_error() -> None:
+    with pytest.raises(FabricValueError, match=r"(?s)does not exist.*uneven='join'.*stop"):
+        set_up(DataLoader(Numbers(4)), uneven="join")
+
+
+def test_an_iterator_has_the_length_and_the_attributes_of_torchs_own() -> None:
+    iterator = iter(set_up(DataLoader(Numbers(8), batch_size=2)))
+    assert len(iterator) == 2
+    assert iterator._num_workers == 0
+    assert iter(iterator) is iterator
+
+
+def test_a_batch_is_free_once_the_user_lets_go() -> None:
+    iterator = iter(set_up(DataLoader(Numbers(8), batch_size=2)))
+    batch = next(iterator)
+    gone = weakref.ref(batch)
+    del batch
+    assert gone() is None
+
+
+def seeds_of(loader: Any) -> list[list[int]]:
+    return [row for batch in loader for row in batch.tolist()]
+
+
+def seed_by_number(worker: int) -> None:
+    torch.manual_seed(worker)
+
+
+def test_worker_seeds_differ_per_worker_rank_and_epoch_and_repeat() -> None:
+    def run(rank: int) -> list[list[list[int]]]:
+        seed_everything(11, workers=True)
+        loader = set_up(DataLoader(Draws(), num_workers=2), rank=rank)
+        return [seeds_of(loader), seeds_of(loader)]
+
+    try:
+        first, again, other = run(0), run(0), run(1)
+    finally:
+        seed_everything(0, workers=False)
+    assert first == again
+    seeds = {seed for epochs in (first, other) for epoch in epochs for seed, _ in epoch}
+    assert len(seeds) == 8, "2 ranks, 2 epochs, 2 workers"
+    draws = [draw for epochs in (first, other) for epoch in epochs for _, draw in epoch]
+    assert len(set(draws)) == len(draws)
+
+
+def test_without_a_seed_for_workers_ranks_with_equal_generators_still_differ() -> None:
+    drawn = []
+    for rank in range(2):
+        seed_everything(1, workers=False)
+        drawn.append(seeds_of(set_up(DataLoader(Draws(), num_workers=1), rank=rank)))
+    assert not {draw for _, draw in drawn[0]} & {draw for _, draw in drawn[1]}
+    assert not {seed for seed, _ in drawn[0]} & {seed for seed, _ in drawn[1]}
+
+
+def test_the_users_own_worker_function_runs_after_ours() -> None:
+    try:
+        seed_everything(11, workers=True)
+        drawn = []
+        for rank in range(2):
+            loader = DataLoader(Draws(), num_workers=1, worker_init_fn=seed_by_number)
+            drawn.append([draw for _, draw in seeds_of(set_up(loader, rank=rank))])
+    finally:
+        seed_everything(0, workers=False)
+    assert drawn[0] == drawn[1], "both were seeded by the user's function alone"
+
+
+def test_a_list_of_batches_is_moved_and_keeps_its_ways() -> None:
+    batches = [torch.ones(2), torch.zeros(3)]
+    loader = set_up(batches, device=torch.device("meta"), world_size=1)
+    assert [batch.device.type for batch in loader] == ["meta", "meta"]
+    assert len(loader) == 2
+    assert loader.index is not None
+    assert release_loader(loader) is batches
+
+
+def test_on_several_ranks_an_iterable_that_cannot_be_dealt_out_says_so() -> None:
+    with pytest.warns(UserWarning, match="A list is no DataLoader .* every rank sees all its batches"):
+        set_up([1, 2])
+
+
+def test_a_generator_of_batches_works_once() -> None:
+    loader = set_up((torch.ones(1) for _ in range(3)), world_size=1)
+    assert len(list(loader)) == 3
+    with pytest.raises(TypeError):
+        len(loader)
+
+
+def test_what_cannot_be_iterated_is_an_error() -> None:
+    with pytest.raises(FabricTypeError, match=r"(?s)must be iterable.*int"):
+        set_up(3)
