@@ -60,7 +60,7 @@ def parse_arguments(arguments: Sequence[str]) -> LaunchPlan:
         max_restarts=options.max_restarts,
         log_dir=options.log_dir,
         main_address=options.main_address or "127.0.0.1",
-        main_port=options.main_port or 0,
+        main_port=options.main_port or (0 if rendezvous is None else _DEFAULT_MAIN_PORT),
         rendezvous=rendezvous,
     )
 

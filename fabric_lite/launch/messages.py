@@ -67,7 +67,7 @@ class StartRank:
 
 @dataclasses.dataclass(frozen=True)
 class SignalRanks:
-    """Send a signal to every rank that still runs; ``spare_failing``: not to those that said RankFailed and are leaving."""
+    """Send a signal to every rank that runs; ``spare_failing``: not to one that said RankFailed and is leaving."""
 
     number: int
     spare_failing: bool = False

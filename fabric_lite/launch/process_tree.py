@@ -13,7 +13,14 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 
-__all__ = ["adopt_orphans", "descendants", "die_with_parent", "end_descendants", "wait_for_exit"]
+__all__ = [
+    "adopt_orphans",
+    "descendants",
+    "die_with_parent",
+    "end_descendants",
+    "outlive_parent",
+    "wait_for_exit",
+]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -118,10 +125,9 @@ def _send(pid: int, number: int) -> None:
 
 def _reap(pids: Collection[int]) -> None:
     for pid in pids:
-        try:
+        # Of a grandchild, or one that is reaped already, this process is told that it has no such child.
+        with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:
-            pass  # it is a grandchild, or its own parent has reaped it
 
 
 def _prctl(option: int, argument: int) -> None:

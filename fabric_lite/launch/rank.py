@@ -14,6 +14,7 @@ import os
 import sys
 import types
 from collections.abc import Iterator
+from importlib.abc import InspectLoader
 from importlib.machinery import SourceFileLoader
 from typing import TextIO
 
@@ -114,7 +115,7 @@ def _load_module(script: ScriptCall, main_module: types.ModuleType) -> types.Cod
     if spec is not None and spec.submodule_search_locations is not None:
         spec = importlib.util.find_spec(f"{script.target}.__main__")
     loader = None if spec is None else spec.loader
-    code = loader.get_code(spec.name) if spec is not None and hasattr(loader, "get_code") else None
+    code = loader.get_code(spec.name) if spec is not None and isinstance(loader, InspectLoader) else None
     if spec is None or code is None:
         raise LaunchError(
             "The module to run was not found, or is a package without __main__.",

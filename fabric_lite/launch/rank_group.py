@@ -10,7 +10,15 @@ from typing import Any
 
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.failure import Failure
-from fabric_lite.launch.messages import EndRanks, RankExited, RankFailed, RanksEnded, RankStarted, SignalRanks, StartRank
+from fabric_lite.launch.messages import (
+    EndRanks,
+    RankExited,
+    RankFailed,
+    RanksEnded,
+    RankStarted,
+    SignalRanks,
+    StartRank,
+)
 from fabric_lite.launch.warm_server import WarmServer
 
 __all__ = ["RankGroup"]

@@ -83,7 +83,7 @@ class _Server:
         for end in (self.child_ended, wakeup):
             end.setblocking(False)
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
         self.selector = selectors.DefaultSelector()
         self.selector.register(control, selectors.EVENT_READ, self._read_control)
         self.selector.register(self.child_ended, selectors.EVENT_READ, self._read_child_ended)
@@ -159,8 +159,10 @@ class _Server:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.selector.close()
-        for closable in (self.control, self.child_ended, self.wakeup, *(rank.channel for rank in self.ranks.values())):
-            closable.close()
+        for end in (self.child_ended, self.wakeup):
+            end.close()
+        for channel in (self.control, *(rank.channel for rank in self.ranks.values())):
+            channel.close()
 
     def _read_rank(self, pid: int) -> None:
         rank = self.ranks[pid]
@@ -221,7 +223,7 @@ class _Server:
 
 def _fork() -> int:
     with warnings.catch_warnings():
-        # OpenBLAS has threads, and its own handlers that make forking with them safe; Python 3.12 sees the threads only.
+        # OpenBLAS has threads, and handlers of its own that make forking safe; Python 3.12 sees the threads alone.
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
 
@@ -256,7 +258,7 @@ def _count_devices() -> DevicesCounted:
 
 def _keep_store(listen_fd: int) -> None:
     """Serve the TCPStore of the job on a socket that the supervisor has bound."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined] # named in torch's docs, not in its __all__
 
     listener = socket.socket(fileno=listen_fd)
     host, port = listener.getsockname()[:2]

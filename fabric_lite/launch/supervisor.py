@@ -26,11 +26,19 @@ from fabric_lite.launch.process_tree import adopt_orphans
 from fabric_lite.launch.rank_group import RankGroup
 from fabric_lite.launch.warm_server import WarmServer
 
-__all__ = ["Signals", "launch", "print_line"]
+__all__ = [
+    "FAILURE_GRACE_SECONDS",
+    "SIGNAL_GRACE_SECONDS",
+    "Job",
+    "Signals",
+    "announce_threads",
+    "launch",
+    "print_line",
+]
 
-_FAILURE_GRACE_SECONDS = 5.0
+FAILURE_GRACE_SECONDS = 5.0
 # After Ctrl-C or SIGTERM ranks may be writing a checkpoint; this long after the first of them has ended.
-_SIGNAL_GRACE_SECONDS = 30.0
+SIGNAL_GRACE_SECONDS = 30.0
 
 
 def launch(plan: LaunchPlan) -> int:
@@ -39,14 +47,15 @@ def launch(plan: LaunchPlan) -> int:
     Raises:
         LaunchError: The ranks could not be started as asked.
     """
-    if plan.rendezvous is not None:
-        from fabric_lite.launch.elastic import launch_node
-
-        return launch_node(plan, plan.rendezvous)
     with contextlib.ExitStack() as stack:
         stack.enter_context(adopt_orphans())
-        signals = stack.enter_context(Signals())
         job = stack.enter_context(open_job(plan))
+        if plan.rendezvous is not None:
+            # It imports torch, while the server is busy doing the same.
+            from fabric_lite.launch.elastic import run_node
+
+            return run_node(plan, plan.rendezvous, job)
+        signals = stack.enter_context(Signals())
         return _Supervisor(plan, job, signals).run()
 
 
@@ -57,7 +66,7 @@ class Job:
     Args:
         server: The server.
         local_world_size: The number of ranks on this node.
-        listener: The socket of the store.
+        listener: The socket of the store; None where another node, or torchelastic, serves it.
         folder: A temporary folder for error files.
         logs: The ranks' logs, where they are asked for.
         threads: The thread count chosen for each rank.
@@ -96,9 +105,9 @@ def open_job(plan: LaunchPlan) -> Iterator[Job]:
     count = count_in(devices, plan.run_config.accelerator)
     threads = chosen_threads(os.environ, count or 1)
     with contextlib.ExitStack() as stack:
-        listener = None
-        if plan.rendezvous is None:
-            listener = stack.enter_context(listen_on(plan.main_address, plan.main_port))
+        listener = _listen(plan)
+        if listener is not None:
+            stack.enter_context(listener)
         # All descriptors must exist before the server does; a count that is not known yet has no logs of its own.
         if count is None and plan.log_dir is not None:
             count = _count_in_server_of_its_own(plan)
@@ -117,6 +126,20 @@ def open_job(plan: LaunchPlan) -> Iterator[Job]:
             count = _count_devices(server, plan)
             threads = chosen_threads(os.environ, count)
         yield Job(server, count, listener, folder, logs, threads)
+
+
+def _listen(plan: LaunchPlan) -> socket.socket | None:
+    others = plan.rendezvous
+    if others is not None and (others.backend, others.node_rank) != ("static", 0):
+        return None
+    try:
+        return listen_on(plan.main_address, plan.main_port)
+    except OSError as error:
+        raise LaunchError(
+            "The ranks' store cannot listen where it should.",
+            given=f"--main-address {plan.main_address} --main-port {plan.main_port}: {error}",
+            fix="an address of this machine and a free port",
+        ) from error
 
 
 def _count_in_server_of_its_own(plan: LaunchPlan) -> int:
@@ -219,9 +242,9 @@ class _Supervisor:
             key.data()
         self._pass_signals_on()
         if self.signals.received and len(self.group.running) < self.job.local_world_size:
-            self.group.stop(grace_seconds=_SIGNAL_GRACE_SECONDS, number=None)
+            self.group.stop(grace_seconds=SIGNAL_GRACE_SECONDS, number=None)
         elif self.group.first_failure is not None:
-            self.group.stop(grace_seconds=_FAILURE_GRACE_SECONDS)
+            self.group.stop(grace_seconds=FAILURE_GRACE_SECONDS)
 
     def _pass_signals_on(self) -> None:
         for number in self.signals.received[self.signals_passed_on :]:
@@ -262,7 +285,8 @@ def announce_threads(job: Job) -> None:
     """Say once which thread count was chosen."""
     if job.threads is not None:
         print_line(
-            f"fabric-run: {job.local_world_size} ranks with {job.threads} thread(s) each; OMP_NUM_THREADS sets another number."
+            f"fabric-run: {job.local_world_size} ranks, {job.threads} thread{'s' * (job.threads > 1)} each; "
+            "set OMP_NUM_THREADS for another number."
         )
 
 

@@ -96,4 +96,4 @@ class WarmServer:
 
 def _interpreter_flags() -> list[str]:
     # The function that multiprocessing uses for the same purpose (-W, -X, -O, ...); it has no public name.
-    return subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined,no-any-return]
+    return subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
