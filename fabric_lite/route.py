@@ -86,7 +86,8 @@ class ModuleExtension:
         self.enter_thread()
         self.inside = target
         try:
-            return engine(*args, **kwargs)
+            # Not engine(...): the hooks of a call are the user's module's, and they run once, outside.
+            return engine.forward(*args, **kwargs)
         finally:
             self.inside = None
 

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class CountCollectives(TorchDispatchMode):
+    """Counts calls into ``torch.distributed``'s backends, DDP's own included."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace in ("c10d", "c10d_functional", "_c10d_functional")
+        return func(*args, **(kwargs or {}))
 
 
 class Net(nn.Module):

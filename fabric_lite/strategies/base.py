@@ -38,8 +38,8 @@ class Engine:
     """What a strategy made of a module.
 
     Args:
-        module: Called instead of the user's module where gradients are on; it must call the ``run`` that ``wrap`` was
-            given. None where the user's module itself is called.
+        module: Its ``forward`` is called instead of the user's where gradients are on, and must call the ``run`` that
+            ``wrap`` was given. None where the user's module itself is called.
         hooked: Whether the work is done by forward hooks on the user's module (as ``fully_shard`` does).
     """
 

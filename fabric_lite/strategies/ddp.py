@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -75,11 +75,8 @@ class DDPStrategy(Strategy):
     def wrap(self, module: nn.Module, run: Callable[..., Any], placement: Placement) -> Engine:
         if not any(parameter.requires_grad for parameter in module.parameters()):
             return Engine()  # a frozen teacher has nothing to average; DDP refuses it
-        ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
-        inner = _Inner(module, run)
-        inner._ddp_params_and_buffers_to_ignore = {f"module.{name}" for name in ignored}
         engine = _BufferSynchronisingDDP(
-            inner,
+            _Inner(module, run),
             device_ids=None if placement.device.index is None else [placement.device.index],
             process_group=self.process_group,
             find_unused_parameters=self.find_unused_parameters,
@@ -111,15 +108,31 @@ class DDPStrategy(Strategy):
 
 
 class _Inner(nn.Module):
-    """What DDP wraps: it holds the user's module for its parameters and calls back into the route."""
+    """What DDP wraps: it shows DDP the user's parameters and calls back into the route.
+
+    The user's module is no child of it, since tools that follow the nesting of calls (``CommDebugMode``) would see the
+    module both above and below its engine.
+    """
 
     def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
         super().__init__()
-        self.module = module
+        self.__dict__["_users"] = module
         self._run = run
+        ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", None)
+        if ignored is not None:
+            self._ddp_params_and_buffers_to_ignore = ignored
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        return self.__dict__["_users"].named_modules(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.__dict__["_users"].named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.__dict__["_users"].named_buffers(*args, **kwargs)
 
 
 class _BufferSynchronisingDDP(DistributedDataParallel):
@@ -130,6 +143,11 @@ class _BufferSynchronisingDDP(DistributedDataParallel):
     """
 
     follow_buffers = True
+
+    def _run_ddp_forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        # Not self.module(...): its hooks, and those that tools set on every module, are for the user's module alone.
+        with self._inside_ddp_forward():
+            return self.module.forward(*inputs, **kwargs)
 
     def _check_sync_bufs_pre_fwd(self) -> bool:
         return False
@@ -149,8 +167,8 @@ _NO_BUFFER_BROADCAST: dict[str, Any] = (
 
 def _compress_to(dtype: torch.dtype) -> Callable[..., Any]:
     # torch's own bf16 hook refuses gloo; this one does the same arithmetic on any backend. DDP looks the second
-    # parameter up by its name, bucket.
-    def hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    # parameter up by its name, bucket, and refuses annotations that are strings.
+    def hook(group, bucket):  # type: ignore[no-untyped-def]
         gradients = bucket.buffer()
         compressed = gradients.to(dtype).div_(dist.get_world_size(group))
         future = dist.all_reduce(compressed, group=group, async_op=True).get_future()
