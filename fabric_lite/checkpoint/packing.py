@@ -54,6 +54,9 @@ def _span(tensor: torch.Tensor) -> tuple[Any, Any]:
 
 
 def _overlapping(members: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    if len(members) == 1:
+        yield members
+        return
     cluster: list[torch.Tensor] = []
     end = -1
     for tensor in sorted(members, key=_span):
@@ -71,8 +74,8 @@ def _pack_cluster(cluster: list[torch.Tensor]) -> dict[int, torch.Tensor]:
     if any(tensor.dtype != head.dtype for tensor in cluster):
         # One memory seen as several dtypes can't be written by torch.save: each gets its own.
         return {id(tensor): tensor.to("cpu", copy=True) for tensor in cluster}
-    first = min(_span(tensor)[0] for tensor in cluster)
-    past = max(_span(tensor)[1] for tensor in cluster)
+    spans = [_span(tensor) for tensor in cluster]
+    first, past = min(span[0] for span in spans), max(span[1] for span in spans)
     if head.device.type == "cpu" and past - first == head.untyped_storage().nbytes():
         return {id(tensor): tensor for tensor in cluster}
     alike = len({(tensor.storage_offset(), tensor.shape, tensor.stride()) for tensor in cluster}) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -45,10 +46,20 @@ class Place:
         return Place(self, key)
 
     def __str__(self) -> str:
+        return self._text
+
+    @functools.cached_property
+    def _text(self) -> str:
         if self.parent is None:
             return "state"
-        key = json.dumps(self.key, ensure_ascii=False) if type(self.key) is str else repr(self.key)
-        return f"{self.parent}[{key}]"
+        return f"{self.parent._text}[{_quoted(self.key)}]"
+
+
+def _quoted(key: Any) -> str:
+    if type(key) is not str:
+        return repr(key)
+    simple = key.isprintable() and '"' not in key and "\\" not in key
+    return f'"{key}"' if simple else json.dumps(key, ensure_ascii=False)
 
 
 def is_stateful(value: Any) -> bool:
@@ -56,9 +67,7 @@ def is_stateful(value: Any) -> bool:
     return not isinstance(value, (dict, list, tuple, torch.Tensor, type)) and isinstance(value, Stateful)
 
 
-def stateful_objects(
-    value: Any, place: Place, parents: frozenset[int] = frozenset()
-) -> Iterator[tuple[Place, Any]]:
+def stateful_objects(value: Any, place: Place, parents: frozenset[int] = frozenset()) -> Iterator[tuple[Place, Any]]:
     """Yield every object with a state that is nested in ``value``, with its place, in order."""
     if id(value) in parents:
         return  # plain() says so

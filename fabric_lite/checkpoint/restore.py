@@ -145,7 +145,7 @@ def _fitting(
     unexpected = [key for key in state if key not in current]
     other_shape = [key for key in state if key in current and not _same_shape(state[key], current[key])]
     shapes = "; ".join(
-        f"{place}[\"{key}\"] has shape {_shape(state[key])} in the file and {_shape(current[key])} in the model"
+        f'{place}["{key}"] has shape {_shape(state[key])} in the file and {_shape(current[key])} in the model'
         for key in other_shape
     )
     if strict and (missing or unexpected):

@@ -169,7 +169,7 @@ def failing_save(path: Path, case: str) -> str:
     ("case", "on_rank_0", "on_rank_1"),
     [
         ("a file in the way", "CheckpointError: The checkpoint could not be written", "failed on rank 0"),
-        ("a value on rank 0", "FabricTypeError: state[\"value\"] is a PosixPath", "failed on rank 0"),
+        ("a value on rank 0", 'FabricTypeError: state["value"] is a PosixPath', "failed on rank 0"),
         ("a state on rank 0", "OSError: no state today", "failed on rank 0: OSError: no state today"),
         ("a state on rank 1", "failed on rank 1: OSError: no state today", "OSError: no state today"),
         ("other objects on rank 1", 'differ in state["more"]', 'differ in state["more"]'),
@@ -211,5 +211,3 @@ def test_a_file_that_one_rank_does_not_see_raises_on_both(ranks: RankPool, tmp_p
     first, second = ranks.run(load_from_own_path, tmp_path)
     assert first.startswith("CheckpointError: load() failed on rank 1")
     assert second.startswith("CheckpointNotFoundError")
-
-
