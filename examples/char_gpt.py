@@ -1,13 +1,15 @@
 """A small GPT learns English from the text of Python's own help pages, character by character. On any devices.
 
+Commands that work:
+
     fabric-run --devices 2 examples/char_gpt.py
     fabric-run --devices 2 examples/char_gpt.py --steps 400 --resume
     fabric-run --devices 2 --precision bf16-mixed examples/char_gpt.py
     torchrun --nproc-per-node 2 examples/char_gpt.py
     python examples/char_gpt.py
 
-The same without Fabric is examples/plain/char_gpt.py; ``diff`` shows what Fabric takes. A resumed run goes on bit for
-bit where the checkpoint was written.
+The same without Fabric is examples/plain/char_gpt.py; ``diff`` shows the lines that it takes. Here a resumed run goes
+on bit for bit, in the order of the data too.
 """
 
 import argparse
@@ -135,8 +137,9 @@ def main():
             optimizer.zero_grad()
             step += 1
             if step == 1 or step % 25 == 0 or step == args.steps:
+                loss = fabric.all_reduce(loss)
                 rate = (step - start_step) * tokens / (time.perf_counter() - start)
-                fabric.print(f"step {step:4d}  loss {fabric.all_reduce(loss.detach()).item():.4f}  {rate:,.0f} tokens/s")
+                fabric.print(f"step {step:4d}  loss {loss.item():.4f}  {rate:,.0f} tokens/s")
             if step % 100 == 0 or step == args.steps:
                 fabric.save(args.checkpoint, {**state, "step": step})
             if step == args.steps:

@@ -1,8 +1,11 @@
 """A small GPT learns English from the text of Python's own help pages, character by character. Plain PyTorch.
 
+Commands that work:
+
     python examples/plain/char_gpt.py
     python examples/plain/char_gpt.py --steps 400 --resume
-    diff examples/plain/char_gpt.py examples/char_gpt.py
+
+The same with Fabric is examples/char_gpt.py; ``diff`` shows the lines that it takes.
 """
 
 import argparse
