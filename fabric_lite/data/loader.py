@@ -19,7 +19,7 @@ from fabric_lite.data.move import mover
 from fabric_lite.data.progress import Progress
 from fabric_lite.data.samplers import CountedBatchSampler, CountedSampler, Dealer, Pass, ShardedSampler, length_of
 from fabric_lite.data.workers import WorkerSeed
-from fabric_lite.errors import FabricTypeError, FabricValueError
+from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
 
 __all__ = ["ExtendedLoader", "extend_loader", "is_extended_loader", "release_loader"]
 
@@ -42,6 +42,11 @@ def extend_loader(
 
     An iterable that is no ``DataLoader`` cannot be changed: it comes back inside a
     :class:`~fabric_lite.data.iterables.MovedIterable`, every rank seeing all of it.
+
+    The order is a function of seed, epoch and place, which is all that ``state_dict`` keeps. A sampler with a random
+    state of its own that is neither a torch generator nor a global one (a numpy ``Generator``) must make it a function
+    of the epoch in ``set_epoch``, or it resumes in another order. Two live iterators go their own ways, except over
+    persistent workers, where torch itself has one iterator.
 
     Args:
         loader: A ``DataLoader`` of any subclass, or any other iterable of batches.
@@ -77,12 +82,20 @@ def extend_loader(
             raise FabricTypeError(
                 "A loader must be iterable.", given=type(loader).__name__, fix="a DataLoader or any iterable of batches"
             )
+        if pad is not None:
+            raise FabricValueError(
+                "Only a DataLoader can be padded.",
+                given=f"pad={pad} with {type(loader).__name__}",
+                fix='a DataLoader, or uneven="stop" to end all ranks together',
+            )
         return MovedIterable(loader, move=move, together=ends, is_shared=shard and world_size > 1 and rank == 0)
     dealer = _dealer_for(loader, rank, world_size, shard, pad)
     progress = Progress(dealer, seed=seed, rank=rank, world_size=world_size, generator=loader.generator)
     holder = _Holder(progress, move, ends, {name: loader.__dict__[name] for name in _REPLACED})
     if dealer is not None:
         loader.__dict__.update(_samplers(loader, dealer, progress))
+    # Persistent workers of an earlier iteration would go on with the samplers that have just been taken out.
+    loader.__dict__["_iterator"] = None
     loader.__class__ = _extended_class(type(loader))
     loader.__dict__[adopt.HOLDER] = holder
     return loader
@@ -95,7 +108,6 @@ def release_loader(loader: Any) -> Any:
     originals = _originals(loader)
     adopt.release(loader)
     loader.__dict__.update(originals)
-    # Persistent workers serve the samplers that have just been taken out.
     loader.__dict__["_iterator"] = None
     return loader
 
@@ -121,13 +133,17 @@ class _Batches:
     Not a generator, which would hold on to the batch that the user has let go.
     """
 
-    def __init__(self, holder: _Holder, current: Pass, inner: Iterator[Any], pin: Callable[[], None]) -> None:
+    def __init__(
+        self, holder: _Holder, current: Pass, inner: Iterator[Any], pin: Callable[[], None], kind: str
+    ) -> None:
         self._inner = inner
         self._current = current
         self._pin = pin
         self._move = holder.move
         self._advance = inner.__next__ if holder.ends is None else end_together(inner, holder.ends).__next__
         self._is_new = True
+        self._must_deal = holder.progress.must_deal(current)
+        self._kind = kind
         # Without indices, what was seen has to be read again and dropped.
         self._to_drop = current.start.seen if holder.progress.counts_batches_read else 0
 
@@ -142,17 +158,27 @@ class _Batches:
         except StopIteration:
             self._current.is_finished = True
             raise
+        if self._is_new:
+            self._is_new = False
+            self._check_dealt()
         self._current.yielded += 1
         return batch if self._move is None else self._move(batch)
 
     def _start(self) -> None:
-        self._is_new = False
         if self._current.claims == 0:
             # The user's __iter__ is a generator: only now it comes to torch's own, perhaps after that of another
             # iterator.
             self._pin()
         for _ in range(self._to_drop):
             next(self._inner, None)
+
+    def _check_dealt(self) -> None:
+        if self._must_deal and self._current.claims == 0:
+            raise FabricRuntimeError(
+                "This loader's own __iter__ leaves its samplers aside: all ranks would see all data, or see it again.",
+                given=f"{self._kind}.__iter__, which yielded a batch without iterating batch_sampler or sampler",
+                fix="iterate super().__iter__() in it, or do not shard (use_distributed_sampler=False)",
+            )
 
     def __len__(self) -> int:
         return len(self._inner)  # type: ignore[arg-type]
@@ -175,7 +201,14 @@ def _dealer_for(loader: DataLoader, rank: int, world_size: int, shard: bool, pad
         return None
     is_custom = loader.batch_size is None and loader.batch_sampler is not None
     sampler: Any = loader.batch_sampler if is_custom else loader.sampler
-    is_dealt = shard and not _is_distributed(sampler)
+    is_distributed = _is_distributed(sampler)
+    is_dealt = shard and not is_distributed
+    if is_distributed and pad is False and world_size > 1:
+        raise FabricValueError(
+            "A DistributedSampler pads by itself.",
+            given="pad=False with a loader that has a DistributedSampler",
+            fix="leave the DistributedSampler out",
+        )
     dealer = Dealer(
         sampler=sampler,
         original=loader.sampler if loader.batch_sampler is None else loader.batch_sampler,
@@ -215,7 +248,7 @@ def _samplers(loader: DataLoader, dealer: Dealer, progress: Progress) -> dict[st
     batches = CountedBatchSampler(dealer, progress.claim)
     if dealer.world_size == 1 or dealer.items_are_batches:
         return {"batch_sampler": batches}
-    batches.sampler = ShardedSampler(batches, progress.set_epoch)
+    batches.sampler = ShardedSampler(dealer, progress.claim, progress.set_epoch)
     return {"batch_sampler": batches, "sampler": batches.sampler}
 
 
@@ -266,7 +299,7 @@ def _members(kind: type) -> dict[str, Any]:
         pin()
         inner = iter(plain_iter(self))
         current.rewind()
-        return _Batches(holder, current, inner, pin)
+        return _Batches(holder, current, inner, pin, kind.__name__)
 
     def set_epoch(self: Any, epoch: int) -> None:
         """Let the next iteration be epoch ``epoch``; a place within that epoch that was loaded is kept."""

@@ -157,6 +157,15 @@ class Progress:
                 fix="the same kind of loader and, where each rank reads on its own, the same number of ranks",
             )
 
+    def must_deal(self, current: Pass) -> bool:
+        """Whether ``current`` would be wrong if the loader did not use its samplers."""
+        return self.deals or (self._dealer is not None and current.start.seen > 0)
+
+    @property
+    def deals(self) -> bool:
+        """Whether the loader's items are dealt out to several ranks."""
+        return self._dealer is not None and self._dealer.world_size > 1
+
     @property
     def counts_batches_read(self) -> bool:
         """Whether only batches that were read can be counted, since there are no indices."""
@@ -168,7 +177,7 @@ class Progress:
 
     @property
     def _is_dealt(self) -> bool:
-        return self._world_size == 1 or (self._dealer is not None and self._dealer.world_size > 1)
+        return self._world_size == 1 or self.deals
 
     def _upcoming(self) -> Position:
         if self._next is not None:

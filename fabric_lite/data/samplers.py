@@ -177,10 +177,14 @@ class _Shuffled(Sequence[int]):
         return self._permutation[index].tolist()
 
 
+# Says which pass the sampler being iterated serves, and where that begins.
+Claim = Callable[[], tuple[Pass, Position]]
+
+
 class _Counted:
     """What both counted samplers share; every other attribute is that of the sampler they stand for."""
 
-    def __init__(self, dealer: Dealer, claim: Callable[[], tuple[Pass, Position]]) -> None:
+    def __init__(self, dealer: Dealer, claim: Claim) -> None:
         self._dealer = dealer
         self._claim = claim
 
@@ -211,21 +215,21 @@ class CountedSampler(_Counted, Sampler):
 class ShardedSampler(Sampler):
     """Shows as ``loader.sampler`` what one rank gets of the user's sampler."""
 
-    def __init__(self, batches: CountedBatchSampler, set_epoch: Callable[[int], None]) -> None:
-        self._batches = batches
+    def __init__(self, dealer: Dealer, claim: Claim, set_epoch: Callable[[int], None]) -> None:
+        self._dealer = dealer
+        self._claim = claim
         self.set_epoch = set_epoch
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.chain.from_iterable(self._batches)
+        return itertools.chain.from_iterable(CountedBatchSampler(self._dealer, self._claim))
 
     def __len__(self) -> int:
-        dealer = self._batches._dealer
-        return dealer.plan(len(dealer.sampler)).count(dealer.rank)
+        return self._dealer.plan(len(self._dealer.sampler)).count(self._dealer.rank)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_batches":
+        if name.startswith("__") or name == "_dealer":
             raise AttributeError(name)
-        return getattr(self._batches._dealer.sampler, name)
+        return getattr(self._dealer.sampler, name)
 
 
 def length_of(sampler: Any) -> int | None:

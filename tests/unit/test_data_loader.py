@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import weakref
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from fabric_lite.data import extend_loader, is_extended_loader, release_loader
-from fabric_lite.errors import FabricTypeError, FabricValueError
+from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
 from fabric_lite.seed import seed_everything
 
 CPU = torch.device("cpu")
@@ -88,7 +89,8 @@ def test_a_subclass_with_required_arguments_keeps_identity_class_attributes_and_
     ours = set_up(loader)
     assert ours is loader
     assert isinstance(ours, Named)
-    assert (type(ours).__name__, type(ours).__module__, type(ours).__doc__) == ("Named", Named.__module__, Named.__doc__)
+    assert (type(ours).__name__, type(ours).__module__) == ("Named", Named.__module__)
+    assert type(ours).__doc__ == Named.__doc__
     assert (ours.name, ours.shout()) == ("train", "TRAIN")
     assert Named.registered == [], "the user's registry does not see our class"
     assert epoch_of(ours) == [[0, 2], [4, 6]]
@@ -162,6 +164,48 @@ def test_two_live_iterators_do_not_disturb_each_other(kind: Any, num_workers: in
     loader = new()
     together = list(zip(loader, loader, strict=True))
     assert [[batch.tolist() for batch in batches] for batches in zip(*together, strict=True)] == expected
+
+
+def test_persistent_workers_of_an_iteration_before_setup_do_not_keep_the_old_order() -> None:
+    loader = DataLoader(Numbers(8), batch_size=2, num_workers=1, persistent_workers=True)
+    list(loader)
+    assert epoch_of(set_up(loader)) == [[0, 2], [4, 6]]
+    assert epoch_of(loader) == [[0, 2], [4, 6]]
+    assert epoch_of(release_loader(loader)) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_a_loader_that_leaves_its_samplers_aside_is_an_error_and_not_silently_doubled() -> None:
+    class Cached(DataLoader):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.iterator = super().__iter__()
+
+        def __iter__(self) -> Iterator[Any]:
+            for _ in range(len(self)):
+                yield next(self.iterator)
+
+    with pytest.raises(FabricRuntimeError, match=r"(?s)leaves its samplers aside.*Cached.__iter__.*super"):
+        list(set_up(Cached(Numbers(8), batch_size=2)))
+    alone = set_up(Cached(Numbers(8), batch_size=2), world_size=1)
+    assert len(list(alone)) == 4
+    resumed = set_up(Cached(Numbers(8), batch_size=2), world_size=1)
+    resumed.load_state_dict({**alone.state_dict(), "seen": 4})
+    with pytest.raises(FabricRuntimeError, match="leaves its samplers aside"):
+        next(iter(resumed))
+    assert len(list(set_up(Cached(Numbers(8), batch_size=2), shard=False))) == 4
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loader_that_is_dropped_is_freed_at_once(world_size: int) -> None:
+    loader = set_up(DataLoader(Numbers(8), batch_size=2), world_size=world_size)
+    list(loader)
+    gone = [weakref.ref(loader), weakref.ref(loader.dataset)]
+    gc.disable()
+    try:
+        del loader
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_the_users_look_at_the_samplers_takes_no_epoch() -> None:

@@ -225,7 +225,7 @@ def test_without_padding_the_batches_that_do_not_go_round_are_split_up() -> None
     ("count", "options", "message"),
     [
         (1, {"batch_size": 2}, r"(?s)some ranks would have no batch.*1 samples left for 2 ranks.*pad=True"),
-        (7, {"batch_size": None}, r"(?s)every rank needs equally many samples.*7 samples left for 2 ranks.*a batch_size"),
+        (7, {"batch_size": None}, r"(?s)every rank needs equally many samples.*7 samples left for 2 ranks.*batch_size"),
         (7, {"sampler": Endless()}, r"(?s)the number of samples must be known.*Endless.*__len__"),
     ],
 )
@@ -234,6 +234,11 @@ def test_what_cannot_be_had_without_padding_is_said_at_setup(
 ) -> None:
     with pytest.raises(FabricValueError, match=message):
         on_rank(0, 2, count, pad=False, **options)
+
+
+def test_a_distributed_sampler_of_the_user_cannot_go_without_padding() -> None:
+    with pytest.raises(FabricValueError, match=r"(?s)pads by itself.*leave the DistributedSampler out"):
+        on_rank(0, 2, 7, pad=False, sampler=DistributedSampler(Numbers(7), 2, 0))
 
 
 def test_a_distributed_sampler_of_the_user_is_left_alone_but_told_the_epoch() -> None:
