@@ -113,19 +113,20 @@ class Collectives:
         if not is_distributed():
             return tree
         self._compare("broadcast", None)
-        tensors = [leaf.detach().to(self.device).contiguous() for leaf in leaves(tree) if isinstance(leaf, torch.Tensor)]
-        skeleton = map_leaves(lambda leaf: _TensorSpec.of(leaf) if isinstance(leaf, torch.Tensor) else leaf, tree)
-        skeleton = broadcast_object(skeleton, src)
-        if rank() == src:
-            for tensor in tensors:
-                dist.broadcast(tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor, src)
+        sends = rank() == src
+        skeleton = map_leaves(lambda leaf: _TensorSpec(leaf) if isinstance(leaf, torch.Tensor) else leaf, tree)
+        skeleton = broadcast_object(skeleton if sends else None, src)
+        if sends:
+            for leaf in leaves(tree):
+                if isinstance(leaf, torch.Tensor):
+                    dist.broadcast(_as_sent(leaf.detach().to(self.device).contiguous()), src)
             return tree
 
         def receive(leaf: Any) -> Any:
             if not isinstance(leaf, _TensorSpec):
                 return leaf
             tensor = torch.empty(leaf.shape, dtype=leaf.dtype, device=self.device)
-            dist.broadcast(tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor, src)
+            dist.broadcast(_as_sent(tensor), src)
             return tensor
 
         return map_leaves(receive, skeleton)
@@ -225,14 +226,16 @@ class Collectives:
             )
 
 
-@dataclasses.dataclass(frozen=True)
 class _TensorSpec:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    """Stands for a tensor in data that travels as an object; no dataclass, since those are containers of leaves."""
 
-    @staticmethod
-    def of(tensor: torch.Tensor) -> _TensorSpec:
-        return _TensorSpec(tuple(tensor.shape), tensor.dtype)
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+
+
+def _as_sent(tensor: torch.Tensor) -> torch.Tensor:
+    """Backends know no float8: its bytes travel."""
+    return tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
 def _gather(tensor: torch.Tensor, group: Any) -> torch.Tensor:
