@@ -20,6 +20,10 @@ __all__ = ["HOLDER", "Extended", "extend", "extension_of", "is_wrapped", "plain"
 
 HOLDER = "_fabric"
 
+# The two ways in which the standard library pickles an object by its class; typeshed does not list them.
+_NEW_OBJECT: Any = copyreg.__dict__["__newobj__"]
+_RECONSTRUCT: Any = copyreg.__dict__["_reconstructor"]
+
 Members = Callable[[type], dict[str, Any]]
 
 
@@ -128,10 +132,10 @@ def _reduce_plainly(self: Any, protocol: Any) -> Any:
         reduced = self.__reduce_ex__(protocol)
         # The state may be the live __dict__, which gets the holder back when this block ends.
         function, arguments, *rest = (dict(part) if part is self.__dict__ else part for part in reduced)
-        if function is copyreg.__newobj__:
+        if function is _NEW_OBJECT:
             # pickle compares this form's class with the object's, which is the extended one.
             kind, *more = arguments
-            function, arguments = (kind.__new__, (kind, *more)) if more else (copyreg._reconstructor, (kind, object, None))
+            function, arguments = (kind.__new__, (kind, *more)) if more else (_RECONSTRUCT, (kind, object, None))
         return (function, arguments, *rest)
 
 

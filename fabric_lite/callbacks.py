@@ -16,7 +16,7 @@ def has_hook(callbacks: Sequence[Any], name: str) -> bool:
 
 
 def call_hook(callbacks: Sequence[Any], name: str, *args: Any, **kwargs: Any) -> None:
-    """Call ``callback.name(*args, **kwargs)`` on each callback that has it, keyword arguments it does not take left out."""
+    """Call ``callback.name(*args, **kwargs)`` on each callback that has it, less the keywords that it does not take."""
     for callback in callbacks:
         method = getattr(callback, name, None)
         if callable(method):

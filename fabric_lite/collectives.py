@@ -103,7 +103,7 @@ class Collectives:
     check: bool = False
 
     def broadcast(self, tree: Any, src: int = 0) -> Any:
-        """Return rank ``src``'s ``tree`` on every rank; tensors keep their dtype, any other picklable object may be in it."""
+        """Return rank ``src``'s ``tree`` on every rank; tensors keep their dtype, any picklable object may be in it."""
         if not 0 <= src < world_size():
             raise FabricValueError(
                 "The source rank of a broadcast does not exist.",
@@ -161,7 +161,9 @@ class Collectives:
         operation = str(reduce_op).lower()
         if operation not in REDUCE_OPS:
             raise FabricValueError(
-                "This reduction does not exist.", given=f"reduce_op={reduce_op!r}", fix=f"one of {', '.join(REDUCE_OPS)}"
+                "This reduction does not exist.",
+                given=f"reduce_op={reduce_op!r}",
+                fix=f"one of {', '.join(REDUCE_OPS)}",
             )
         tree = map_leaves(self._as_tensor, tree)
         self._compare(f"all_reduce {operation}", tree)
@@ -200,7 +202,9 @@ class Collectives:
             return leaf.to(self.device)
         # A Python float is a double; mps has none.
         if isinstance(leaf, float):
-            return torch.tensor(leaf, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+            return torch.tensor(
+                leaf, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device
+            )
         if isinstance(leaf, (bool, int)):
             return torch.tensor(leaf, device=self.device)
         if isinstance(leaf, (np.ndarray, np.generic)):
@@ -218,7 +222,9 @@ class Collectives:
         mine = (operation, specs, _call_site())
         calls = gather_objects(mine)
         if any(call[:2] != calls[0][:2] for call in calls):
-            lines = "\n".join(f"    rank {number}: {name} {found or ''} at {site}" for number, (name, found, site) in enumerate(calls))
+            lines = "\n".join(
+                f"    rank {number}: {name} {found or ''} at {site}" for number, (name, found, site) in enumerate(calls)
+            )
             raise CollectiveError(
                 "The ranks called different collectives, or with different shapes or dtypes.",
                 given="\n" + lines,

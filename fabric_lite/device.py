@@ -36,7 +36,11 @@ class Accelerator:
 
     def device(self, index: int) -> torch.device:
         """The device with this index; CPU and mps have no indices."""
-        return torch.device(self.device_type) if self.device_type in ("cpu", "mps") else torch.device(self.device_type, index)
+        return (
+            torch.device(self.device_type)
+            if self.device_type in ("cpu", "mps")
+            else torch.device(self.device_type, index)
+        )
 
 
 def choose_accelerator(name: str | Accelerator) -> Accelerator:
@@ -52,7 +56,9 @@ def choose_accelerator(name: str | Accelerator) -> Accelerator:
     present = _present_type()
     if wanted not in (*ACCELERATOR_NAMES, present):
         raise FabricValueError(
-            "This accelerator does not exist.", given=f"accelerator={name!r}", fix=f"one of {', '.join(ACCELERATOR_NAMES)}"
+            "This accelerator does not exist.",
+            given=f"accelerator={name!r}",
+            fix=f"one of {', '.join(ACCELERATOR_NAMES)}",
         )
     if wanted == "auto":
         return Accelerator(present or "cpu")

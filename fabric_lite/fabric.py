@@ -67,7 +67,9 @@ class Fabric:
         arguments = Arguments(accelerator, strategy, devices, num_nodes, precision)
         self._arguments = {**vars(arguments), "callbacks": callbacks, "loggers": loggers, "plugins": plugins}
         self._run = resolve(arguments, plugins, run_config.current(), os.environ)
-        self._callbacks = tuple(callbacks) if isinstance(callbacks, (list, tuple)) else () if callbacks is None else (callbacks,)
+        self._callbacks = (
+            tuple(callbacks) if isinstance(callbacks, (list, tuple)) else () if callbacks is None else (callbacks,)
+        )
         self._loggers = list(loggers) if isinstance(loggers, (list, tuple)) else [] if loggers is None else [loggers]
         self._collectives = Collectives(self.device, check=self._run.config.check_collectives)
         self._scaler = LossScaler(self.device.type) if self.precision.loss_scale else None
@@ -169,7 +171,11 @@ class Fabric:
     # --- setup --------------------------------------------------------------------------------------------------
 
     def setup(
-        self, module: nn.Module, *optimizers: Optimizer, scheduler: Any = None, move_to_device: bool = True,
+        self,
+        module: nn.Module,
+        *optimizers: Optimizer,
+        scheduler: Any = None,
+        move_to_device: bool = True,
         _reapply_compile: bool = True,
     ) -> Any:
         """Lay out a model, and its optimizers, as the strategy says; returns the same objects, extended in place.
@@ -197,7 +203,9 @@ class Fabric:
         given = (module, *optimizers) if scheduler is None else (module, *optimizers, scheduler)
         return given if len(given) > 1 else module
 
-    def setup_module(self, module: Module, move_to_device: bool = True, *, _optimizers: Sequence[Optimizer] = ()) -> Module:
+    def setup_module(
+        self, module: Module, move_to_device: bool = True, *, _optimizers: Sequence[Optimizer] = ()
+    ) -> Module:
         """:meth:`setup` of a model alone."""
         placement = self._launched()
         self._check_new(module, nn.Module)
@@ -207,7 +215,9 @@ class Fabric:
         if self.precision.param_dtype is not None:
             module.to(self.precision.param_dtype)
         extension = ModuleExtension(
-            self, self.device.type, self.precision,
+            self,
+            self.device.type,
+            self.precision,
             output_hook=None if self._scaler is None else self._scaler.check_plain_backward,
         )
         names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
@@ -224,7 +234,9 @@ class Fabric:
         """Set up optimizers alone; one comes back as it is, several as a tuple."""
         self._launched()
         if not optimizers:
-            raise FabricValueError("setup_optimizers() needs at least one optimizer.", fix="setup_optimizers(optimizer)")
+            raise FabricValueError(
+                "setup_optimizers() needs at least one optimizer.", fix="setup_optimizers(optimizer)"
+            )
         for optimizer in optimizers:
             self._check_new(optimizer, Optimizer)
         for optimizer in optimizers:
@@ -232,8 +244,12 @@ class Fabric:
         return optimizers[0] if len(optimizers) == 1 else optimizers
 
     def setup_dataloaders(
-        self, *dataloaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True,
-        pad: bool | None = None, uneven: str | None = None,
+        self,
+        *dataloaders: Any,
+        use_distributed_sampler: bool = True,
+        move_to_device: bool = True,
+        pad: bool | None = None,
+        uneven: str | None = None,
     ) -> Any:
         """Let loaders give each rank its share, on its device; the same objects, extended in place.
 
@@ -255,8 +271,13 @@ class Fabric:
             raise FabricValueError("setup_dataloaders() needs at least one loader.", fix="setup_dataloaders(loader)")
         extended = [
             extend_loader(
-                loader, rank=self.global_rank, world_size=self.world_size,
-                device=self.device if move_to_device else None, shard=use_distributed_sampler, pad=pad, uneven=uneven,
+                loader,
+                rank=self.global_rank,
+                world_size=self.world_size,
+                device=self.device if move_to_device else None,
+                shard=use_distributed_sampler,
+                pad=pad,
+                uneven=uneven,
             )
             for loader in dataloaders
         ]
@@ -293,8 +314,13 @@ class Fabric:
             self.strategy.backward(scaled, model, *args, **kwargs)
 
     def clip_gradients(
-        self, module: nn.Module, optimizer: Optimizer, clip_val: float | None = None, max_norm: float | None = None,
-        norm_type: float = 2.0, error_if_nonfinite: bool = True,
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        clip_val: float | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
     ) -> torch.Tensor | None:
         """Clip the gradients of ``optimizer``'s parameters by value or by their norm over all ranks.
 
@@ -414,7 +440,9 @@ class Fabric:
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path, state: Mapping[str, Any], filter: dict[str, Callable[[str, Any], bool]] | None = None) -> None:
+    def save(
+        self, path: str | Path, state: Mapping[str, Any], filter: dict[str, Callable[[str, Any], bool]] | None = None
+    ) -> None:
         """Write ``state`` to one file, old or new and never in between; every rank calls.
 
         See :func:`fabric_lite.checkpoint.save`.
@@ -423,7 +451,11 @@ class Fabric:
         checkpoint.save(path, state, filter=filter)
 
     def load(
-        self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True, weights_only: bool | None = None
+        self,
+        path: str | Path,
+        state: dict[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Restore the objects and values in ``state`` in place; returns what the file holds beside them.
 
@@ -480,7 +512,7 @@ class Fabric:
         """Join the other ranks and take this rank's device; the first thing that communicates."""
         if self.device.index is not None:
             torch.accelerator.set_device_index(self.device.index)
-        if self.world_size > 1 or self._run.topology.is_managed and dist.is_initialized():
+        if self.world_size > 1 or (self._run.topology.is_managed and dist.is_initialized()):
             self._owns_group = join(self._run.topology, self.device)
         mesh = build_mesh(self.device, self.strategy.mesh_axes(self.world_size)) if self.world_size > 1 else None
         self._placement = Placement(self.device, self.precision, mesh)

@@ -13,9 +13,7 @@ __all__ = ["tensors_on"]
 
 
 @contextlib.contextmanager
-def tensors_on(
-    device: torch.device, dtype: torch.dtype | None, *, skip_initialisation: bool = False
-) -> Iterator[None]:
+def tensors_on(device: torch.device, dtype: torch.dtype | None, *, skip_initialisation: bool = False) -> Iterator[None]:
     """A context in which new tensors are on ``device``, floats in ``dtype``, both for this thread's new tensors only.
 
     Args:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from fabric_lite.errors import LaunchError
 from fabric_lite.topology import Topology
@@ -67,7 +68,7 @@ def build_mesh(device: torch.device, axes: Mapping[str, int]) -> DeviceMesh | No
     return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
 
-def _store(topology: Topology, timeout: datetime.timedelta | None) -> dist.TCPStore:
+def _store(topology: Topology, timeout: datetime.timedelta | None) -> TCPStore:
     """The store of ranks that a launcher without one (srun, mpirun) started; rank 0 serves it."""
     assert topology.main_address is not None
     assert topology.main_port is not None
@@ -75,7 +76,7 @@ def _store(topology: Topology, timeout: datetime.timedelta | None) -> dist.TCPSt
     if topology.rank == 0:
         # TCPStore by itself listens on every interface; a socket of our own listens only where it is needed.
         listener = socket.create_server((topology.main_address, topology.main_port), backlog=2048)
-    return dist.TCPStore(
+    return TCPStore(
         topology.main_address,
         topology.main_port,
         topology.world_size,

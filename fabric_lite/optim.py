@@ -195,7 +195,9 @@ class _Watch:
 
     def hide_gradients(self) -> None:
         """Let the step that follows find no gradients, so that torch's optimizers do nothing."""
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
         parameters = parameters_of(self.optimizer)
         self.hidden = _Hidden([(parameter, parameter.grad) for parameter in parameters], groups)
         for parameter in parameters:

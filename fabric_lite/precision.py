@@ -1,4 +1,4 @@
-"""Precision is data: which dtype parameters, computation, reduction and outputs have, and whether the loss is scaled."""
+"""Precision is data: the dtypes of parameters, computation, reduction and outputs, and whether the loss is scaled."""
 
 from __future__ import annotations
 

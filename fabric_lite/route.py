@@ -70,7 +70,9 @@ class ModuleExtension:
                 args, kwargs = map_leaves(self.cast_input, args), map_leaves(self.cast_input, kwargs)
             output = self.through_engine(target, args, kwargs)
         if precision.output_dtype is not None:
-            output = self.cast_output(output) if isinstance(output, torch.Tensor) else map_leaves(self.cast_output, output)
+            output = (
+                self.cast_output(output) if isinstance(output, torch.Tensor) else map_leaves(self.cast_output, output)
+            )
         if self.output_hook is not None and torch.is_grad_enabled():
             for leaf in leaves(output):
                 if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
@@ -104,7 +106,9 @@ class ModuleExtension:
 
     def cast_input(self, leaf: Any) -> Any:
         """Float tensors in the dtype of the parameters (pure precisions)."""
-        return leaf.to(self.precision.param_dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+        return (
+            leaf.to(self.precision.param_dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+        )
 
     def cast_output(self, leaf: Any) -> Any:
         """Half-precision outputs in ``output_dtype``; what the user made float64 stays float64."""
@@ -253,7 +257,8 @@ def _compiled_module_members(kind: type) -> dict[str, Any]:
 def _compile(self: Any, *args: Any, **kwargs: Any) -> None:
     """Compile this module's forward; the compiled call stands inside the engine."""
     if HOLDER not in self.__dict__:
-        return super(type(self), self).compile(*args, **kwargs)
+        super(type(self), self).compile(*args, **kwargs)
+        return
     self.__dict__["_compiled_call_impl"] = None
     _route_compiled_call(self, self.__dict__[HOLDER], torch.compile(self._call_impl, *args, **kwargs))
 
@@ -272,11 +277,12 @@ def _route_compiled_call(module: nn.Module, extension: ModuleExtension, compiled
 
 def _own_methods(kind: type) -> list[tuple[str, Callable[..., Any]]]:
     """The public methods that the user's classes define and nn.Module does not have."""
-    found: dict[str, Callable[..., Any]] = {}
-    for parent in reversed(kind.__mro__):
-        for name, value in parent.__dict__.items():
-            if inspect.isfunction(value) and not name.startswith("_") and not hasattr(nn.Module, name):
-                found[name] = value
+    found = {
+        name: value
+        for parent in reversed(kind.__mro__)
+        for name, value in parent.__dict__.items()
+        if inspect.isfunction(value) and not name.startswith("_") and not hasattr(nn.Module, name)
+    }
     return list(found.items())
 
 

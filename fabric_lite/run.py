@@ -57,9 +57,7 @@ class Run:
         return self.accelerator.device(self.device_indices[self.topology.local_rank % len(self.device_indices)])
 
 
-def resolve(
-    arguments: Arguments, plugins: Any, config: RunConfig | None, environ: Mapping[str, str]
-) -> Run:
+def resolve(arguments: Arguments, plugins: Any, config: RunConfig | None, environ: Mapping[str, str]) -> Run:
     """Return the run that these arguments, ``fabric-run``'s ``config`` and the environment describe.
 
     Raises:
@@ -88,7 +86,11 @@ def resolve(
                 fix="fabric-run --num-nodes, torchrun or srun on every node",
             )
         strategy_name = arguments.strategy if isinstance(arguments.strategy, str) else ""
-        if accelerator.device_type != "cpu" and arguments.devices == "auto" and strategy_name.lower() == "single_device":
+        if (
+            accelerator.device_type != "cpu"
+            and arguments.devices == "auto"
+            and strategy_name.lower() == "single_device"
+        ):
             indices = indices[:1]
         needs_launch = len(indices) > 1
         topology = dataclasses.replace(topology, world_size=len(indices), local_world_size=len(indices))
@@ -111,7 +113,9 @@ def _with_command_line(arguments: Arguments, config: RunConfig | None, notices: 
         if told is None:
             continue
         if written != getattr(defaults, name) and str(written) != str(told):
-            notices.append(f"the command line's --{name.replace('_', '-')} {told} wins over {name}={written!r} in the script")
+            notices.append(
+                f"the command line's --{name.replace('_', '-')} {told} wins over {name}={written!r} in the script"
+            )
         arguments = dataclasses.replace(arguments, **{name: told})
     return arguments
 
@@ -180,7 +184,9 @@ def _reconcile(
 
 def _check_mps(precision: Precision, topology: Topology) -> None:
     if topology.world_size > 1:
-        raise FabricValueError("mps has one device and no communication.", given=f"{topology.world_size} ranks", fix="devices=1")
+        raise FabricValueError(
+            "mps has one device and no communication.", given=f"{topology.world_size} ranks", fix="devices=1"
+        )
     if precision.param_dtype == torch.float64:
         raise FabricValueError("mps has no float64.", given=f"precision={precision.name!r}", fix="precision='32-true'")
 

@@ -95,12 +95,12 @@ class _Group:
         values: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_seconds
         while len(values) < len(self.pipes):
-            waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in values}
-            ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            waiting = [rank for rank in range(len(self.pipes)) if rank not in values]
+            timeout = max(0.0, deadline - time.monotonic())
+            ready = multiprocessing.connection.wait([self.pipes[rank] for rank in waiting], timeout)
             if not ready:
-                raise RankError(min(waiting.values()), "nothing", f"ranks {sorted(waiting.values())} took too long")
-            for pipe in ready:
-                rank = waiting[pipe]  # type: ignore[index]
+                raise RankError(waiting[0], "nothing", f"ranks {waiting} took too long")
+            for rank in [rank for rank in waiting if self.pipes[rank] in ready]:
                 try:
                     succeeded, value = self.pipes[rank].recv()
                 except EOFError:
@@ -129,6 +129,7 @@ def _serve(
     import numpy
     import torch
     import torch.distributed as dist
+    from torch.distributed import FileStore  # type: ignore[attr-defined]
 
     sys.path[:] = path
     torch.set_num_threads(1)
@@ -138,7 +139,7 @@ def _serve(
         GROUP_RANK="0", GROUP_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0", OMP_NUM_THREADS="1",
     )  # fmt: skip
     if ranks > 1:
-        store = dist.FileStore(os.path.join(folder, "store"), ranks)
+        store = FileStore(os.path.join(folder, "store"), ranks)
         timeout = datetime.timedelta(seconds=timeout_seconds)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
     while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -23,20 +24,25 @@ def move_to_device(data: Any, device: torch.device) -> Any:
 def mover(device: torch.device) -> Callable[[Any], Any]:
     """Return the function that moves one batch to ``device``; loops, since torch's pytree costs five times as much."""
     may_overlap = device.type not in ("cpu", "meta")
+    to_cpu = device.type == "cpu"
     tensor_type = torch.Tensor
 
     def move(data: Any) -> Any:
         kind = type(data)
         if kind is tensor_type or isinstance(data, tensor_type):
-            if data.device == device:
+            if data.is_cpu if to_cpu else data.device == device:
                 return data
             return data.to(device, non_blocking=may_overlap and data.device.type == "cpu" and data.is_pinned())
         if kind is dict:
             moved: Any = {key: move(value) for key, value in data.items()}
-            return moved if any(moved[key] is not data[key] for key in data) else data
+            for key in data:
+                if moved[key] is not data[key]:
+                    return moved
+            return data
         if kind is tuple or kind is list:
             items = [move(value) for value in data]
-            if all(new is old for new, old in zip(items, data, strict=True)):
+            # Identity and not equality: comparing tensors would compare their numbers.
+            if all(map(operator.is_, items, data)):
                 return data
             return tuple(items) if kind is tuple else items
         # Before containers: a PackedSequence is a namedtuple that must keep one of its tensors on the CPU.
@@ -44,7 +50,6 @@ def mover(device: torch.device) -> Callable[[Any], Any]:
         if callable(to) and not isinstance(data, type):
             result = to(device)
             return data if result is None else result
-        moved = map_leaves(lambda leaf: leaf if leaf is data else move(leaf), data)
-        return moved
+        return map_leaves(lambda leaf: leaf if leaf is data else move(leaf), data)
 
     return move

@@ -150,6 +150,7 @@ class _Agent(SimpleElasticAgent):
         self._job = job
         self._signals: Signals | None = None
         self._signals_passed_on = 0
+        self._attempts = 0
 
     def close(self) -> None:
         """Give the signals back."""
@@ -160,14 +161,26 @@ class _Agent(SimpleElasticAgent):
         if self._signals is None:
             # Not earlier: a wait inside torch's store could only be ended by the signals' own default.
             self._signals = Signals().__enter__()
-        self.group.start([self._request(worker_group, worker) for worker in worker_group.workers])
+        attempt = self._agree_on_attempt(worker_group)
+        self.group.start([self._request(worker_group, worker, attempt) for worker in worker_group.workers])
         while len(self.group.pids) < len(worker_group.workers):
             self.group.read()
         return dict(self.group.pids)
 
-    def _request(self, worker_group: WorkerGroup, worker: Any) -> StartRank:
+    def _agree_on_attempt(self, worker_group: WorkerGroup) -> int:
+        """Return how often ranks were started before, the same on every node.
+
+        torchelastic counts a node's own failures only: a node that restarts because another one did stays behind, and
+        the ranks, which put this number into their keys in the store, then wait for each other for ever.
+        """
+        store, nodes = worker_group.store, worker_group.group_world_size or 1
+        store.set(f"fabric_lite/attempt/{worker_group.group_rank}", str(self._attempts))
+        attempt = max(self._attempts, *(int(store.get(f"fabric_lite/attempt/{node}")) for node in range(nodes)))
+        self._attempts = attempt + 1
+        return attempt
+
+    def _request(self, worker_group: WorkerGroup, worker: Any, attempt: int) -> StartRank:
         spec = worker_group.spec
-        restart_count = spec.max_restarts - self._remaining_restarts
         assert worker_group.group_rank is not None
         assert worker_group.group_world_size is not None
         environment = rank_environment(
@@ -179,9 +192,9 @@ class _Agent(SimpleElasticAgent):
             num_nodes=worker_group.group_world_size,
             main_address=str(worker_group.master_addr),
             main_port=int(worker_group.master_port or 0),
-            error_file=self._job.error_file(worker.local_rank, restart_count),
+            error_file=self._job.error_file(worker.local_rank, attempt),
             run_id=spec.rdzv_handler.get_run_id(),
-            restart_count=restart_count,
+            restart_count=attempt,
             max_restarts=spec.max_restarts,
             use_agent_store=spec.rdzv_handler.use_agent_store,
             role_name=spec.role,
@@ -212,9 +225,8 @@ class _Agent(SimpleElasticAgent):
         failure = self.group.first_failure
         assert failure is not None
         (local_rank,) = (w.local_rank for w in worker_group.workers if w.global_rank == failure.rank)
-        restart_count = worker_group.spec.max_restarts - self._remaining_restarts
         exit_code = 1 if failure.exit_code is None else failure.exit_code
-        error_file = self._job.error_file(local_rank, restart_count)
+        error_file = self._job.error_file(local_rank, self._attempts - 1)
         return ProcessFailure(local_rank, self.group.pids[local_rank], exit_code, error_file)
 
     def _pass_signals_on(self, signals: Signals) -> None:

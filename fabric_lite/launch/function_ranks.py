@@ -208,8 +208,7 @@ def _collect(started: list[tuple[BaseProcess, Connection]]) -> Any:
             if failed := [rank for rank, answer in answers.items() if answer.trace is not None]:
                 _raise_error(*min(((rank, answers[rank]) for rank in failed), key=lambda pair: pair[1].time))
             for rank in [rank for rank, (process, _) in waiting.items() if process.exitcode is not None]:
-                process, pipe = waiting.pop(rank)
-                _raise_exit(rank, process.exitcode)
+                _raise_exit(rank, waiting.pop(rank)[0].exitcode)
     finally:
         _end([process for process, _ in started])
     return answers[0].value if 0 in answers else None

@@ -45,7 +45,9 @@ def parse_strategy(strategy: str | Strategy, world_size: int) -> Strategy:
         if name == "auto":
             name = "ddp" if world_size > 1 else "single_device"
         if name == "dp":
-            raise FabricValueError("Strategy 'dp' is gone: one process for several devices is slow.", fix="strategy='ddp'")
+            raise FabricValueError(
+                "Strategy 'dp' is gone: one process for several devices is slow.", fix="strategy='ddp'"
+            )
         if name not in STRATEGY_REGISTRY:
             raise FabricValueError(
                 "This strategy does not exist.",

@@ -101,7 +101,11 @@ class Strategy:
     def clip_grad_norm(
         self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
     ) -> torch.Tensor:
-        """Scale gradients so that their norm over all ranks is at most ``max_norm``; return the norm before, a plain tensor."""
+        """Scale gradients so that their norm over all ranks is at most ``max_norm``.
+
+        Returns:
+            The norm before, a plain 0-dim tensor, equal on all ranks.
+        """
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
 
     def drop_gradients(self, module: nn.Module) -> None:

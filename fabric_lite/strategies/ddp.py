@@ -102,7 +102,7 @@ class DDPStrategy(Strategy):
 
             return state or powersgd.PowerSGDState(self.process_group, 1, 2), powersgd.powerSGD_hook
         if isinstance(hook, str):
-            return self.process_group, COMMUNICATION_HOOKS[hook]
+            return self.process_group, _COMPRESSING_HOOKS[hook]
         assert hook is not None
         return state, hook
 
@@ -177,8 +177,5 @@ def _compress_to(dtype: torch.dtype) -> Callable[..., Any]:
     return hook
 
 
-COMMUNICATION_HOOKS: dict[str, Callable[..., Any]] = {
-    "bf16": _compress_to(torch.bfloat16),
-    "fp16": _compress_to(torch.float16),
-    "powersgd": lambda state, bucket: None,  # made with its state in DDPStrategy._hook
-}
+_COMPRESSING_HOOKS = {"bf16": _compress_to(torch.bfloat16), "fp16": _compress_to(torch.float16)}
+COMMUNICATION_HOOKS = (*_COMPRESSING_HOOKS, "powersgd")

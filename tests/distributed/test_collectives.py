@@ -196,7 +196,12 @@ def test_wrong_arguments_are_named() -> None:
 def test_communication_before_launch_names_launch() -> None:
     run = Fabric(accelerator="cpu", devices=2)
     assert (run.world_size, run.global_rank, run.is_global_zero) == (2, 0, True)
-    for call in (run.barrier, lambda: run.all_reduce(1), lambda: run.setup(torch.nn.Linear(1, 1)), lambda: run.save("x", {})):
+    for call in (
+        run.barrier,
+        lambda: run.all_reduce(1),
+        lambda: run.setup(torch.nn.Linear(1, 1)),
+        lambda: run.save("x", {}),
+    ):
         with pytest.raises(FabricRuntimeError, match=r"fabric\.launch\(\).*fabric-run"):
             call()
 

@@ -301,7 +301,7 @@ def test_a_scripted_module_is_refused_with_the_way_out() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated in torch, still in use
         scripted = torch.jit.script(nn.Linear(2, 2))
-    with pytest.raises(FabricTypeError, match="before torch.jit.script"):
+    with pytest.raises(FabricTypeError, match=r"before torch\.jit\.script"):
         fabric_with().setup(scripted)
 
 
@@ -401,4 +401,4 @@ def test_a_set_up_model_in_another_one_trains() -> None:
     outer = fabric.setup(nn.Sequential(inner, nn.Linear(4, 1)))
     outer(torch.ones(2, 4)).sum().backward()
     assert inner.first.weight.grad is not None
-    assert list(outer.state_dict())[0] == "0.first.weight"
+    assert next(iter(outer.state_dict())) == "0.first.weight"
