@@ -176,7 +176,7 @@ def _reconcile(
     if len(indices) < topology.local_world_size:
         raise LaunchError(
             "More processes were started on this node than it has devices.",
-            given=f"{topology.local_world_size} processes by {topology.source}, {len(indices)} {accelerator.device_type}",
+            given=f"{topology.local_world_size} processes, {len(indices)} devices of type {accelerator.device_type}",
             fix="start one process per device, or accelerator='cpu'",
         )
     return indices[: topology.local_world_size]

@@ -142,7 +142,7 @@ def _mpi(
         raise LaunchError(
             f"{source} started processes on several nodes but tells no rank where rank 0 is.",
             given=f"{world_size} processes, {local_world_size} on this node, no MASTER_ADDR",
-            fix="pass it on: mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=29500 (MPICH: -genv MASTER_ADDR <host>)",
+            fix="mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=29500 (MPICH: -genv MASTER_ADDR <host>)",
         )
     return Topology(
         rank=rank,

@@ -125,24 +125,21 @@ class Dealer:
         return pool[self.rank :: self.world_size]
 
     def _deal_unsized(self, current: Pass, start: Position) -> Iterator[Any]:
+        """Deal step by step, since the sampler has no length and perhaps no end; pad from the first items, as ever."""
         sampler, apart = self._source(current, start)
-        width = self.world_size * (self.batch_size or 1)
+        width = self.plan(0).width
         with apart:
             stream = iter(sampler)
-            head = list(itertools.islice(stream, max(start.seen, width)))
-        skipped, ahead = head[: start.seen], head[start.seen :]
-        head = head[: self.world_size]
-        del skipped
+            head = list(itertools.islice(stream, self.world_size))
+            stream = itertools.islice(itertools.chain(head, stream), start.seen, None)
         while True:
             with apart:
-                ahead += itertools.islice(stream, width - len(ahead))
-            plan = self.plan(len(ahead))
-            for share in plan.shares(self.rank):
-                batch = [ahead[i] if i < len(ahead) else head[(i - len(ahead)) % len(head)] for i in share]
+                items = list(itertools.islice(stream, width))
+            for share in self.plan(len(items)).shares(self.rank):
+                batch = [items[i] if i < len(items) else head[(i - len(items)) % len(head)] for i in share]
                 yield batch[0] if self.batch_size is None else batch
-            if len(ahead) < width:
+            if len(items) < width:
                 return
-            ahead = []
 
     def _draw(self, current: Pass, start: Position) -> Sequence[Any]:
         """The items of the epoch."""

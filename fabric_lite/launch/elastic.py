@@ -173,7 +173,8 @@ class _Agent(SimpleElasticAgent):
         torchelastic counts a node's own failures only: a node that restarts because another one did stays behind, and
         the ranks, which put this number into their keys in the store, then wait for each other for ever.
         """
-        store, nodes = worker_group.store, worker_group.group_world_size or 1
+        store: Any = worker_group.store
+        nodes = worker_group.group_world_size or 1
         store.set(f"fabric_lite/attempt/{worker_group.group_rank}", str(self._attempts))
         attempt = max(self._attempts, *(int(store.get(f"fabric_lite/attempt/{node}")) for node in range(nodes)))
         self._attempts = attempt + 1

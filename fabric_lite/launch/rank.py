@@ -89,7 +89,8 @@ def _load_main(script: ScriptCall) -> tuple[types.ModuleType, types.CodeType]:
     """
     main_module = types.ModuleType("__main__")
     main_module.__dict__["__builtins__"] = __builtins__
-    sys.modules["__main__"] = main_module
+    # multiprocessing, which torch imports, keeps this alias: classes of the script come back from spawned processes so.
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main_module
     load = _load_module if script.is_module else _load_script
     return main_module, load(script, main_module)
 

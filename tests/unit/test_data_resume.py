@@ -16,6 +16,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     WeightedRandomSampler,
 )
 
@@ -44,6 +45,11 @@ class Stream(IterableDataset):
         return iter(range(COUNT))
 
 
+class Unsized(Sampler[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(COUNT).tolist())
+
+
 class Doubling(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         for batch in super().__iter__():
@@ -63,6 +69,7 @@ KINDS: dict[str, Any] = {
     "batches": lambda **options: DataLoader(
         Numbers(), batch_sampler=BatchSampler(RandomSampler(range(COUNT)), 3, False), **options
     ),
+    "no length": lambda **options: DataLoader(Numbers(), batch_size=3, sampler=Unsized(), **options),
     "unbatched": lambda **options: DataLoader(Numbers(), batch_size=None, shuffle=True, **options),
     "own iter": lambda **options: Doubling(Numbers(), batch_size=3, shuffle=True, **options),
 }
@@ -160,7 +167,7 @@ def test_nothing_that_was_seen_is_loaded_again(world_size: int) -> None:
     assert not set(seen) & set(rest)
 
 
-@pytest.mark.parametrize("kind", ["in order", "shuffled", "weighted", "batches", "generator", "unbatched"])
+@pytest.mark.parametrize("kind", ["in order", "shuffled", "weighted", "batches", "generator", "unbatched", "no length"])
 @pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1), (2, 3), (3, 2)])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_at_another_world_size_the_rest_of_the_epoch_is_seen_exactly_once(
