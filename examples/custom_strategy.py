@@ -6,8 +6,8 @@ Commands that work:
     torchrun --nproc-per-node 2 examples/custom_strategy.py
     python examples/custom_strategy.py
 
-It trains the same model under this strategy and under ``auto`` (``ddp``), with accumulation and clipping, and prints how much the
-weights differ: not at all on two ranks, by rounding on more, where the order of sums differs.
+It trains the same model under this strategy and under ``auto``, which is ``ddp`` for several processes, and prints how
+much the weights differ: not at all on two ranks, by rounding on more, where sums are taken in another order.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def train(fabric, epochs):
                 fabric.clip_gradients(model, optimizer, max_norm=1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-    fabric.print(f"{type(fabric.strategy).__name__:16} loss {fabric.all_reduce(loss).item():.6f}")
+    fabric.print(f"{type(fabric.strategy).__name__:20} loss {fabric.all_reduce(loss).item():.6f}")
     return parameters_to_vector(model.parameters()).detach()
 
 

@@ -21,7 +21,7 @@ from fabric_lite.data import extend_loader, move_to_device, release_loader
 from fabric_lite.device import Accelerator
 from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
 from fabric_lite.init import tensors_on
-from fabric_lite.mesh import build_mesh, join
+from fabric_lite.mesh import build_mesh, join, leave
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.optim import LossScaler, parameters_of, repoint
 from fabric_lite.precision import Precision
@@ -298,8 +298,8 @@ class Fabric:
     def close(self) -> None:
         """Release everything and leave the process group, if it was made here."""
         self.release(*self._setup_objects)
-        if self._owns_group and dist.is_initialized():
-            dist.destroy_process_group()
+        if self._owns_group:
+            leave()
             self._owns_group = False
 
     # --- the step -----------------------------------------------------------------------------------------------

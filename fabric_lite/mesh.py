@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import socket
 from collections.abc import Mapping
@@ -17,13 +18,13 @@ from fabric_lite.topology import Topology
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["build_mesh", "join"]
+__all__ = ["build_mesh", "join", "leave"]
 
 
 def join(topology: Topology, device: torch.device, timeout_seconds: float | None = None) -> bool:
     """Make the default process group of ``topology``'s ranks; every rank calls.
 
-    A group that exists already (Ray, a notebook, the user's own) is adopted.
+    A group that exists already (Ray, a notebook, the user's own) is adopted; one made here ends with the process.
 
     Returns:
         Whether the group was made here, and so is to be destroyed here.
@@ -56,7 +57,15 @@ def join(topology: Topology, device: torch.device, timeout_seconds: float | None
             f"backend {backend}, {topology.main_address}:{topology.main_port}: {error}",
             fix="see that the main address can be reached from every node and its port is free",
         ) from error
+    # Left to the interpreter's end, gloo's threads can abort a process that has finished well.
+    atexit.register(leave)
     return True
+
+
+def leave() -> None:
+    """Leave the default process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def build_mesh(device: torch.device, axes: Mapping[str, int]) -> DeviceMesh | None:
