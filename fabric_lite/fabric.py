@@ -23,7 +23,7 @@ from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueE
 from fabric_lite.init import tensors_on
 from fabric_lite.mesh import build_mesh, join, leave
 from fabric_lite.notices import rank_zero_info
-from fabric_lite.optim import LossScaler, parameters_of, repoint
+from fabric_lite.optim import LossScaler, extend_optimizer, parameters_of, release_optimizer, repoint
 from fabric_lite.precision import Precision
 from fabric_lite.route import ModuleExtension, extend_module, release_module
 from fabric_lite.run import Arguments, resolve
@@ -195,8 +195,8 @@ class Fabric:
             FabricValueError: One of the objects is set up already.
             FabricTypeError: Not a module or optimizer, or a class that cannot be extended.
         """
-        for optimizer in optimizers:
-            self._check_new(optimizer, Optimizer)
+        self._launched()
+        self._check_new(optimizers, Optimizer)
         self.setup_module(module, move_to_device=move_to_device, _optimizers=optimizers)
         for optimizer in optimizers:
             self._attach(optimizer)
@@ -208,7 +208,7 @@ class Fabric:
     ) -> Module:
         """:meth:`setup` of a model alone."""
         placement = self._launched()
-        self._check_new(module, nn.Module)
+        self._check_new([module], nn.Module)
         if move_to_device:
             self.strategy.materialize(module, placement)
             module.to(self.device)
@@ -237,8 +237,7 @@ class Fabric:
             raise FabricValueError(
                 "setup_optimizers() needs at least one optimizer.", fix="setup_optimizers(optimizer)"
             )
-        for optimizer in optimizers:
-            self._check_new(optimizer, Optimizer)
+        self._check_new(optimizers, Optimizer)
         for optimizer in optimizers:
             self._attach(optimizer)
         return optimizers[0] if len(optimizers) == 1 else optimizers
@@ -285,10 +284,21 @@ class Fabric:
         return extended[0] if len(extended) == 1 else extended
 
     def release(self, *objects: Any) -> None:
-        """Give back plain objects: what ``setup`` added is taken off."""
+        """Give back plain objects: what ``setup`` added is taken off.
+
+        Raises:
+            FabricValueError: One of them was not set up by this Fabric; then none is released.
+        """
+        for target in objects:
+            if not any(kept is target for kept in self._setup_objects):
+                raise FabricValueError(
+                    f"This {type(target).__name__} was not set up by this Fabric.",
+                    given=f"release({type(target).__name__})",
+                    fix="release what setup() returned, on the same Fabric",
+                )
         for target in objects:
             if isinstance(target, Optimizer):
-                self._detach(target)
+                release_optimizer(target, self._scaler)
             elif isinstance(target, nn.Module):
                 release_module(target)
             else:
@@ -528,58 +538,35 @@ class Fabric:
             )
         return self._placement
 
-    def _check_new(self, target: Any, kind: type) -> None:
-        if not isinstance(target, kind):
-            raise FabricTypeError(
-                f"setup() takes a module and its optimizers; this is no {kind.__name__}.",
-                given=f"{type(target).__name__}: {target!r:.80}",
-                fix="fabric.setup(model, optimizer)",
-            )
-        extension = extension_of(target)
-        if extension is None:
-            return
-        owner = getattr(extension, "owner", None)
-        if owner is self or owner is None:
-            raise FabricValueError(
-                f"This {type(target).__name__} is set up already.",
-                fix="call setup() once per object; fabric.release(obj) gives the plain object back",
-            )
-        owner.release(target)
-        rank_zero_info(f"a {type(target).__name__} that another Fabric had set up was released first")
+    def _check_new(self, targets: Sequence[Any], kind: type) -> None:
+        """Every one of ``targets`` is a ``kind`` and not set up yet; checked before any of them is changed."""
+        for target in targets:
+            if not isinstance(target, kind):
+                raise FabricTypeError(
+                    f"setup() takes a module and its optimizers; this is no {kind.__name__}.",
+                    given=f"{type(target).__name__}: {target!r:.80}",
+                    fix="fabric.setup(model, optimizer)",
+                )
+            owner = getattr(extension_of(target), "owner", None)
+            if owner is self or sum(other is target for other in targets) > 1:
+                raise FabricValueError(
+                    f"This {type(target).__name__} is set up already, or given twice.",
+                    given=f"{type(target).__name__}",
+                    fix="call setup() once per object; fabric.release(obj) gives the plain object back",
+                )
+        for target in targets:
+            owner = getattr(extension_of(target), "owner", None)
+            if owner is not None:
+                owner.release(target)
+                rank_zero_info(f"a {type(target).__name__} that another Fabric had set up was released first")
 
     def _attach(self, optimizer: Optimizer) -> None:
-        for parameter in parameters_of(optimizer):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor) and value.dim() > 0:
-                    optimizer.state[parameter][key] = value.to(parameter.device)
-        extension = OptimizerExtension(self)
-        if self._scaler is not None:
-            self._scaler.attach(optimizer)
-        if has_hook(self._callbacks, "on_after_optimizer_step"):
-            extension.handles.append(
-                optimizer.register_step_post_hook(
-                    lambda stepped, *_: call_hook(
-                        self._callbacks, "on_after_optimizer_step", strategy=self.strategy, optimizer=stepped
-                    )
-                )
-            )
-        optimizer.__dict__["_fabric"] = extension
+        def after_step(stepped: Optimizer, *_: Any) -> None:
+            call_hook(self._callbacks, "on_after_optimizer_step", strategy=self.strategy, optimizer=stepped)
+
+        wanted = has_hook(self._callbacks, "on_after_optimizer_step")
+        extend_optimizer(optimizer, self, self._scaler, after_step if wanted else None)
         self._setup_objects.append(optimizer)
-
-    def _detach(self, optimizer: Optimizer) -> None:
-        extension: OptimizerExtension = optimizer.__dict__.pop("_fabric")
-        for handle in extension.handles:
-            handle.remove()
-        if self._scaler is not None:
-            self._scaler.detach(optimizer)
-
-
-class OptimizerExtension:
-    """What ``setup`` adds to an optimizer: a mark, and the handles of its hooks."""
-
-    def __init__(self, owner: Fabric) -> None:
-        self.owner = owner
-        self.handles: list[Any] = []
 
 
 def _call_with_fabric(

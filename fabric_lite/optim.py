@@ -6,15 +6,16 @@ No class is changed and no method replaced, so schedulers, closures and pickling
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from fabric_lite.adopt import HOLDER
 from fabric_lite.errors import FabricRuntimeError, FabricTypeError
 
-__all__ = ["LossScaler", "parameters_of", "repoint"]
+__all__ = ["LossScaler", "extend_optimizer", "parameters_of", "release_optimizer", "repoint"]
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -48,6 +49,41 @@ def _laid_out_like(value: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     return distribute_tensor(value, new.device_mesh, new.placements) if isinstance(new, DTensor) else value
+
+
+@dataclasses.dataclass
+class OptimizerExtension:
+    """All that ``setup`` adds to an optimizer: a mark, and the handles of its step hooks."""
+
+    owner: Any
+    handles: list[Any]
+
+
+def extend_optimizer(
+    optimizer: torch.optim.Optimizer, owner: Any, scaler: LossScaler | None, after_step: Callable[..., None] | None
+) -> None:
+    """Mark ``optimizer`` as set up by ``owner``, let ``scaler`` and ``after_step`` follow its steps.
+
+    State that it has already comes to the device of its parameter.
+    """
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                state[key] = value.to(parameter.device)
+    if scaler is not None:
+        scaler.attach(optimizer)
+    handles = [] if after_step is None else [optimizer.register_step_post_hook(after_step)]
+    # Not pickled: an optimizer's state is its state, its groups and its defaults.
+    optimizer.__dict__[HOLDER] = OptimizerExtension(owner, handles)
+
+
+def release_optimizer(optimizer: torch.optim.Optimizer, scaler: LossScaler | None) -> None:
+    """Take everything off that :func:`extend_optimizer` added."""
+    extension: OptimizerExtension = optimizer.__dict__.pop(HOLDER)
+    for handle in extension.handles:
+        handle.remove()
+    if scaler is not None:
+        scaler.detach(optimizer)
 
 
 class LossScaler:

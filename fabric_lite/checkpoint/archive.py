@@ -98,7 +98,11 @@ def read_archive(path: Path, weights_only: bool | None) -> Any:
         mapped = _verify(path)
         return torch.load(path, map_location="cpu", weights_only=weights_only is not False, mmap=mapped)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointNotFoundError("There is no checkpoint of this name.", given=path) from error
+        raise CheckpointNotFoundError(
+            "There is no checkpoint of this name.",
+            given=f"{path}, seen from {Path.cwd()}",
+            fix="the path that was given to fabric.save(); on several nodes, one that all of them see",
+        ) from error
     except OSError as error:
         raise CheckpointError("This checkpoint could not be read.", given=f"{path}: {error}") from error
     except CheckpointError:

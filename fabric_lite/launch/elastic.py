@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import select
 import signal
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -29,9 +30,10 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from fabric_lite.launch.environment import cores, rank_environment
+from fabric_lite.errors import LaunchError
+from fabric_lite.launch.environment import cores, listen_on, rank_environment, serve_store
 from fabric_lite.launch.failure import exit_status, report
-from fabric_lite.launch.messages import HostStore, Preload, StartRank
+from fabric_lite.launch.messages import Preload, StartRank
 from fabric_lite.launch.plan import LaunchPlan, Rendezvous
 from fabric_lite.launch.rank_group import RankGroup
 from fabric_lite.launch.supervisor import (
@@ -54,7 +56,7 @@ def run_node(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> int:
     announce_threads(job)
     if job.local_world_size > cores():
         job.server.send(Preload())
-    handler = _static_handler(rendezvous, job) if rendezvous.backend == "static" else _torch_handler(rendezvous)
+    handler = _StaticRendezvous(rendezvous) if rendezvous.backend == "static" else _torch_handler(rendezvous)
     spec = WorkerSpec(
         role="default",
         local_world_size=job.local_world_size,
@@ -79,7 +81,7 @@ def run_node(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> int:
 
 
 class _StaticRendezvous(RendezvousHandler):
-    """All nodes are known by number; the store is node 0's keeper, which listens on the main address alone."""
+    """All nodes are known by number; node 0 serves the store in which they meet, on the main address alone."""
 
     def __init__(self, rendezvous: Rendezvous) -> None:
         assert rendezvous.node_rank is not None
@@ -96,7 +98,9 @@ class _StaticRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         host, port = _split(self._rendezvous.endpoint)
-        if self._store is None:
+        if self._store is None and self._node_rank == 0:
+            self._store = serve_store(self._listen(host, port))
+        elif self._store is None:
             timeout = timedelta(seconds=_RENDEZVOUS_TIMEOUT_SECONDS)
             self._store = TCPStore(host, port, None, False, timeout=timeout, wait_for_workers=False)
         return RendezvousInfo(
@@ -105,6 +109,16 @@ class _StaticRendezvous(RendezvousHandler):
             self._rendezvous.num_nodes,
             RendezvousStoreInfo(host, port),
         )
+
+    def _listen(self, host: str, port: int) -> socket.socket:
+        try:
+            return listen_on(host, port)
+        except OSError as error:
+            raise LaunchError(
+                "Node 0 cannot listen on the main address.",
+                given=f"--main-address {host} --main-port {port}: {error}",
+                fix="an address of node 0 that the others reach, and a free port",
+            ) from error
 
     def is_closed(self) -> bool:
         return False
@@ -120,12 +134,6 @@ class _StaticRendezvous(RendezvousHandler):
 
     def shutdown(self) -> bool:
         return True
-
-
-def _static_handler(rendezvous: Rendezvous, job: Job) -> RendezvousHandler:
-    if job.listener is not None:
-        job.server.send(HostStore(job.listener.fileno()))
-    return _StaticRendezvous(rendezvous)
 
 
 def _torch_handler(rendezvous: Rendezvous) -> RendezvousHandler:
@@ -162,7 +170,8 @@ class _Agent(SimpleElasticAgent):
             # Not earlier: a wait inside torch's store could only be ended by the signals' own default.
             self._signals = Signals().__enter__()
         attempt = self._agree_on_attempt(worker_group)
-        self.group.start([self._request(worker_group, worker, attempt) for worker in worker_group.workers])
+        port = self._agree_on_port(worker_group, attempt)
+        self.group.start([self._request(worker_group, worker, attempt, port) for worker in worker_group.workers])
         while len(self.group.pids) < len(worker_group.workers):
             self.group.read()
         return dict(self.group.pids)
@@ -170,8 +179,7 @@ class _Agent(SimpleElasticAgent):
     def _agree_on_attempt(self, worker_group: WorkerGroup) -> int:
         """Return how often ranks were started before, the same on every node.
 
-        torchelastic counts a node's own failures only: a node that restarts because another one did stays behind, and
-        the ranks, which put this number into their keys in the store, then wait for each other for ever.
+        torchelastic counts a node's own failures only: a node that restarts because another one did stays behind.
         """
         store: Any = worker_group.store
         nodes = worker_group.group_world_size or 1
@@ -180,7 +188,18 @@ class _Agent(SimpleElasticAgent):
         self._attempts = attempt + 1
         return attempt
 
-    def _request(self, worker_group: WorkerGroup, worker: Any, attempt: int) -> StartRank:
+    def _agree_on_port(self, worker_group: WorkerGroup, attempt: int) -> int:
+        """Return the port of this attempt's store, which node 0 serves.
+
+        torchelastic's own agents hand one store to all attempts, and restarted ranks hang on the old ranks' addresses.
+        """
+        store: Any = worker_group.store
+        key = f"fabric_lite/port/{attempt}"
+        if worker_group.group_rank == 0:
+            store.set(key, str(self.group.host_store(str(worker_group.master_addr), 0)))
+        return int(store.get(key))
+
+    def _request(self, worker_group: WorkerGroup, worker: Any, attempt: int, port: int) -> StartRank:
         spec = worker_group.spec
         assert worker_group.group_rank is not None
         assert worker_group.group_world_size is not None
@@ -192,12 +211,11 @@ class _Agent(SimpleElasticAgent):
             node_rank=worker_group.group_rank,
             num_nodes=worker_group.group_world_size,
             main_address=str(worker_group.master_addr),
-            main_port=int(worker_group.master_port or 0),
+            main_port=port,
             error_file=self._job.error_file(worker.local_rank, attempt),
             run_id=spec.rdzv_handler.get_run_id(),
             restart_count=attempt,
             max_restarts=spec.max_restarts,
-            use_agent_store=spec.rdzv_handler.use_agent_store,
             role_name=spec.role,
             role_rank=worker.role_rank,
             role_world_size=worker.role_world_size,
@@ -235,7 +253,7 @@ class _Agent(SimpleElasticAgent):
             self.group.send_signal(number if self._signals_passed_on == 0 else signal.SIGKILL)
             self._signals_passed_on += 1
 
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:  # noqa: ARG002 # torchelastic's signature
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:  # torchelastic's signature
         self._stop(FAILURE_GRACE_SECONDS, signal.SIGTERM)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:

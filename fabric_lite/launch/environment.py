@@ -1,12 +1,13 @@
-"""The environment of a rank: torchrun's variables, and the thread count."""
+"""What a rank finds around it: torchrun's variables, a thread count, and the store that they name."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["chosen_threads", "cores", "listen_on", "rank_environment", "server_environment"]
+__all__ = ["chosen_threads", "cores", "listen_on", "rank_environment", "serve_store", "server_environment"]
 
 
 def cores() -> int:
@@ -40,7 +41,6 @@ def rank_environment(
     run_id: str = "none",
     restart_count: int = 0,
     max_restarts: int = 0,
-    use_agent_store: bool = True,
     role_name: str = "default",
     role_rank: int | None = None,
     role_world_size: int | None = None,
@@ -61,7 +61,7 @@ def rank_environment(
         "TORCHELASTIC_RUN_ID": run_id,
         "TORCHELASTIC_RESTART_COUNT": str(restart_count),
         "TORCHELASTIC_MAX_RESTARTS": str(max_restarts),
-        "TORCHELASTIC_USE_AGENT_STORE": str(use_agent_store),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_ERROR_FILE": error_file,
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
     }
@@ -75,3 +75,11 @@ def listen_on(address: str, port: int = 0) -> socket.socket:
     listener.bind((address, port))
     listener.listen(2048)
     return listener
+
+
+def serve_store(listener: socket.socket) -> Any:
+    """Return the TCPStore that serves on ``listener``; it serves as long as it is referred to. Takes the socket over."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined] # documented, not in torch's __all__
+
+    host, port = listener.getsockname()[:2]
+    return TCPStore(host, port, None, True, wait_for_workers=False, master_listen_fd=listener.detach())

@@ -9,7 +9,6 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -20,7 +19,7 @@ from typing import Any, Literal, NoReturn
 
 from fabric_lite import run_config
 from fabric_lite.errors import LaunchError
-from fabric_lite.launch.environment import chosen_threads, listen_on, rank_environment
+from fabric_lite.launch.environment import chosen_threads, listen_on, rank_environment, serve_store
 from fabric_lite.launch.process_tree import adopt_orphans, descendants, die_with_parent, end_descendants
 from fabric_lite.run_config import RunConfig
 
@@ -80,11 +79,12 @@ def run_function(
         _start_helpers(start_method)
         others = descendants(os.getpid())
         stack.callback(end_descendants, os.getpid(), keep=others, grace_seconds=_GRACE_SECONDS)
+        port = listener.getsockname()[1]
         started = []
         for rank in range(ranks):
             ours, theirs = context.Pipe(duplex=False)
             stack.callback(ours.close)
-            environment = _environment(rank, ranks, listener.getsockname()[1])
+            environment = _environment(rank, ranks, port)
             process = context.Process(
                 target=_run_rank,
                 args=(function, tuple(args), dict(kwargs), environment, _with_threads(config, threads), theirs),
@@ -94,7 +94,7 @@ def run_function(
             theirs.close()
             started.append((process, ours))
         # Only now, because the store runs a thread and forking must come before.
-        _store = _host_store(listener)
+        _store = serve_store(listener)
         return _collect(started)
 
 
@@ -140,14 +140,6 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 def _with_threads(config: RunConfig, threads: int | None) -> RunConfig:
     return dataclasses.replace(config, threads_per_rank=threads)
-
-
-def _host_store(listener: socket.socket) -> Any:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined] # named in torch's docs, not in its __all__
-
-    host, port = listener.getsockname()[:2]
-    # The store closes the descriptor that it is given.
-    return TCPStore(host, port, None, True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno()))
 
 
 def _run_rank(

@@ -20,6 +20,7 @@ __all__ = [
     "RanksEnded",
     "SignalRanks",
     "StartRank",
+    "StoreHosted",
     "Verdict",
 ]
 
@@ -29,9 +30,13 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class HostStore:
-    """Fork the keeper of the TCPStore, which listens on the inherited socket ``listen_fd``."""
+    """Fork the keeper of a TCPStore that listens on this address alone; ``StoreHosted`` answers.
 
-    listen_fd: int
+    Each attempt has its own: a restarted rank would find the addresses of the ranks before it in an old one.
+    """
+
+    address: str
+    port: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +80,18 @@ class SignalRanks:
 
 @dataclasses.dataclass(frozen=True)
 class EndRanks:
-    """End every process that the ranks left behind; ``RanksEnded`` answers."""
+    """End the store's keeper and every process that the ranks left behind; ``RanksEnded`` answers."""
 
 
 # From the server to the supervisor.
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreHosted:
+    """The store listens on ``port``; or it cannot, because of ``error``."""
+
+    port: int
+    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +150,7 @@ _TYPES = {
         StartRank,
         SignalRanks,
         EndRanks,
+        StoreHosted,
         RankStarted,
         RankFailed,
         RankExited,

@@ -12,6 +12,7 @@ from fabric_lite.errors import LaunchError
 from fabric_lite.launch.failure import Failure
 from fabric_lite.launch.messages import (
     EndRanks,
+    HostStore,
     RankExited,
     RankFailed,
     RanksEnded,
@@ -44,6 +45,22 @@ class RankGroup:
     def has_ended(self) -> bool:
         """Whether every rank has ended."""
         return not self.running
+
+    def host_store(self, address: str, port: int) -> int:
+        """Start a store for the next attempt and return its port.
+
+        Raises:
+            LaunchError: It cannot listen there.
+        """
+        self._server.send(HostStore(address, port))
+        (answer,) = self._server.receive()
+        if answer.error is not None:
+            raise LaunchError(
+                "The ranks' store cannot listen where it should.",
+                given=f"--main-address {address} --main-port {port}: {answer.error}",
+                fix="an address of this machine, and a free port or none",
+            )
+        return int(answer.port)
 
     def start(self, requests: Sequence[StartRank]) -> None:
         """Start one rank per request and wait until the server has forked them all."""

@@ -15,9 +15,9 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, NoReturn
 
+from fabric_lite.launch.environment import listen_on, serve_store
 from fabric_lite.launch.messages import (
     Channel,
     CountDevices,
@@ -31,6 +31,7 @@ from fabric_lite.launch.messages import (
     RankStarted,
     SignalRanks,
     StartRank,
+    StoreHosted,
     Verdict,
 )
 from fabric_lite.launch.process_tree import adopt_orphans, die_with_parent, end_descendants, outlive_parent
@@ -75,8 +76,6 @@ class _Server:
         self.control = control
         self.script = script
         self.ranks: dict[int, _Rank] = {}
-        self.store_keeper: int | None = None
-        self.listen_fd: int | None = None
         self.has_failed = False
         self.child_ended, wakeup = socket.socketpair()
         self.wakeup = wakeup
@@ -110,7 +109,7 @@ class _Server:
         if isinstance(message, StartRank):
             return self._start_rank(message)
         if isinstance(message, HostStore):
-            return self._host_store(message.listen_fd)
+            return self._host_store(message)
         if isinstance(message, CountDevices):
             self.control.send(_count_devices())
         elif isinstance(message, Preload):
@@ -142,16 +141,20 @@ class _Server:
         self.control.send(RankStarted(request.local_rank, pid))
         return None
 
-    def _host_store(self, listen_fd: int) -> _Child | None:
+    def _host_store(self, request: HostStore) -> _Child | None:
         """Fork the keeper of the store; not this process, because the store runs a thread."""
+        try:
+            listener = listen_on(request.address, request.port)
+        except OSError as error:
+            self.control.send(StoreHosted(request.port, str(error)))
+            return None
         server = os.getpid()
-        pid = _fork()
-        if pid == 0:
+        if _fork() == 0:
             die_with_parent(server)
             self._forget()
-            return lambda: _keep_store(listen_fd)
-        os.close(listen_fd)
-        self.store_keeper = pid
+            return lambda: _keep_store(listener)
+        with listener:
+            self.control.send(StoreHosted(listener.getsockname()[1]))
         return None
 
     def _forget(self) -> None:
@@ -211,8 +214,7 @@ class _Server:
         self.control.send(RankExited(rank.local_rank, exit_code))
 
     def _end_leftovers(self) -> None:
-        keep = [self.store_keeper] if self.store_keeper is not None else []
-        end_descendants(os.getpid(), keep=keep, grace_seconds=_LEFTOVER_GRACE_SECONDS)
+        end_descendants(os.getpid(), grace_seconds=_LEFTOVER_GRACE_SECONDS)
         self.has_failed = False
 
     def _exit(self) -> NoReturn:
@@ -256,17 +258,9 @@ def _count_devices() -> DevicesCounted:
     return answers[0] if answers else DevicesCounted(None, 0)
 
 
-def _keep_store(listen_fd: int) -> None:
-    """Serve the TCPStore of the job on a socket that the supervisor has bound."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined] # named in torch's docs, not in its __all__
-
-    listener = socket.socket(fileno=listen_fd)
-    host, port = listener.getsockname()[:2]
-    # The store closes the descriptor; this object must not close it again.
-    listener.detach()
+def _keep_store(listener: socket.socket) -> None:
+    """Serve the TCPStore of an attempt until it is ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _store = TCPStore(
-        host, port, None, True, timeout=timedelta(minutes=5), wait_for_workers=False, master_listen_fd=listen_fd
-    )
+    _store = serve_store(listener)
     while True:
         signal.pause()

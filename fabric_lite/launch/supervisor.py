@@ -16,11 +16,10 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from fabric_lite.errors import LaunchError
-from fabric_lite.launch.environment import chosen_threads, cores, listen_on, rank_environment, server_environment
+from fabric_lite.launch.environment import chosen_threads, cores, rank_environment, server_environment
 from fabric_lite.launch.failure import Failure, exit_status, report
 from fabric_lite.launch.logs import RankLogs
-from fabric_lite.launch.messages import CountDevices, DevicesCounted, HostStore, Preload, StartRank
+from fabric_lite.launch.messages import CountDevices, DevicesCounted, Preload, StartRank
 from fabric_lite.launch.plan import LaunchPlan, count_in, count_present, parse_devices
 from fabric_lite.launch.process_tree import adopt_orphans
 from fabric_lite.launch.rank_group import RankGroup
@@ -49,6 +48,9 @@ def launch(plan: LaunchPlan) -> int:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(adopt_orphans())
+        # Until ranks run, Ctrl-C just ends this process, also inside a wait of torch's store, and the server sees that.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, signal.SIG_DFL))
         job = stack.enter_context(open_job(plan))
         if plan.rendezvous is not None:
             # It imports torch, while the server is busy doing the same.
@@ -66,7 +68,6 @@ class Job:
     Args:
         server: The server.
         local_world_size: The number of ranks on this node.
-        listener: The socket of the store; None where another node, or torchelastic, serves it.
         folder: A temporary folder for error files.
         logs: The ranks' logs, where they are asked for.
         threads: The thread count chosen for each rank.
@@ -74,7 +75,6 @@ class Job:
 
     server: WarmServer
     local_world_size: int
-    listener: socket.socket | None
     folder: str
     logs: RankLogs | None
     threads: int | None
@@ -105,9 +105,6 @@ def open_job(plan: LaunchPlan) -> Iterator[Job]:
     count = count_in(devices, plan.run_config.accelerator)
     threads = chosen_threads(os.environ, count or 1)
     with contextlib.ExitStack() as stack:
-        listener = _listen(plan)
-        if listener is not None:
-            stack.enter_context(listener)
         # All descriptors must exist before the server does; a count that is not known yet has no logs of its own.
         if count is None and plan.log_dir is not None:
             count = _count_in_server_of_its_own(plan)
@@ -116,30 +113,13 @@ def open_job(plan: LaunchPlan) -> Iterator[Job]:
         server = WarmServer(
             plan.script,
             environment=server_environment(os.environ, threads),
-            pass_descriptors=[
-                *([] if listener is None else [listener.fileno()]),
-                *([] if logs is None else logs.write_fds),
-            ],
+            pass_descriptors=[] if logs is None else logs.write_fds,
         )
         stack.callback(server.close)
         if count is None:
             count = _count_devices(server, plan)
             threads = chosen_threads(os.environ, count)
-        yield Job(server, count, listener, folder, logs, threads)
-
-
-def _listen(plan: LaunchPlan) -> socket.socket | None:
-    others = plan.rendezvous
-    if others is not None and (others.backend, others.node_rank) != ("static", 0):
-        return None
-    try:
-        return listen_on(plan.main_address, plan.main_port)
-    except OSError as error:
-        raise LaunchError(
-            "The ranks' store cannot listen where it should.",
-            given=f"--main-address {plan.main_address} --main-port {plan.main_port}: {error}",
-            fix="an address of this machine and a free port",
-        ) from error
+        yield Job(server, count, folder, logs, threads)
 
 
 def _count_in_server_of_its_own(plan: LaunchPlan) -> int:
@@ -216,8 +196,6 @@ class _Supervisor:
         if job.local_world_size > cores():
             # With a core for each rank, each importing it alone takes no longer; with fewer, they would take turns.
             job.server.send(Preload())
-        assert job.listener is not None
-        job.server.send(HostStore(job.listener.fileno()))
         with self.selector:
             for restart_count in range(self.plan.max_restarts + 1):
                 failure = self._attempt(restart_count)
@@ -228,7 +206,9 @@ class _Supervisor:
         return self._conclude(failure)
 
     def _attempt(self, restart_count: int) -> Failure | None:
-        self.group.start([self._request(local_rank, restart_count) for local_rank in range(self.job.local_world_size)])
+        port = self.group.host_store(self.plan.main_address, self.plan.main_port)
+        local_ranks = range(self.job.local_world_size)
+        self.group.start([self._request(local_rank, port, restart_count) for local_rank in local_ranks])
         while not self.group.has_ended:
             self._wait()
         self.group.end_leftovers()
@@ -251,10 +231,8 @@ class _Supervisor:
             self.group.send_signal(number if self.signals_passed_on == 0 else signal.SIGKILL)
             self.signals_passed_on += 1
 
-    def _request(self, local_rank: int, restart_count: int) -> StartRank:
+    def _request(self, local_rank: int, port: int, restart_count: int) -> StartRank:
         job = self.job
-        assert job.listener is not None
-        address, port = job.listener.getsockname()[:2]
         environment = rank_environment(
             rank=local_rank,
             world_size=job.local_world_size,
@@ -262,7 +240,7 @@ class _Supervisor:
             local_world_size=job.local_world_size,
             node_rank=0,
             num_nodes=1,
-            main_address=address,
+            main_address=self.plan.main_address,
             main_port=port,
             error_file=job.error_file(local_rank, restart_count),
             restart_count=restart_count,
