@@ -65,6 +65,9 @@ def run_node(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> int:
         monitor_interval=_MONITOR_INTERVAL_SECONDS,
         entrypoint=plan.script.target,
     )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A wait inside torch's store runs no Python, so only the signal's own default can end it.
+        signal.signal(number, signal.SIG_DFL)
     with contextlib.closing(_Agent(spec, plan, job)) as agent:
         try:
             agent.run()
@@ -167,7 +170,6 @@ class _Agent(SimpleElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         if self._signals is None:
-            # Not earlier: a wait inside torch's store could only be ended by the signals' own default.
             self._signals = Signals().__enter__()
         attempt = self._agree_on_attempt(worker_group)
         port = self._agree_on_port(worker_group, attempt)

@@ -78,7 +78,7 @@ def listen_on(address: str, port: int = 0) -> socket.socket:
 
 
 def serve_store(listener: socket.socket) -> Any:
-    """Return the TCPStore that serves on ``listener``; it serves as long as it is referred to. Takes the socket over."""
+    """Return a TCPStore that serves on ``listener``, which it takes over, for as long as it is referred to."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined] # documented, not in torch's __all__
 
     host, port = listener.getsockname()[:2]

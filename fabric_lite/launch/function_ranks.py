@@ -190,8 +190,8 @@ def _collect(started: list[tuple[BaseProcess, Connection]]) -> Any:
     waiting = dict(enumerate(started))
     try:
         while waiting:
-            handles: list[Any] = [handle for process, pipe in waiting.values() for handle in (process.sentinel, pipe)]
-            multiprocessing.connection.wait(handles)
+            pipes = [pipe for _, pipe in waiting.values() if not pipe.closed]
+            multiprocessing.connection.wait([*pipes, *(process.sentinel for process, _ in waiting.values())])
             killed = [rank for rank, (process, _) in waiting.items() if (process.exitcode or 0) < 0]
             answers |= {rank: answer for rank, (_, pipe) in waiting.items() if (answer := _receive(pipe)) is not None}
             # A rank that was killed is why the others raise; of several that raise, the first is.

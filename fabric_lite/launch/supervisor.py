@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from fabric_lite.launch.environment import chosen_threads, cores, rank_environment, server_environment
 from fabric_lite.launch.failure import Failure, exit_status, report
@@ -48,17 +48,20 @@ def launch(plan: LaunchPlan) -> int:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(adopt_orphans())
-        # Until ranks run, Ctrl-C just ends this process, also inside a wait of torch's store, and the server sees that.
         for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, signal.SIG_DFL))
+            stack.callback(signal.signal, number, signal.signal(number, _leave))
         job = stack.enter_context(open_job(plan))
         if plan.rendezvous is not None:
             # It imports torch, while the server is busy doing the same.
             from fabric_lite.launch.elastic import run_node
 
             return run_node(plan, plan.rendezvous, job)
-        signals = stack.enter_context(Signals())
-        return _Supervisor(plan, job, signals).run()
+        return _Supervisor(plan, job).run()
+
+
+def _leave(number: int, _frame: object) -> NoReturn:
+    """While no rank runs, Ctrl-C and SIGTERM end the supervisor, and with it the server."""
+    raise SystemExit(128 + number)
 
 
 @dataclasses.dataclass
@@ -178,15 +181,15 @@ class Signals:
 class _Supervisor:
     """The event loop of a single node."""
 
-    def __init__(self, plan: LaunchPlan, job: Job, signals: Signals) -> None:
+    def __init__(self, plan: LaunchPlan, job: Job) -> None:
         self.plan = plan
         self.job = job
-        self.signals = signals
+        self.signals = Signals()
         self.signals_passed_on = 0
         self.group = RankGroup(job.server)
         self.selector = selectors.DefaultSelector()
         self.selector.register(job.server.channel, selectors.EVENT_READ, self.group.read)
-        self.selector.register(signals, selectors.EVENT_READ, signals.clear)
+        self.selector.register(self.signals, selectors.EVENT_READ, self.signals.clear)
         if job.logs is not None:
             job.logs.register(self.selector)
 
@@ -196,17 +199,22 @@ class _Supervisor:
         if job.local_world_size > cores():
             # With a core for each rank, each importing it alone takes no longer; with fewer, they would take turns.
             job.server.send(Preload())
-        with self.selector:
+        # Answered once torch is imported; signals are not ours to hold back before.
+        port = self._host_store()
+        with self.signals, self.selector:
             for restart_count in range(self.plan.max_restarts + 1):
-                failure = self._attempt(restart_count)
+                failure = self._attempt(port, restart_count)
                 if failure is None or self.signals.received:
                     break
                 if restart_count < self.plan.max_restarts:
                     print_line(report(failure) + f"Restart {restart_count + 1} of {self.plan.max_restarts}.")
+                    port = self._host_store()
         return self._conclude(failure)
 
-    def _attempt(self, restart_count: int) -> Failure | None:
-        port = self.group.host_store(self.plan.main_address, self.plan.main_port)
+    def _host_store(self) -> int:
+        return self.group.host_store(self.plan.main_address, self.plan.main_port)
+
+    def _attempt(self, port: int, restart_count: int) -> Failure | None:
         local_ranks = range(self.job.local_world_size)
         self.group.start([self._request(local_rank, port, restart_count) for local_rank in local_ranks])
         while not self.group.has_ended:

@@ -1,0 +1,194 @@
+"""What ``fabric-run`` says when a rank fails, and that nothing outlives it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launching import (
+    FABRIC_RUN,
+    assert_nothing_left,
+    fabric_run,
+    kill,
+    processes_in,
+    started,
+    wait_until,
+    write,
+)
+
+WAITING_RANKS_WITH_WORKERS = """
+    import os, pathlib, sys, torch
+    class Numbers(torch.utils.data.Dataset):
+        def __len__(self): return 1000
+        def __getitem__(self, index): return index
+    if __name__ == "__main__":
+        loader = torch.utils.data.DataLoader(Numbers(), num_workers=2)
+        batches = iter(loader)
+        next(batches)
+        pathlib.Path("ready" + os.environ["RANK"]).write_text(str(os.getpid()))
+        import signal
+        while True:
+            signal.pause()
+"""
+
+
+def report_of(stderr: str) -> list[str]:
+    """The lines of the report, which is the last thing on stderr."""
+    lines = stderr.splitlines()
+    (first,) = (number for number, line in enumerate(lines) if line.startswith("fabric-run: rank"))
+    return lines[first:]
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "ending"),
+    [
+        ("sys.exit(3)", 3, "exit code 3"),
+        ("raise ValueError('bad value')", 1, "exit code 1"),
+        ("os.kill(os.getpid(), 9)", 137, "killed by SIGKILL"),
+        ("os._exit(5)", 5, "exit code 5"),
+    ],
+)
+def test_first_failing_rank_is_the_report(tmp_path: Path, action: str, code: int, ending: str) -> None:
+    script = write(
+        tmp_path,
+        f"""
+        import os, sys, torch.distributed as dist
+        def fail():
+            {action}
+        dist.init_process_group("gloo")
+        dist.barrier()
+        if dist.get_rank() == 1:
+            fail()
+        dist.barrier()
+        """,
+    )
+    done = fabric_run("--devices", 2, script, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    report = report_of(done.stderr)
+    assert report[0] == f"fabric-run: rank 1 failed first, {ending}."
+    assert len(report) <= 10
+    assert done.stderr.count("Traceback") == (1 if "raise" in action else 0), done.stderr
+    if "raise" in action:
+        assert report[1:] == ["  ValueError: bad value", f"  at {script}:4, in fail", f"    {action}"]
+        assert "launch/rank.py" not in done.stderr
+    assert_nothing_left(tmp_path)
+
+
+def test_all_ranks_failing_alike_print_one_traceback(tmp_path: Path) -> None:
+    script = write(tmp_path, "raise ValueError('x\\n' * 40)")
+    done = fabric_run("--devices", 2, script)
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1
+    assert len(report_of(done.stderr)) <= 10
+
+
+def test_syntax_error_names_the_line(tmp_path: Path) -> None:
+    done = fabric_run("--devices", 1, write(tmp_path, "x = 1\nx ="))
+    assert done.returncode == 1
+    assert "line 2" in done.stderr
+
+
+def test_exception_inside_a_package_names_the_users_line(tmp_path: Path) -> None:
+    script = write(
+        tmp_path,
+        "import torch\ndef train():\n    torch.ones(2).view(3)\n    torch.nn.Linear(2, 2)(torch.ones(3))\ntrain()",
+    )
+    done = fabric_run("--devices", 1, script)
+    assert f"  at {script}:3, in train" in report_of(done.stderr)
+
+
+def test_record_decorator_writes_its_error_file(tmp_path: Path) -> None:
+    script = write(
+        tmp_path,
+        """
+        import atexit, os, pathlib
+        from torch.distributed.elastic.multiprocessing.errors import record
+        path = pathlib.Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+        atexit.register(lambda: print(path.read_text()))
+        @record
+        def main():
+            raise ValueError("recorded")
+        main()
+        """,
+    )
+    done = fabric_run("--devices", 1, script)
+    assert "ValueError: recorded" in done.stdout
+    assert report_of(done.stderr)[1] == "  ValueError: recorded"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_reach_the_ranks(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    script = write(tmp_path, WAITING_RANKS_WITH_WORKERS)
+    with started(*FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, script, cwd=tmp_path) as process:
+        wait_until(lambda: (tmp_path / "ready0").exists() and (tmp_path / "ready1").exists(), "ranks are ready")
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == code, stderr
+    assert stderr.count("Traceback") <= 1
+    assert f"ended by {number.name}" in stderr
+    assert_nothing_left(tmp_path)
+
+
+def test_second_signal_kills(tmp_path: Path) -> None:
+    script = write(
+        tmp_path,
+        """
+        import os, pathlib, signal
+        def note(*_): pathlib.Path("noted" + os.environ["RANK"]).touch()
+        signal.signal(signal.SIGTERM, note)
+        pathlib.Path("ready" + os.environ["RANK"]).touch()
+        while True:
+            signal.pause()
+        """,
+    )
+    with started(*FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, script, cwd=tmp_path) as process:
+        for name in ("ready", "noted"):
+            wait_until(lambda: all((tmp_path / f"{name}{rank}").exists() for rank in (0, 1)), name)  # noqa: B023
+            process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 137
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("victim", ["fabric-run", "server", "rank"])
+def test_killing_any_process_leaves_none(tmp_path: Path, victim: str) -> None:
+    script = write(tmp_path, WAITING_RANKS_WITH_WORKERS)
+    with started(*FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, script, cwd=tmp_path) as process:
+        wait_until(lambda: (tmp_path / "ready0").exists() and (tmp_path / "ready1").exists(), "ranks are ready")
+        # fabric-run, server, keeper, 2 ranks, 4 workers
+        assert len(processes_in(tmp_path)) == 9, processes_in(tmp_path)
+        rank = int((tmp_path / "ready1").read_text())
+        server = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
+        kill({"fabric-run": process.pid, "server": server, "rank": rank}[victim])
+        process.communicate(timeout=30)
+    assert process.returncode == {"fabric-run": -9, "server": 1, "rank": 137}[victim]
+    assert_nothing_left(tmp_path)
+
+
+def test_interrupt_while_torch_is_being_imported_ends_at_once(tmp_path: Path) -> None:
+    script = write(tmp_path, "print('never')")
+    with started(*FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, script, cwd=tmp_path) as process:
+        wait_until(lambda: len(processes_in(tmp_path)) == 2, "the server has started")
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode in (130, -2), stderr
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert_nothing_left(tmp_path)
+
+
+def test_port_in_use_is_an_error_with_three_parts(tmp_path: Path) -> None:
+    import socket
+
+    script = write(tmp_path, "print('never')")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = fabric_run("--devices", 2, "--main-port", taken.getsockname()[1], script)
+    assert done.returncode == 1
+    assert "cannot listen" in done.stderr
+    assert "Given:" in done.stderr
+    assert "Try:" in done.stderr
+    assert os.path.basename(sys.executable) not in done.stdout

@@ -1,0 +1,156 @@
+"""Starting ranks from inside a program: its script again, or one function."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fabric_lite import run_config
+from fabric_lite.errors import FabricTypeError, LaunchError
+from fabric_lite.launch.function_ranks import RankTraceback
+from fabric_lite.launch.in_script import _script_arguments, check_function, run_function
+from fabric_lite.run_config import RunConfig
+from tests.distributed.launching import assert_nothing_left, kill, processes_in, run, started, wait_until, write
+
+SUPERVISED = """
+    import json, os, sys
+    from fabric_lite.launch.in_script import supervise_script
+    from fabric_lite.run_config import RunConfig, current
+    if __name__ == "__main__":
+        if "RANK" not in os.environ:
+            try:
+                supervise_script(RunConfig(accelerator="cpu", devices="2"))
+            finally:
+                print("never")
+        print(json.dumps([os.environ["RANK"], os.environ["WORLD_SIZE"], sys.argv[1:], current().devices]), flush=True)
+        if "wait" in sys.argv:
+            import pathlib, signal
+            pathlib.Path("ready" + os.environ["RANK"]).touch()
+            signal.pause()
+        sys.exit(4 * int(os.environ["RANK"]))
+"""
+
+
+@pytest.mark.parametrize("way", [["script.py"], ["-u", "script.py"], ["-X", "utf8", "-m", "script"], ["-um", "script"]])
+def test_script_is_run_again_in_every_rank(tmp_path: Path, way: list[str]) -> None:
+    write(tmp_path, SUPERVISED)
+    done = run([sys.executable, *way, "a", "--devices", "9", "-m"], cwd=tmp_path)
+    assert done.returncode == 4, done.stderr
+    lines = sorted(json.loads(line) for line in done.stdout.splitlines())
+    assert lines == [[str(rank), "2", ["a", "--devices", "9", "-m"], "2"] for rank in (0, 1)]
+    assert_nothing_left(tmp_path)
+
+
+def test_killed_program_takes_its_ranks_along(tmp_path: Path) -> None:
+    script = write(tmp_path, SUPERVISED)
+    with started(sys.executable, script, "wait", cwd=tmp_path) as process:
+        wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)), "ranks are ready")
+        kill(process.pid)
+        process.communicate(timeout=30)
+    assert_nothing_left(tmp_path)
+
+
+def test_without_a_script_launch_names_the_function_form(tmp_path: Path) -> None:
+    code = "from fabric_lite.launch import in_script; in_script.supervise_script(in_script.RunConfig())"
+    done = run([sys.executable, "-c", code], cwd=tmp_path)
+    assert done.returncode == 1
+    assert "fabric.launch(function)" in done.stderr
+
+
+def test_script_arguments_are_found_behind_pythons_own() -> None:
+    for command in ("s.py a -m", "-u s.py a -m", "-X dev -W error s.py a -m", "-m s a -m", "-Im s a -m", "-ms a -m"):
+        assert _script_arguments(["python", *command.split()]) == ("a", "-m"), command
+
+
+def sum_of_ranks(value: int, *, to: str) -> tuple[torch.Tensor, str | None, str]:
+    dist.init_process_group("gloo")
+    total = torch.tensor([value + dist.get_rank()])
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    config = run_config.current()
+    return total, None if config is None else config.devices, to
+
+
+class Picky(Exception):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one}{two}")
+
+
+def fail_on_rank_1(how: str) -> None:
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        if how == "raise":
+            raise ValueError("from rank 1")
+        if how == "picky":
+            raise Picky(1, 2)
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        sys.exit(3)
+    dist.barrier()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_function_runs_on_every_rank_and_rank_0s_value_comes_back(method: str) -> None:
+    total, devices, to = run_function(
+        sum_of_ranks, (3,), {"to": "you"}, ranks=2, start_method=method, config=RunConfig(devices="2")
+    )
+    assert (total.tolist(), devices, to) == ([7], "2", "you")
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ("raise", ValueError, "from rank 1"),
+        ("picky", LaunchError, "Rank 1 failed: .*Picky: 12"),
+        ("kill", LaunchError, "Rank 1 was killed by SIGKILL"),
+        ("exit", LaunchError, "Rank 1 exited with code 3"),
+    ],
+)
+def test_first_failing_ranks_exception_is_raised_here(how: str, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        run_function(fail_on_rank_1, (how,), {}, ranks=2, start_method="fork", config=RunConfig())
+    if how in ("raise", "picky"):
+        assert isinstance(caught.value.__cause__, RankTraceback)
+        assert "in fail_on_rank_1" in str(caught.value.__cause__)
+
+
+def test_fork_is_refused_once_cuda_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(LaunchError, match="cannot be forked once CUDA is in use"):
+        run_function(sum_of_ranks, (3,), {"to": ""}, ranks=2, start_method="fork", config=RunConfig())
+
+
+def test_killed_program_takes_its_function_ranks_along(tmp_path: Path) -> None:
+    script = write(
+        tmp_path,
+        """
+        import os, pathlib, signal, time
+        from fabric_lite.launch.in_script import run_function
+        from fabric_lite.run_config import RunConfig
+        def wait():
+            pathlib.Path("ready" + os.environ["RANK"]).touch()
+            signal.pause()
+        run_function(wait, (), {}, ranks=2, start_method="fork", config=RunConfig())
+        """,
+    )
+    with started(sys.executable, script, cwd=tmp_path) as process:
+        wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)), "ranks are ready")
+        assert len(processes_in(tmp_path)) == 3
+        kill(process.pid)
+        process.communicate(timeout=30)
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("function", [3, lambda: None, lambda **options: options])
+def test_function_must_take_fabric(function: object) -> None:
+    with pytest.raises(FabricTypeError, match="function"):
+        check_function(function)
+    check_function(lambda fabric: fabric)
+    check_function(print)

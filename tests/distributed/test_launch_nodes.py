@@ -1,0 +1,71 @@
+"""Two nodes, played by two ``fabric-run`` on one machine."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launching import FABRIC_RUN, assert_nothing_left, started, write
+
+SCRIPT = """
+    import os, sys, torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    if sys.argv[1:] == ["always"] or sys.argv[1:] == ["once"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if dist.get_rank() == 1:
+            sys.exit(7)
+        dist.barrier()
+    print(int(total), os.environ["GROUP_RANK"], os.environ["RANK"], os.environ["LOCAL_RANK"])
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def run_two(tmp_path: Path, backend: str, *words: object, devices: int = 1) -> list[tuple[int, str, str]]:
+    """Run the script on two nodes; return exit code, stdout and stderr of each."""
+    port = free_port()
+    script = write(tmp_path, SCRIPT)
+    both = [*FABRIC_RUN, "--accelerator", "cpu", "--num-nodes", 2, "--devices", devices]
+    commands = []
+    for node in (0, 1):
+        meeting = ["--main-address", "127.0.0.1", "--main-port", port, "--node-rank", node]
+        if backend == "c10d":
+            meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job"]
+        options = ["--max-restarts", 1, script, "once"] if "once" in words else [script, *words]
+        commands.append([*both, *meeting, *options])
+    with started(*commands[0], cwd=tmp_path) as first, started(*commands[1], cwd=tmp_path) as second:
+        outputs = [process.communicate(timeout=60) for process in (first, second)]
+    return [(process.returncode, *output) for process, output in zip((first, second), outputs, strict=True)]
+
+
+@pytest.mark.parametrize("backend", ["static", "c10d"])
+def test_two_nodes_make_one_job(tmp_path: Path, backend: str) -> None:
+    results = run_two(tmp_path, backend, devices=2 if backend == "static" else 1)
+    assert [code for code, _, _ in results] == [0, 0], results
+    lines = sorted(line for _, stdout, _ in results for line in stdout.splitlines())
+    assert lines == (["4 0 0 0", "4 0 1 1", "4 1 2 0", "4 1 3 1"] if backend == "static" else ["2 0 0 0", "2 1 1 0"])
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["static", "c10d"])
+def test_all_nodes_restart_together(tmp_path: Path, backend: str) -> None:
+    results = run_two(tmp_path, backend, "once")
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert sorted(line for _, stdout, _ in results for line in stdout.splitlines()) == ["2 0 0 0", "2 1 1 0"]
+    assert_nothing_left(tmp_path)
+
+
+def test_failure_on_a_node_is_its_exit_code(tmp_path: Path) -> None:
+    results = run_two(tmp_path, "static", "always")
+    assert sorted(code for code, _, _ in results) == [1, 7], results
+    (stderr,) = (stderr for code, _, stderr in results if code == 7)
+    assert "rank 1 failed first, exit code 7." in stderr
+    assert_nothing_left(tmp_path)
