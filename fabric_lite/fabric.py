@@ -20,7 +20,7 @@ from fabric_lite.collectives import Collectives
 from fabric_lite.data import extend_loader, move_to_device, release_loader
 from fabric_lite.device import Accelerator
 from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
-from fabric_lite.init import tensors_on
+from fabric_lite.init import place, tensors_on
 from fabric_lite.mesh import build_mesh, join, leave
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.optim import LossScaler, extend_optimizer, parameters_of, release_optimizer, repoint
@@ -211,9 +211,7 @@ class Fabric:
         self._check_new([module], nn.Module)
         if move_to_device:
             self.strategy.materialize(module, placement)
-            module.to(self.device)
-        if self.precision.param_dtype is not None:
-            module.to(self.precision.param_dtype)
+        place(module, self.device if move_to_device else None, self.precision.param_dtype)
         extension = ModuleExtension(
             self,
             self.device.type,
@@ -221,7 +219,7 @@ class Fabric:
             output_hook=None if self._scaler is None else self._scaler.check_plain_backward,
         )
         names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
-        engine = self.strategy.wrap(module, extension.run, placement)
+        engine = self.strategy.wrap(module, _optimizers, extension.run, placement)
         extension.engine, extension.hooked = engine.module, engine.hooked
         extend_module(module, extension)
         for optimizer in _optimizers:
@@ -281,6 +279,9 @@ class Fabric:
             for loader in dataloaders
         ]
         self._setup_objects += extended
+        if self.world_size > 1 and use_distributed_sampler:
+            for loader in dataloaders:
+                self._say_global_batch(getattr(loader, "batch_size", None))
         return extended[0] if len(extended) == 1 else extended
 
     def release(self, *objects: Any) -> None:
@@ -529,6 +530,11 @@ class Fabric:
         for notice in self._run.notices:
             rank_zero_info(notice)
 
+    def _say_global_batch(self, batch_size: int | None) -> None:
+        if batch_size is not None:
+            total = batch_size * self.world_size
+            rank_zero_info(f"batch_size={batch_size} on each of {self.world_size} ranks: {total} samples a step")
+
     def _launched(self) -> Placement:
         if self._placement is None:
             raise FabricRuntimeError(
@@ -565,7 +571,8 @@ class Fabric:
             call_hook(self._callbacks, "on_after_optimizer_step", strategy=self.strategy, optimizer=stepped)
 
         wanted = has_hook(self._callbacks, "on_after_optimizer_step")
-        extend_optimizer(optimizer, self, self._scaler, after_step if wanted else None)
+        engine_step = self.strategy.step if self.strategy.owns_step else None
+        extend_optimizer(optimizer, self, self._scaler, engine_step, after_step if wanted else None)
         self._setup_objects.append(optimizer)
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["tensors_on"]
+__all__ = ["place", "tensors_on"]
 
 
 @contextlib.contextmanager
@@ -32,6 +33,18 @@ def tensors_on(device: torch.device, dtype: torch.dtype | None, *, skip_initiali
             yield
         finally:
             torch.set_default_dtype(previous)
+
+
+def place(module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    """Move ``module`` to ``device`` and its floating-point tensors to ``dtype``, in place; None leaves them.
+
+    A module that is right already is not touched.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    if device is not None and any(tensor.device != device for tensor in tensors):
+        module.to(device)
+    if dtype is not None and any(tensor.dtype != dtype for tensor in tensors if tensor.is_floating_point()):
+        module.to(dtype)
 
 
 class _SkipInitialisation(TorchFunctionMode):

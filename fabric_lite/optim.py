@@ -60,11 +60,20 @@ class OptimizerExtension:
 
 
 def extend_optimizer(
-    optimizer: torch.optim.Optimizer, owner: Any, scaler: LossScaler | None, after_step: Callable[..., None] | None
+    optimizer: torch.optim.Optimizer,
+    owner: Any,
+    scaler: LossScaler | None,
+    engine_step: Callable[[torch.optim.Optimizer], None] | None = None,
+    after_step: Callable[..., None] | None = None,
 ) -> None:
-    """Mark ``optimizer`` as set up by ``owner``, let ``scaler`` and ``after_step`` follow its steps.
+    """Mark ``optimizer`` as set up and let others follow its steps; its state comes to its parameters' device.
 
-    State that it has already comes to the device of its parameter.
+    Args:
+        optimizer: Its class and methods stay as they are.
+        owner: The Fabric that sets it up.
+        scaler: Unscales gradients and skips steps that overflowed.
+        engine_step: Called in place of torch's own step, which then finds no gradients.
+        after_step: A post-hook of ``step``.
     """
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
@@ -72,9 +81,26 @@ def extend_optimizer(
                 state[key] = value.to(parameter.device)
     if scaler is not None:
         scaler.attach(optimizer)
-    handles = [] if after_step is None else [optimizer.register_step_post_hook(after_step)]
+    handles = [] if engine_step is None else _replace_step(optimizer, engine_step)
+    if after_step is not None:
+        handles.append(optimizer.register_step_post_hook(after_step))
     # Not pickled: an optimizer's state is its state, its groups and its defaults.
     optimizer.__dict__[HOLDER] = OptimizerExtension(owner, handles)
+
+
+def _replace_step(optimizer: torch.optim.Optimizer, engine_step: Callable[[torch.optim.Optimizer], None]) -> list[Any]:
+    """By hooks, since a scheduler made earlier would go around an exchanged method."""
+    hidden: list[_Hidden] = []
+
+    def before(*_: Any) -> None:
+        hidden.append(_Hidden.of(optimizer))
+
+    def after(*_: Any) -> None:
+        hidden.pop().restore(optimizer)
+        if not hidden:  # the outermost of nested steps
+            engine_step(optimizer)
+
+    return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
 
 def release_optimizer(optimizer: torch.optim.Optimizer, scaler: LossScaler | None) -> None:
@@ -231,13 +257,7 @@ class _Watch:
 
     def hide_gradients(self) -> None:
         """Let the step that follows find no gradients, so that torch's optimizers do nothing."""
-        groups = [
-            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
-        ]
-        parameters = parameters_of(self.optimizer)
-        self.hidden = _Hidden([(parameter, parameter.grad) for parameter in parameters], groups)
-        for parameter in parameters:
-            parameter.grad = None
+        self.hidden = _Hidden.of(self.optimizer)
 
     def after_step(self) -> None:
         self.depth -= 1
@@ -259,6 +279,15 @@ class _Hidden:
 
     gradients: list[tuple[torch.Tensor, torch.Tensor | None]]
     groups: list[dict[str, Any]]
+
+    @staticmethod
+    def of(optimizer: torch.optim.Optimizer) -> _Hidden:
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        parameters = parameters_of(optimizer)
+        gradients = [(parameter, parameter.grad) for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        return _Hidden(gradients, groups)
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
         for parameter, gradient in self.gradients:

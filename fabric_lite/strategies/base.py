@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from fabric_lite.precision import PRECISIONS, Precision
 
@@ -66,37 +67,40 @@ class Strategy:
 
     def mesh_axes(self, world_size: int) -> Mapping[str, int]:
         """Return the mesh's axes, name to size, whose product is ``world_size``; empty: no mesh is needed."""
-        del world_size
         return {}
 
     def materialize(self, module: nn.Module, placement: Placement) -> None:
         """Give a module that was made on the meta device its values on ``placement.device``."""
 
-    def wrap(self, module: nn.Module, run: Callable[..., Any], placement: Placement) -> Engine:
+    def wrap(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], run: Callable[..., Any], placement: Placement
+    ) -> Engine:
         """Lay ``module``, already on its device and in its dtype, out over the ranks.
 
         Args:
             module: The user's module; it may be changed in place.
+            optimizers: Those given to ``setup`` with it, for an engine that steps by itself; Fabric re-points their
+                parameters afterwards.
             run: What an engine beside the module calls in its own ``forward``, with the same arguments.
             placement: Device, precision and mesh.
         """
-        del module, run, placement
         return Engine()
 
     def no_sync(self, module: nn.Module, engine: nn.Module | None) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which gradients stay on their rank."""
-        del module, engine
         return contextlib.nullcontext()
 
     def backward(self, tensor: torch.Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
-        """Run backward from ``tensor``; ``module`` is given where an engine owns the backward pass."""
-        del module
+        """Run backward from ``tensor``; ``module`` is what the user gave as ``fabric.backward(model=)``."""
         tensor.backward(*args, **kwargs)
 
-    def step(self, optimizer: torch.optim.Optimizer) -> Callable[..., Any] | None:
-        """Return what replaces ``optimizer.step`` where an engine owns the step; None: torch's own."""
-        del optimizer
-        return None
+    @property
+    def owns_step(self) -> bool:
+        """Whether ``optimizer.step()`` is to do nothing but call :meth:`step`."""
+        return False
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Step, where an engine owns the step; gradients and state are as the engine left them."""
 
     def clip_grad_norm(
         self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from fabric_lite.errors import FabricTypeError, FabricValueError
 from fabric_lite.strategies.base import Engine, Placement, Strategy
@@ -72,7 +73,9 @@ class DDPStrategy(Strategy):
                 fix="'spawn', 'fork' or None",
             )
 
-    def wrap(self, module: nn.Module, run: Callable[..., Any], placement: Placement) -> Engine:
+    def wrap(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], run: Callable[..., Any], placement: Placement
+    ) -> Engine:
         if not any(parameter.requires_grad for parameter in module.parameters()):
             return Engine()  # a frozen teacher has nothing to average; DDP refuses it
         engine = _BufferSynchronisingDDP(
@@ -92,7 +95,6 @@ class DDPStrategy(Strategy):
         return Engine(module=engine)
 
     def no_sync(self, module: nn.Module, engine: nn.Module | None) -> contextlib.AbstractContextManager[Any]:
-        del module
         return engine.no_sync() if isinstance(engine, DistributedDataParallel) else contextlib.nullcontext()
 
     def _hook(self) -> tuple[Any, Callable[..., Any]]:

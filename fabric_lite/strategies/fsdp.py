@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from fabric_lite.strategies.base import Engine, Placement, Strategy
 
@@ -30,7 +31,9 @@ class FSDPStrategy(Strategy):
     def mesh_axes(self, world_size: int) -> Mapping[str, int]:
         return {"shard": world_size}
 
-    def wrap(self, module: nn.Module, run: Callable[..., Any], placement: Placement) -> Engine:
+    def wrap(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], run: Callable[..., Any], placement: Placement
+    ) -> Engine:
         from torch.distributed.fsdp import fully_shard
 
         blocks = [child for child in module.modules() if type(child) in self.auto_wrap_policy and child is not module]

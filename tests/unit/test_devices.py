@@ -1,0 +1,169 @@
+"""Devices: what is asked for, what is there, and a run on an accelerator that is simulated.
+
+No accelerator is needed: a process of its own registers a device named ``simdev`` with torch, whose tensors are fake.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from fabric_lite.device import Accelerator, choose_accelerator, parse_devices
+from fabric_lite.topology import Topology
+
+CPU = Accelerator("cpu")
+
+
+@pytest.mark.parametrize(
+    ("devices", "indices"),
+    [
+        (1, (0,)),
+        (3, (0, 1, 2)),
+        ("3", (0, 1, 2)),
+        ([0, 2], (0, 2)),
+        ("0,2", (0, 2)),
+        ("auto", (0,)),
+        (-1, (0,)),
+        ("-1", (0,)),
+    ],
+)
+def test_devices_are_counts_lists_or_text(devices: object, indices: tuple[int, ...]) -> None:
+    assert parse_devices(devices, CPU) == indices  # type: ignore[arg-type]
+
+
+def test_auto_is_cpu_where_there_is_no_accelerator() -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    assert choose_accelerator("auto") == CPU
+    assert CPU.device(3) == torch.device("cpu")
+    assert Accelerator("cuda").device(1) == torch.device("cuda", 1)
+    assert Accelerator("mps").device(1) == torch.device("mps")
+    assert not Accelerator("cuda").is_available()
+
+
+def test_a_topology_knows_whether_a_launcher_made_it() -> None:
+    assert not Topology().is_managed
+    assert Topology(source="Slurm (srun)").is_managed
+
+
+SIMULATED_DEVICE = """
+import types, torch
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+class Stream:
+    def __init__(self, *a, **k): self.device = torch.device("simdev", 0)
+    def wait_stream(self, other): pass
+class Module(types.ModuleType):
+    calls = []
+    current = 0
+    def is_available(self): return True
+    def is_initialized(self): return True
+    def device_count(self): return 4
+    def current_device(self): return Module.current
+    def set_device(self, device): Module.current = torch.device("simdev", device).index if isinstance(device, int) else device.index
+    def _is_in_bad_fork(self): return False
+    def manual_seed_all(self, seed): Module.calls.append(("manual_seed_all", seed))
+    def get_rng_state(self, device=None): return torch.arange(4, dtype=torch.uint8)
+    def set_rng_state(self, state, device=None): Module.calls.append(("set_rng_state", state.tolist()))
+    def get_amp_supported_dtype(self): return [torch.bfloat16, torch.float16]
+    Stream = Stream
+backend = Module("simdev")
+_setup_privateuseone_for_python_backend("simdev", backend_module=backend)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
+from fabric_lite import Fabric
+"""
+
+
+def on_a_simulated_device(code: str) -> str:
+    """Run ``code`` in a process where torch has four devices of a kind that the library has never heard of."""
+    script = SIMULATED_DEVICE + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_auto_takes_the_accelerator_and_all_of_its_devices() -> None:
+    output = on_a_simulated_device("""
+        fabric = Fabric()
+        print(fabric.accelerator.device_type, fabric.world_size, fabric.strategy.__class__.__name__, fabric.device)
+        one = Fabric(devices=[2])
+        print(one.device, one.world_size)
+        for wrong in (5, [4]):
+            try:
+                Fabric(devices=wrong)
+            except ValueError as error:
+                print(str(error).splitlines()[1])
+        print(Fabric(accelerator="cpu").device)
+    """)
+    assert output.splitlines() == [
+        "simdev 4 DDPStrategy simdev:0",
+        "simdev:2 1",
+        "  Given: devices=5, and 4 of type simdev",
+        "  Given: devices=[4], and 4 of type simdev",
+        "cpu",
+    ]
+
+
+def test_a_training_step_has_every_tensor_and_optimizer_state_on_the_accelerator() -> None:
+    output = on_a_simulated_device("""
+        fabric = Fabric(devices=[0])
+        with FakeTensorMode():
+            with fabric.init_module():
+                model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+            model, optimizer = fabric.setup(model, optimizer)
+            with fabric.init_tensor():
+                x = torch.ones(2, 4)
+            loss = model(x).mean()
+            fabric.backward(loss)
+            fabric.clip_gradients(model, optimizer, max_norm=1.0, error_if_nonfinite=False)
+            optimizer.step()
+            tensors = [x, loss, *model.parameters(), *(p.grad for p in model.parameters())]
+            tensors += [v for s in optimizer.state.values() for v in s.values() if v.dim()]
+            print({str(tensor.device) for tensor in tensors}, len(tensors))
+            moved = fabric.to_device({"a": torch.ones(2, device="cpu"), "b": [torch.ones(1, device="cpu")]})
+            print(moved["a"].device, moved["b"][0].device)
+            try:
+                model(torch.ones(2, 4, device="cpu"))
+            except RuntimeError as error:
+                print("two devices" in str(error))
+    """)
+    assert output.splitlines() == ["{'simdev:0'} 18", "simdev:0 simdev:0", "True"]
+
+
+def test_autocast_is_entered_for_the_accelerators_own_type() -> None:
+    output = on_a_simulated_device("""
+        fabric = Fabric(devices=[0], precision="bf16-mixed")
+        seen = []
+        class Looks(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.ones(1, device="simdev"))
+            def forward(self, x):
+                seen.append((torch.is_autocast_enabled("simdev"), torch.get_autocast_dtype("simdev"), torch.is_autocast_enabled("cpu")))
+                return x
+        with FakeTensorMode():
+            fabric.setup(Looks())(None)
+        print(seen)
+        with fabric.autocast():
+            print(torch.is_autocast_enabled("simdev"))
+    """)
+    assert output.splitlines() == ["[(True, torch.bfloat16, False)]", "True"]
+
+
+def test_seeding_and_random_state_reach_the_accelerator() -> None:
+    output = on_a_simulated_device("""
+        fabric = Fabric(devices=[0])
+        fabric.seed_everything(7)
+        print(("manual_seed_all", 7) in Module.calls)
+        state = fabric.state_dict()
+        Module.calls.clear()
+        fabric.load_state_dict(state)
+        print(any(name == "set_rng_state" for name, _ in Module.calls))
+    """)
+    assert output.splitlines() == ["True", "True"]
