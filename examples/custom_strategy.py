@@ -34,9 +34,8 @@ class AveragedByHooks(Strategy):
     def mesh_axes(self, world_size):
         return {"data": world_size}
 
-    def wrap(self, module, run, placement):
+    def wrap(self, module, optimizers, run, placement):
         """All that ``setup`` asks of a strategy; without an engine, the user's own model is what runs."""
-        del run  # an engine beside the model would call it
         if placement.mesh is None:  # a process alone
             return Engine()
         group = placement.mesh.get_group("data")
@@ -55,7 +54,6 @@ class AveragedByHooks(Strategy):
 
     @contextlib.contextmanager
     def no_sync(self, module, engine):
-        del engine
         self.waiting.add(id(module))
         try:
             yield
