@@ -14,6 +14,8 @@ from pathlib import Path
 
 LIMIT_SECONDS = 60.0
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+# Unbuffered, the lines of two ranks mix: print() writes a line and its end apart.
+ENVIRONMENT.pop("PYTHONUNBUFFERED", None)
 FABRIC_RUN = [sys.executable, "-m", "fabric_lite"]
 
 

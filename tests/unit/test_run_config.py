@@ -1,0 +1,123 @@
+"""What fabric-run tells the script, from the command line to the rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from fabric_lite import run_config
+from fabric_lite.errors import LaunchError
+from fabric_lite.launch.cli import parse_arguments
+from fabric_lite.launch.environment import chosen_threads, cores
+from fabric_lite.launch.failure import Failure, describe_exception, exit_status, report
+from fabric_lite.launch.plan import count_in, count_present, parse_devices
+from fabric_lite.run_config import RunConfig
+
+SCRIPT = str(Path(__file__))
+
+
+def test_nothing_said_is_none() -> None:
+    assert run_config.current() is None
+    assert parse_arguments([SCRIPT]).run_config == RunConfig()
+
+
+def test_installed_config_is_current_until_it_is_taken_back() -> None:
+    config = RunConfig(devices="2")
+    run_config.install(config)
+    try:
+        assert run_config.current() is config
+    finally:
+        run_config.install(None)
+    assert run_config.current() is None
+
+
+def test_config_is_plain_data() -> None:
+    config = RunConfig("cpu", "ddp", "bf16-mixed", "0,2", 3, 4, True)
+    assert RunConfig(**dataclasses.asdict(config)) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.devices = "3"  # type: ignore[misc]
+
+
+def test_options_before_the_script_are_ours_and_after_it_are_the_scripts() -> None:
+    words = [
+        "--strategy",
+        "fsdp",
+        "--precision=bf16-mixed",
+        "--check-collectives",
+        SCRIPT,
+        "--strategy",
+        "x",
+        "-m",
+        "--help",
+    ]
+    plan = parse_arguments(words)
+    assert plan.run_config == RunConfig(strategy="fsdp", precision="bf16-mixed", check_collectives=True)
+    assert plan.script.target == SCRIPT
+    assert not plan.script.is_module
+    assert plan.script.arguments == ("--strategy", "x", "-m", "--help")
+
+
+def test_module_takes_the_place_of_the_script() -> None:
+    plan = parse_arguments(["--devices", "-1", "-m", "package.part", "-m", "x"])
+    assert plan.script.is_module
+    assert (plan.script.target, plan.script.arguments) == ("package.part", ("-m", "x"))
+
+
+@pytest.mark.parametrize(
+    ("text", "devices", "count"),
+    [("2", 2, 2), ("0,2", (0, 2), 2), ("3,", (3,), 1), ("auto", None, None), ("-1", None, None)],
+)
+def test_devices_are_counted(text: str, devices: object, count: int | None) -> None:
+    assert parse_devices(text) == devices
+    assert count_in(parse_devices(text), "cuda") == count
+    assert count_in(None, "cpu") == 1
+
+
+@pytest.mark.parametrize("text", ["0", "-2", "two", "", "1.5", "0,0", "0,-1", "0,x", ","])
+def test_bad_devices_are_refused(text: str) -> None:
+    with pytest.raises(LaunchError, match="--devices"):
+        parse_devices(text)
+
+
+def test_all_devices_are_those_present() -> None:
+    assert count_present("cuda", 8, None) == 8
+    assert count_present("cuda", 8, "gpu") == 8
+    assert count_present(None, 0, "auto") == 1
+    for kind, count, asked in ((None, 0, "gpu"), (None, 0, "cuda"), ("xpu", 2, "cuda")):
+        with pytest.raises(LaunchError, match="no accelerator of kind"):
+            count_present(kind, count, asked)
+
+
+def test_threads_are_cores_over_ranks() -> None:
+    assert chosen_threads({}, 1) is None
+    assert chosen_threads({}, 2) == max(1, cores() // 2)
+    assert chosen_threads({}, 10_000) == 1
+    assert chosen_threads({"OMP_NUM_THREADS": "3"}, 2) is None
+
+
+def test_several_nodes_need_to_know_each_other() -> None:
+    plan = parse_arguments(["--num-nodes", "2", "--node-rank", "1", "--main-address", "host", SCRIPT])
+    assert plan.rendezvous is not None
+    assert (plan.rendezvous.endpoint, plan.rendezvous.node_rank) == ("host:29500", 1)
+    for words in (["--num-nodes", "2"], ["--num-nodes", "2", "--main-address", "host", "--node-rank", "2"]):
+        with pytest.raises(LaunchError, match="Given"):
+            parse_arguments([*words, SCRIPT])
+
+
+def test_report_is_short_however_long_the_message() -> None:
+    try:
+        raise ValueError("\n".join(["line " * 200] * 50))
+    except ValueError as error:
+        details = describe_exception(error)
+    lines = report(Failure(3, 1, details, "/logs/rank_3.err")).splitlines()
+    assert len(lines) <= 10
+    assert max(map(len, lines)) < 400
+    assert lines[0] == "fabric-run: rank 3 failed first, exit code 1."
+    assert __file__ in lines[-3]
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, 0), (3, 3), (-9, 137), (-15, 143)])
+def test_exit_status_is_the_shells(code: int, status: int) -> None:
+    assert exit_status(code) == status
