@@ -16,7 +16,17 @@ from typing import Any
 
 from fabric_lite.errors import FabricTypeError
 
-__all__ = ["HOLDER", "Extended", "extend", "extension_of", "is_wrapped", "plain", "release"]
+__all__ = [
+    "HOLDER",
+    "Extended",
+    "deepcopy_plainly",
+    "extend",
+    "extension_of",
+    "is_wrapped",
+    "plain",
+    "reduce_plainly",
+    "release",
+]
 
 HOLDER = "_fabric"
 
@@ -36,10 +46,10 @@ class Extended:
 
 
 # Values are weak: an extended class goes when its last object has gone, and with it the key's hold on the user's class.
-_classes: weakref.WeakValueDictionary[tuple[type, Members, bool], type] = weakref.WeakValueDictionary()
+_classes: weakref.WeakValueDictionary[tuple[Members, tuple[type, ...]], type] = weakref.WeakValueDictionary()
 
 
-def extend(target: Any, members: Members, holder: Any) -> None:
+def extend(target: Any, members: Members, holder: Any, mark: type = Extended) -> None:
     """Change ``target``'s class to a subclass with ``members(type(target))`` and keep ``holder`` in the object.
 
     Args:
@@ -47,6 +57,8 @@ def extend(target: Any, members: Members, holder: Any) -> None:
         members: Called once per class of the user with that class; returns what the subclass defines. A module-level
             function, since it is the key under which the subclass is kept.
         holder: All state of the extension; found again with :func:`extension_of`.
+        mark: A base of the subclass that has no ``__slots__``, swallows ``__init_subclass__``, and, where the user's
+            class has a layout of its own, is one of that class's bases.
 
     Raises:
         FabricTypeError: The class cannot be extended (a scripted module, a class with ``__slots__``).
@@ -54,10 +66,10 @@ def extend(target: Any, members: Members, holder: Any) -> None:
     kind = type(target)
     try:
         try:
-            target.__class__ = _extended_class(kind, members, mark_first=True)
+            target.__class__ = _extended_class(kind, members, (mark, kind))
         except TypeError:
-            # A class whose first base is Generic (DataLoader) or an ABC has another layout with the mark first.
-            target.__class__ = _extended_class(kind, members, mark_first=False)
+            # A class whose first base is Generic or an ABC has another layout with the mark first.
+            target.__class__ = _extended_class(kind, members, (kind, mark))
     except TypeError as error:
         raise FabricTypeError(
             f"An object of class {kind.__name__} cannot be extended in place.",
@@ -105,31 +117,31 @@ def user_class(kind: type) -> type:
     return kind.__dict__.get("_fabric_extends", kind)
 
 
-def _extended_class(kind: type, members: Members, *, mark_first: bool) -> type:
-    extended = _classes.get((kind, members, mark_first))
+def _extended_class(kind: type, members: Members, bases: tuple[type, ...]) -> type:
+    extended = _classes.get((members, bases))
     if extended is None:
         namespace = {
             "__module__": kind.__module__,
             "__qualname__": kind.__qualname__,
             "__doc__": kind.__doc__,
             "_fabric_extends": kind,
-            "__reduce_ex__": _reduce_plainly,
-            "__deepcopy__": _deepcopy_plainly,
+            "__reduce_ex__": reduce_plainly,
+            "__deepcopy__": deepcopy_plainly,
             **members(kind),
         }
         # The mark first, so that the user's __init_subclass__ does not run; type.__new__ with the user's metaclass,
         # so that the metaclass's own __new__ and __init__ (registries) do not run.
         metaclass: Any = type(kind)
-        bases = (Extended, kind) if mark_first else (kind, Extended)
-        extended = type.__new__(metaclass, kind.__name__, bases, namespace)
-        _classes[kind, members, mark_first] = extended
+        extended = _classes[members, bases] = type.__new__(metaclass, kind.__name__, bases, namespace)
     return extended
 
 
-def _reduce_plainly(self: Any, protocol: Any) -> Any:
+def reduce_plainly(self: Any, protocol: Any) -> Any:
     """Pickle as the user's class, by its own ``__reduce_ex__``, ``__reduce__`` and ``__getstate__``."""
     with plain(self):
         reduced = self.__reduce_ex__(protocol)
+        if isinstance(reduced, str):  # the name of a global
+            return reduced
         # The state may be the live __dict__, which gets the holder back when this block ends.
         function, arguments, *rest = (dict(part) if part is self.__dict__ else part for part in reduced)
         if function is _NEW_OBJECT:
@@ -139,6 +151,7 @@ def _reduce_plainly(self: Any, protocol: Any) -> Any:
         return (function, arguments, *rest)
 
 
-def _deepcopy_plainly(self: Any, memo: dict[int, Any]) -> Any:
+def deepcopy_plainly(self: Any, memo: dict[int, Any]) -> Any:
+    """Copy as the user's class, by its own ``__deepcopy__`` where it has one."""
     with plain(self):
         return copy.deepcopy(self, memo)

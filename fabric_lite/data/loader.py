@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,8 +95,7 @@ def extend_loader(
         loader.__dict__.update(_samplers(loader, dealer, progress))
     # Persistent workers of an earlier iteration would go on with the samplers that have just been taken out.
     loader.__dict__["_iterator"] = None
-    loader.__class__ = _extended_class(type(loader))
-    loader.__dict__[adopt.HOLDER] = holder
+    adopt.extend(loader, _members, holder, mark=ExtendedLoader)
     return loader
 
 
@@ -264,25 +262,6 @@ class ExtendedLoader(DataLoader[Any]):
         """Hide from the registries of users."""
 
 
-_classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
-
-
-def _extended_class(kind: type) -> type:
-    extended = _classes.get(kind)
-    if extended is None:
-        namespace = {
-            "__module__": kind.__module__,
-            "__qualname__": kind.__qualname__,
-            "__doc__": kind.__doc__,
-            "_fabric_extends": kind,
-            **_members(kind),
-        }
-        # The user's metaclass, without its own __new__ and __init__.
-        metaclass: Any = type(kind)
-        extended = _classes[kind] = type.__new__(metaclass, kind.__name__, (ExtendedLoader, kind), namespace)
-    return extended
-
-
 def _members(kind: type) -> dict[str, Any]:
     """What the extended class of a loader class defines."""
     plain_iter = kind.__iter__  # type: ignore[attr-defined]  # a DataLoader class
@@ -317,11 +296,11 @@ def _members(kind: type) -> dict[str, Any]:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         with _own_samplers(self):
-            return adopt._reduce_plainly(self, protocol)
+            return adopt.reduce_plainly(self, protocol)
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         with _own_samplers(self):
-            return adopt._deepcopy_plainly(self, memo)
+            return adopt.deepcopy_plainly(self, memo)
 
     return {
         function.__name__: function
