@@ -1,0 +1,163 @@
+"""Each example runs in every way that its docstring names, and does what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fabric_lite.testing import RankPool
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py"))
+SMALL = {
+    "char_gpt.py": ["--steps", "2", "--batch-size", "32"],
+    "custom_strategy.py": ["--epochs", "3"],
+    "gan.py": ["--epochs", "1"],
+    "image_classifier.py": ["--epochs", "1"],
+}
+PYTHON: list[str] = []
+FABRIC_RUN = ["-m", "fabric_lite", "--devices", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+def run(folder: Path, starter: list[str], script: str, *options: str) -> str:
+    """Run an example in ``folder`` and return what it prints; a warning to the user fails it."""
+    command = [sys.executable, *starter, str(EXAMPLES / script), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"}
+    finished = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def losses(output: str) -> list[str]:
+    return re.findall(r"loss +([\d.]+)", output)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    loaded: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["model"]
+    return loaded
+
+
+def shown_help(script: str) -> str:
+    """On a rank, since importing scikit-learn changes the environment: what ``script --help`` prints."""
+    before, printed = sys.argv, io.StringIO()
+    sys.argv = [script, "--help"]
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit:
+        return printed.getvalue()
+    finally:
+        sys.argv = before
+    raise AssertionError(f"{script} went on after --help")
+
+
+def test_every_example_is_tested() -> None:
+    assert {Path(script).name for script in SCRIPTS} == set(SMALL)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_example_tells_its_options(ranks: RankPool, script: str) -> None:
+    [shown] = ranks.run(shown_help, str(EXAMPLES / script), ranks=1)
+    assert SMALL[Path(script).name][0] in shown
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_commands_in_the_docstring_name_the_example(script: str) -> None:
+    docstring = (EXAMPLES / script).read_text(encoding="utf-8").split('"""')[1]
+    commands = re.findall(r"^    (\S.*)$", docstring, re.MULTILINE)
+    assert commands
+    assert all(re.match(rf"(python|fabric-run|torchrun)\b.* examples/{script}\b", command) for command in commands)
+
+
+# Not the GAN: with Fabric each rank draws noise of its own, from another seed.
+@pytest.mark.parametrize("script", ["char_gpt.py", "image_classifier.py"])
+def test_one_process_computes_what_plain_pytorch_computes(tmp_path: Path, script: str) -> None:
+    plain, with_fabric = (run(tmp_path, PYTHON, path, *SMALL[script]) for path in (f"plain/{script}", script))
+    assert losses(plain)
+    without_speed, expected = (re.sub(r"[\d,]+ tokens/s", "", output) for output in (with_fabric, plain))
+    assert without_speed == expected
+
+
+def test_torchrun_and_fabric_run_print_the_same(tmp_path: Path) -> None:
+    by_fabric_run, by_torchrun = (
+        run(tmp_path, starter, "gan.py", "--epochs", "1") for starter in (FABRIC_RUN, TORCHRUN)
+    )
+    assert "between ranks: 0.0\n" in by_fabric_run
+    assert by_fabric_run == by_torchrun
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("char_gpt")
+
+
+@pytest.fixture(scope="module")
+def whole_run(folder: Path) -> str:
+    """What char_gpt prints in a run of 30 steps that nothing interrupts."""
+    return run(folder, FABRIC_RUN, "char_gpt.py", "--steps", "30", "--batch-size", "8", "--checkpoint", "whole.pt")
+
+
+def test_char_gpt_learns_and_writes_a_sample(whole_run: str) -> None:
+    assert re.search(r"^361,\d+ parameters, 1,024 tokens per step$", whole_run, re.MULTILINE)
+    first, *_, last = map(float, losses(whole_run))
+    assert last < first - 1.5  # 4.8 at the start, some 2.9 after 30 steps
+    bits = re.search(r"held-out text: ([\d.]+) bits per character\n", whole_run)
+    assert bits
+    assert float(bits[1]) < 5
+    assert len(whole_run[bits.end() :]) > 300
+
+
+def test_char_gpt_goes_on_as_if_it_had_not_been_interrupted(folder: Path, whole_run: str) -> None:
+    options = ["--batch-size", "8", "--resume", "--checkpoint", "interrupted.pt"]
+    begun = run(folder, FABRIC_RUN, "char_gpt.py", *options, "--steps", "5")
+    assert "resumed" not in begun  # there was nothing to resume
+    resumed = run(folder, FABRIC_RUN, "char_gpt.py", *options, "--steps", "30")
+    assert resumed.startswith("resumed at step 5\n")
+    assert losses(resumed) == losses(whole_run)[1:]
+    expected, found = weights(folder / "whole.pt"), weights(folder / "interrupted.pt")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_the_image_classifier_reads_97_percent_of_the_digits_on_two_ranks(tmp_path: Path) -> None:
+    output = run(tmp_path, FABRIC_RUN, "image_classifier.py")
+    [*_, (share, shown)] = re.findall(r"([\d.]+)% of (\d+) test images right", output)
+    assert float(share) >= 97
+    assert int(shown) == 359  # an odd number: each once, none repeated to fill a rank up
+
+
+def test_the_gan_draws_the_ring_with_equal_weights_on_both_ranks(tmp_path: Path) -> None:
+    output = run(tmp_path, FABRIC_RUN, "gan.py", "--epochs", "10")
+    assert "largest difference of a weight between ranks: 0.0\n" in output
+    [*_, near] = re.findall(r"on the ring (\d+)%", output)
+    assert int(near) >= 70
+
+
+def test_the_gan_runs_in_one_process(tmp_path: Path) -> None:
+    assert "on the ring" in run(tmp_path, PYTHON, "gan.py", *SMALL["gan.py"])
+
+
+@pytest.mark.parametrize("starter", [PYTHON, FABRIC_RUN], ids=["alone", "two_ranks"])
+def test_the_strategy_of_ones_own_ends_with_the_weights_of_ddp(tmp_path: Path, starter: list[str]) -> None:
+    output = run(tmp_path, starter, "custom_strategy.py", *SMALL["custom_strategy.py"])
+    ours, theirs = losses(output)
+    assert ours == theirs
+    assert output.endswith("largest difference of a weight: 0.0\n")
+
+
+def test_the_strategy_of_ones_own_is_shorter_than_50_lines() -> None:
+    source = (EXAMPLES / "custom_strategy.py").read_text(encoding="utf-8")
+    strategy = source[source.index("@dataclasses.dataclass") : source.index("def train")]
+    assert len(strategy.splitlines()) < 50
