@@ -246,7 +246,16 @@ def _hooked_members(kind: type) -> dict[str, Any]:
         return route.user_forward(self, *args, **kwargs) if target is None else target(*args, **kwargs)
 
     route.route = forward
-    return {**_quiet_members(kind), "__call__": call, "forward": route}
+    copies = {"__deepcopy__": _refuse_copy, "__reduce_ex__": _refuse_copy}
+    return {**_quiet_members(kind), **copies, "__call__": call, "forward": route}
+
+
+def _refuse_copy(self: Any, _: Any) -> Any:
+    """A copy would hold this rank's shards, and hooks that no rank shares."""
+    raise StrategyError(
+        f"A {type(self).__name__} that is sharded over the ranks cannot be copied or pickled.",
+        fix="fabric.save(path, {'model': model}), or torch.distributed.checkpoint.state_dict.get_model_state_dict(model)",
+    )
 
 
 def _compiled_module_members(kind: type) -> dict[str, Any]:

@@ -82,6 +82,27 @@ def test_gradients_equal_one_process_in_every_way_of_running_the_model(ranks: Ra
     assert max(ranks.run(gradient_error, way)) <= 1e-7
 
 
+def compiled_frames(kind: str) -> int:
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    model: Any = make_net()
+    if kind != "after":
+        model.compile(backend=counter, fullgraph=True)
+    target = DistributedDataParallel(model) if kind == "raw" else Fabric(accelerator="cpu", devices=2).setup(model)
+    if kind == "after":
+        model.compile(backend=counter, fullgraph=True)
+    for x in batches(3):
+        target(x).pow(2).mean().backward()
+    torch._dynamo.reset()
+    return int(counter.frame_count)
+
+
+def test_compiling_before_or_after_setup_gives_as_many_frames_as_raw_ddp(ranks: RankPool) -> None:
+    raw = ranks.run(compiled_frames, "raw")
+    assert ranks.run(compiled_frames, "before") == ranks.run(compiled_frames, "after") == raw == [1, 1]
+
+
 def evaluate_batch_norm(precision: str) -> Any:
     fabric = Fabric(accelerator="cpu", devices=2, precision=precision)
     torch.manual_seed(0)

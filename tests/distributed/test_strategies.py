@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import io
 import itertools
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_lite import Fabric, Strategy
+from fabric_lite import Fabric, Strategy, StrategyError
 from fabric_lite.strategies import Engine, FSDPStrategy, Placement
 from fabric_lite.testing import RankPool
 from tests.models import batches, make_net
@@ -146,8 +149,11 @@ def sharded_forward_by_hand() -> float:
     model, raw = make_net(), make_net()
     fabric.setup(model)
     x = batches(1)[0]
+    for copying in (copy.deepcopy, pickle.dumps, lambda model: torch.save(model, io.BytesIO())):
+        with pytest.raises(StrategyError, match=r"fabric\.save.*get_model_state_dict"):
+            copying(model)
     return float((model.forward(x) - raw(x)).abs().max() + (model(x, 1) - raw(x, 1)).abs().max())
 
 
-def test_forward_by_hand_gathers_a_sharded_model(ranks: RankPool) -> None:
+def test_forward_by_hand_gathers_a_sharded_model_and_copies_are_refused(ranks: RankPool) -> None:
     assert ranks.run(sharded_forward_by_hand) == [0.0, 0.0]
