@@ -45,8 +45,10 @@ def rank_environment(
     role_rank: int | None = None,
     role_world_size: int | None = None,
 ) -> dict[str, str]:
-    """Return exactly the variables that torchrun sets for a worker."""
+    """Return the variables that torchrun sets for a worker; on one node also the one that keeps gloo on loopback."""
+    loopback = _loopback_interface() if num_nodes == 1 else None
     return {
+        **({} if loopback is None else {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback)}),
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_RANK": str(local_rank),
@@ -65,6 +67,11 @@ def rank_environment(
         "TORCHELASTIC_ERROR_FILE": error_file,
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
     }
+
+
+def _loopback_interface() -> str | None:
+    # Gloo left to itself listens on the address of the machine's name, which others may reach.
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
 
 
 def listen_on(address: str, port: int = 0) -> socket.socket:

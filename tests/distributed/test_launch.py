@@ -18,7 +18,7 @@ def test_everything_after_the_script_is_the_scripts(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [f"2 {[str(script), '--devices', '9', '--precision', 'x', '-h']}"] * 2
 
 
-def test_ranks_have_torchruns_variables_and_no_others(tmp_path: Path) -> None:
+def test_ranks_have_torchruns_variables_and_gloos_interface(tmp_path: Path) -> None:
     script = write(
         tmp_path,
         """
@@ -38,6 +38,7 @@ def test_ranks_have_torchruns_variables_and_no_others(tmp_path: Path) -> None:
     theirs_alone = {"TORCHELASTIC_SIGNALS_TO_HANDLE"}
     of_the_run = {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RUN_ID"}
     for ours, theirs in zip(seen["fabric-run"], seen["torchrun"], strict=True):
+        assert ours.pop("GLOO_SOCKET_IFNAME") == "lo"  # one node talks to itself on loopback
         assert ours.keys() == theirs.keys() - theirs_alone
         assert {k: v for k, v in ours.items() if k not in of_the_run} == {
             k: v for k, v in theirs.items() if k not in of_the_run | theirs_alone
@@ -206,25 +207,31 @@ def test_logs_hold_each_ranks_output(tmp_path: Path) -> None:
     assert str(tmp_path / "logs" / "rank_1.err") in done.stderr
 
 
-def test_store_listens_on_loopback_alone(tmp_path: Path) -> None:
+def test_store_and_gloo_listen_on_loopback_alone(tmp_path: Path) -> None:
     script = write(
         tmp_path,
         """
-        import os, torch.distributed as dist
+        import os, torch, torch.distributed as dist
         dist.init_process_group("gloo")
-        port = int(os.environ["MASTER_PORT"])
-        addresses = []
+        dist.all_reduce(torch.ones(1))
+        links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        own = {os.readlink(link) for link in links if os.path.lexists(link)}
+        listening, store = [], []
         for table in ("/proc/net/tcp", "/proc/net/tcp6"):
             for line in open(table).readlines()[1:]:
-                address, state = line.split()[1], line.split()[3]
-                if state == "0A" and int(address.split(":")[1], 16) == port:
-                    addresses.append(address.split(":")[0])
-        print(addresses)
+                fields = line.split()
+                address, port = fields[1].split(":")
+                if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
+                    listening.append(address)
+                if fields[3] == "0A" and int(port, 16) == int(os.environ["MASTER_PORT"]):
+                    store.append(address)
+        if dist.get_rank() == 0:
+            print(set(listening), store, os.environ["GLOO_SOCKET_IFNAME"])
         dist.destroy_process_group()
         """,
     )
-    done = fabric_run("--devices", 1, script)
-    assert done.stdout == "['0100007F']\n", done.stderr
+    done = fabric_run("--devices", 2, script)
+    assert done.stdout == "{'0100007F'} ['0100007F'] lo\n", done.stderr
 
 
 def test_help_and_supervisor_import_no_torch() -> None:
