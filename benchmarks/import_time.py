@@ -1,6 +1,6 @@
 """What ``import fabric_lite`` costs over ``import torch``, and what ``fabric-run --help`` takes.
 
-    python benchmarks/import_time.py --json benchmarks/results/import_time.json
+python benchmarks/import_time.py --json benchmarks/results/import_time.json
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import added, interleaved, parser, show, write  # noqa: E402
+from measure import added, interleaved, parser, show, write
 
-from fabric_lite import Fabric  # noqa: E402
-from fabric_lite.testing import RankPool  # noqa: E402
+from fabric_lite import Fabric
+from fabric_lite.testing import RankPool
 
 COMPUTE = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 HAND, OURS, LIGHTNING, ACCELERATE = "by hand", "fabric_lite", "Lightning Fabric", "Accelerate"
@@ -64,7 +64,7 @@ def by_hand(precision: str, wrap: Callable[[nn.Module], Any] = lambda model: mod
     return step
 
 
-def with_fabric(precision: str, fabric: Any) -> Step:
+def with_fabric(fabric: Any) -> Step:
     model, optimizer, x, y = make()
     model, optimizer = fabric.setup(model, optimizer)
 
@@ -103,7 +103,7 @@ def peers(precision: str) -> dict[str, Step]:
         from lightning_fabric import Fabric as Lightning
 
         with contextlib.suppress(ValueError):  # it has no 16-mixed on CPU
-            found[LIGHTNING] = with_fabric(precision, Lightning(accelerator="cpu", devices=1, precision=precision))
+            found[LIGHTNING] = with_fabric(Lightning(accelerator="cpu", devices=1, precision=precision))
     if importlib.util.find_spec("accelerate") and precision != "16-mixed":  # refused on CPU
         found[ACCELERATE] = with_accelerate(precision)
     return found
@@ -113,7 +113,7 @@ def measure_steps(blocks: int, calls: int) -> list[dict[str, Any]]:
     rows = []
     for precision in ("32-true", "bf16-mixed", "16-mixed"):
         ours = Fabric(accelerator="cpu", devices=1, precision=precision)
-        candidates = {HAND: by_hand(precision), OURS: with_fabric(precision, ours), **peers(precision)}
+        candidates = {HAND: by_hand(precision), OURS: with_fabric(ours), **peers(precision)}
         rows.append(figures(f"step, one device, {precision}", interleaved(candidates, blocks=blocks, calls=calls)))
     return rows
 
@@ -146,7 +146,7 @@ def measure_loader(blocks: int) -> list[dict[str, Any]]:
 def ddp_times(blocks: int, calls: int) -> dict[str, list[float]]:
     """On each of two ranks."""
     fabric = Fabric(accelerator="cpu", devices=2)
-    candidates = {HAND: by_hand("32-true", DistributedDataParallel), OURS: with_fabric("32-true", fabric)}
+    candidates = {HAND: by_hand("32-true", DistributedDataParallel), OURS: with_fabric(fabric)}
     return interleaved(candidates, blocks=blocks, calls=calls)
 
 

@@ -30,14 +30,13 @@ class AveragedByHooks(Strategy):
 
     # Models that are inside no_sync, by id.
     waiting: set[int] = dataclasses.field(default_factory=set, compare=False)
+    hooks: list = dataclasses.field(default_factory=list, compare=False)
 
     def mesh_axes(self, world_size):
         return {"data": world_size}
 
     def wrap(self, module, optimizers, run, placement):
         """All that ``setup`` asks of a strategy; without an engine, the user's own model is what runs."""
-        if placement.mesh is None:  # a process alone
-            return Engine()
         group = placement.mesh.get_group("data")
 
         def average(parameter):
@@ -49,8 +48,12 @@ class AveragedByHooks(Strategy):
             dist.broadcast(tensor.detach(), 0, group)
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(average)
+                self.hooks.append(parameter.register_post_accumulate_grad_hook(average))
         return Engine()
+
+    def unwrap(self, module):
+        while self.hooks:
+            self.hooks.pop().remove()
 
     @contextlib.contextmanager
     def no_sync(self, module, engine):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -302,6 +301,7 @@ class Fabric:
                 release_optimizer(target, self._scaler)
             elif isinstance(target, nn.Module):
                 release_module(target)
+                self.strategy.unwrap(target)
             else:
                 release_loader(target)
             self._setup_objects = [kept for kept in self._setup_objects if kept is not target]
@@ -523,10 +523,10 @@ class Fabric:
         """Join the other ranks and take this rank's device; the first thing that communicates."""
         if self.device.index is not None:
             torch.accelerator.set_device_index(self.device.index)
-        if self.world_size > 1 or (self._run.topology.is_managed and dist.is_initialized()):
+        axes = self.strategy.mesh_axes(self.world_size)
+        if self.world_size > 1 or axes:
             self._owns_group = join(self._run.topology, self.device)
-        mesh = build_mesh(self.device, self.strategy.mesh_axes(self.world_size)) if self.world_size > 1 else None
-        self._placement = Placement(self.device, self.precision, mesh)
+        self._placement = Placement(self.device, self.precision, build_mesh(self.device, axes))
         for notice in self._run.notices:
             rank_zero_info(notice)
 

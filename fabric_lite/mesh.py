@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from fabric_lite.errors import LaunchError
 from fabric_lite.topology import Topology
@@ -77,10 +77,10 @@ def build_mesh(device: torch.device, axes: Mapping[str, int]) -> DeviceMesh | No
     return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
 
-def _store(topology: Topology, timeout: datetime.timedelta | None) -> TCPStore:
+def _store(topology: Topology, timeout: datetime.timedelta | None) -> Store:
     """The store of ranks that a launcher without one (srun, mpirun) started; rank 0 serves it."""
-    assert topology.main_address is not None
-    assert topology.main_port is not None
+    if topology.main_address is None or topology.main_port is None:
+        return HashStore()  # a process alone, in a strategy that wants a group all the same
     listener = None
     if topology.rank == 0:
         # TCPStore by itself listens on every interface; a socket of our own listens only where it is needed.

@@ -254,7 +254,7 @@ def _refuse_copy(self: Any, _: Any) -> Any:
     """A copy would hold this rank's shards, and hooks that no rank shares."""
     raise StrategyError(
         f"A {type(self).__name__} that is sharded over the ranks cannot be copied or pickled.",
-        fix="fabric.save(path, {'model': model}), or torch.distributed.checkpoint.state_dict.get_model_state_dict(model)",
+        fix="fabric.save(path, {'model': model}), or get_model_state_dict of torch.distributed.checkpoint.state_dict",
     )
 
 

@@ -94,7 +94,7 @@ ROWS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("loader not iterable", lambda: cpu().setup_dataloaders(3), TypeError, "iterable"),
     ("loader set up twice", lambda: [cpu().setup_dataloaders(x, x) for x in [DataLoader([1])]], ValueError, "set up"),
     ("unknown uneven", lambda: cpu().setup_dataloaders(DataLoader([1]), uneven="pad"), ValueError, "stop"),
-    ("pad of unknown length", lambda: cpu().setup_dataloaders(DataLoader(Endless()), pad=False), ValueError, "Iterable"),
+    ("unknown length", lambda: cpu().setup_dataloaders(DataLoader(Endless()), pad=False), ValueError, "Iterable"),
     ("no way to clip", lambda: cpu().clip_gradients(Net(), optimizer()), ValueError, "exactly one"),
     ("two ways to clip", lambda: cpu().clip_gradients(Net(), optimizer(), 1.0, 1.0), ValueError, "exactly one"),
     ("no_backward_sync of a raw model", lambda: cpu().no_backward_sync(Net()).__enter__(), TypeError, "setup"),

@@ -194,8 +194,12 @@ def _collect(started: list[tuple[BaseProcess, Connection]]) -> Any:
             multiprocessing.connection.wait([*pipes, *(process.sentinel for process, _ in waiting.values())])
             killed = [rank for rank, (process, _) in waiting.items() if (process.exitcode or 0) < 0]
             answers |= {rank: answer for rank, (_, pipe) in waiting.items() if (answer := _receive(pipe)) is not None}
-            # A rank that was killed is why the others raise; of several that raise, the first is.
-            for rank in killed:
+            # A rank that left by itself can make gloo abort the others; one that was killed makes them raise; of
+            # several that raise, the first is why.
+            left = [
+                rank for rank, (process, _) in waiting.items() if rank not in answers and (process.exitcode or 0) > 0
+            ]
+            for rank in [*left, *killed]:
                 _raise_exit(rank, waiting[rank][0].exitcode)
             if failed := [rank for rank, answer in answers.items() if answer.trace is not None]:
                 _raise_error(*min(((rank, answers[rank]) for rank in failed), key=lambda pair: pair[1].time))

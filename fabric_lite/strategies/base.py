@@ -86,6 +86,9 @@ class Strategy:
         """
         return Engine()
 
+    def unwrap(self, module: nn.Module) -> None:
+        """Take off what :meth:`wrap` put on ``module`` itself, where that can be; Fabric drops the engine."""
+
     def no_sync(self, module: nn.Module, engine: nn.Module | None) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which gradients stay on their rank."""
         return contextlib.nullcontext()

@@ -76,8 +76,9 @@ class DDPStrategy(Strategy):
     def wrap(
         self, module: nn.Module, optimizers: Sequence[Optimizer], run: Callable[..., Any], placement: Placement
     ) -> Engine:
-        if not any(parameter.requires_grad for parameter in module.parameters()):
-            return Engine()  # a frozen teacher has nothing to average; DDP refuses it
+        # Alone there is nobody to average with; a frozen teacher has nothing to average, and DDP refuses it.
+        if not dist.is_initialized() or not any(parameter.requires_grad for parameter in module.parameters()):
+            return Engine()
         engine = _BufferSynchronisingDDP(
             _Inner(module, run),
             device_ids=None if placement.device.index is None else [placement.device.index],

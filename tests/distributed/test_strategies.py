@@ -1,4 +1,4 @@
-"""One set of verbs for every layout: sharding with an optimizer made before, engines that own the step, any-to-any files."""
+"""One set of verbs for every layout: sharding after the optimizer was made, engines that own the step, any-to-any."""
 
 from __future__ import annotations
 

@@ -229,9 +229,7 @@ def test_without_padding_the_batches_that_do_not_go_round_are_split_up() -> None
         (7, {"sampler": Endless()}, r"(?s)the number of samples must be known.*Endless.*__len__"),
     ],
 )
-def test_what_cannot_be_had_without_padding_is_said_at_setup(
-    count: int, options: dict[str, Any], message: str
-) -> None:
+def test_what_cannot_be_had_without_padding_is_said_at_setup(count: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(FabricValueError, match=message):
         on_rank(0, 2, count, pad=False, **options)
 

@@ -402,3 +402,18 @@ def test_a_set_up_model_in_another_one_trains() -> None:
     outer(torch.ones(2, 4)).sum().backward()
     assert inner.first.weight.grad is not None
     assert next(iter(outer.state_dict())) == "0.first.weight"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "fsdp"])
+def test_strategies_for_several_processes_work_in_one(strategy: str) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, strategy=strategy)
+    raw, model = make_net(), make_net()
+    fabric.setup(model)
+    with fabric.no_backward_sync(model):
+        fabric.backward(model(torch.ones(2, 4)).sum())
+    fabric.backward(model(torch.ones(2, 4)).sum())
+    (raw(torch.ones(2, 4)).sum() * 2).backward()
+    for mine, other in zip(model.parameters(), raw.parameters(), strict=True):
+        gradient: Any = mine.grad
+        torch.testing.assert_close(gradient.full_tensor() if strategy == "fsdp" else gradient, other.grad)
+    fabric.close()
