@@ -2,6 +2,7 @@
 
 cli.py          fabric-run: reads the command line, becomes the supervisor
 supervisor.py   the supervisor: imports no torch, watches the ranks, reports the first failure
+job.py          what a launch holds: server, folder, logs, signals
 warm_server.py  the supervisor's handle on its one server process
 server.py       the server: imports torch once, then forks what it is asked for
 rank.py         a rank: the user's script, as if started by ``python script.py``

@@ -33,10 +33,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.environment import cores, listen_on, rank_environment, serve_store
 from fabric_lite.launch.failure import exit_status, report
-from fabric_lite.launch.messages import Preload, StartRank
-from fabric_lite.launch.plan import LaunchPlan, Rendezvous
-from fabric_lite.launch.rank_group import RankGroup
-from fabric_lite.launch.supervisor import (
+from fabric_lite.launch.job import (
     FAILURE_GRACE_SECONDS,
     SIGNAL_GRACE_SECONDS,
     Job,
@@ -44,6 +41,9 @@ from fabric_lite.launch.supervisor import (
     announce_threads,
     print_line,
 )
+from fabric_lite.launch.messages import Preload, StartRank
+from fabric_lite.launch.plan import LaunchPlan, Rendezvous
+from fabric_lite.launch.rank_group import RankGroup
 
 __all__ = ["run_node"]
 

@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 
 from fabric_lite.errors import FabricError, FabricTypeError, LaunchError
 from fabric_lite.launch.function_ranks import StartMethod, run_function
+from fabric_lite.launch.job import print_line
 from fabric_lite.launch.plan import LaunchPlan
 from fabric_lite.launch.rank import ScriptCall
-from fabric_lite.launch.supervisor import launch, print_line
+from fabric_lite.launch.supervisor import launch
 from fabric_lite.run_config import RunConfig
 
 __all__ = ["check_function", "choose_start_method", "run_function", "supervise_script"]
