@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import pickle
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from fabric_lite.errors import CollectiveError, FabricValueError
+from fabric_lite.errors import CollectiveError, FabricError, FabricValueError
 from fabric_lite.trees import leaves, map_leaves
 
 __all__ = [
@@ -49,22 +51,30 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Return every rank's picklable ``value``, ordered by rank, on every rank."""
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
+    """Return every rank's picklable ``value``, ordered by rank, on every rank of ``group`` (None: all ranks).
+
+    Raises:
+        CollectiveError: On every rank, when the value of any could not be pickled.
+    """
     if not is_distributed():
         return [value]
-    gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
+    packed: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(packed, _pack(value), group=group)
+    return [_unpack(one) for one in packed]
 
 
 def broadcast_object(value: Any, src: int = 0) -> Any:
-    """Return rank ``src``'s picklable ``value`` on every rank."""
+    """Return rank ``src``'s picklable ``value`` on every rank.
+
+    Raises:
+        CollectiveError: On every rank, when it could not be pickled.
+    """
     if not is_distributed():
         return value
-    box = [value]
+    box = [_pack(value) if rank() == src else None]
     dist.broadcast_object_list(box, src=src)
-    return box[0]
+    return value if rank() == src and isinstance(box[0], bytes) else _unpack(box[0])
 
 
 def barrier() -> None:
@@ -73,7 +83,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def raise_together(error: Exception | None, what: str, kind: type[CollectiveError] | type[Exception]) -> None:
+def raise_together(error: BaseException | None, what: str, kind: type[FabricError]) -> None:
     """Raise on every rank if ``error`` is set on any: the own error where there is one, else ``kind`` naming the rank.
 
     Args:
@@ -81,12 +91,16 @@ def raise_together(error: Exception | None, what: str, kind: type[CollectiveErro
         what: What was being done, for the message of the ranks where nothing went wrong.
         kind: An error type of :mod:`fabric_lite.errors`, raised on those ranks.
     """
-    failures = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    failures = gather_objects(None if error is None else _in_words(error))
     if error is not None:
         raise error
     for failed, message in enumerate(failures):
         if message is not None:
-            raise kind(f"{what} failed on rank {failed}: {message}")
+            raise kind(
+                f"{what} failed on rank {failed}: {message}",
+                given=f"no error on rank {rank()}, which stops because rank {failed} did not go on",
+                fix=f"see the traceback of rank {failed}",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +116,11 @@ class Collectives:
     device: torch.device
     check: bool = False
 
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self._compare("barrier", None)
+        barrier()
+
     def broadcast(self, tree: Any, src: int = 0) -> Any:
         """Return rank ``src``'s ``tree`` on every rank; tensors keep their dtype, any picklable object may be in it."""
         if not 0 <= src < world_size():
@@ -112,7 +131,7 @@ class Collectives:
             )
         if not is_distributed():
             return tree
-        self._compare("broadcast", None)
+        self._compare(f"broadcast from rank {src}", None)
         sends = rank() == src
         skeleton = map_leaves(lambda leaf: _TensorSpec(leaf) if isinstance(leaf, torch.Tensor) else leaf, tree)
         skeleton = broadcast_object(skeleton if sends else None, src)
@@ -134,8 +153,8 @@ class Collectives:
     def all_gather(self, tree: Any, group: Any = None, *, sync_grads: bool = False) -> Any:
         """Return ``tree`` with each leaf of shape ``(*shape)`` replaced by a tensor of shape ``(group size, *shape)``.
 
-        A process alone gets its leaves back as tensors, without the extra dim. Shapes and dtypes must be equal on
-        all ranks.
+        A process alone gets its leaves back as tensors, without the extra dim, detached too unless ``sync_grads``.
+        Shapes and dtypes must be equal on all ranks.
 
         Args:
             tree: Nested tensors, numbers and numpy arrays.
@@ -144,8 +163,8 @@ class Collectives:
         """
         tree = map_leaves(self._as_tensor, tree)
         if not is_distributed():
-            return tree
-        self._compare("all_gather", tree)
+            return tree if sync_grads else map_leaves(torch.Tensor.detach, tree)
+        self._compare("all_gather", tree, group)
         if sync_grads:
             return map_leaves(lambda leaf: _DifferentiableGather.apply(leaf, group), tree)
         return map_leaves(lambda leaf: _gather(leaf.detach(), group), tree)
@@ -153,7 +172,8 @@ class Collectives:
     def all_reduce(self, tree: Any, group: Any = None, reduce_op: str = "mean") -> Any:
         """Return ``tree`` with every leaf reduced over the ranks.
 
-        The mean of integers and bools is a float64, never truncated; every other result keeps its dtype.
+        The mean of integers and bools is a float64, never truncated; every other result keeps its dtype. Floats
+        shorter than float32 travel as float32, so that only the result is rounded.
 
         Raises:
             FabricValueError: ``reduce_op`` is none of ``mean avg sum min max product``.
@@ -166,17 +186,19 @@ class Collectives:
                 fix=f"one of {', '.join(REDUCE_OPS)}",
             )
         tree = map_leaves(self._as_tensor, tree)
-        self._compare(f"all_reduce {operation}", tree)
+        self._compare(f"all_reduce {operation}", tree, group)
         return map_leaves(lambda leaf: _reduce(leaf, operation, group), tree)
 
     def gather_uneven(self, tree: Any) -> Any:
         """Return ``tree`` with each leaf ``(n, *shape)`` replaced by all ranks' rows ``(sum of n, *shape)``, by rank.
 
-        The number of rows ``n`` may differ from rank to rank; the other dims and the dtype may not.
+        The number of rows ``n`` may differ from rank to rank; the other dims and the dtype may not. A number
+        is one row.
         """
-        tree = map_leaves(self._as_tensor, tree)
+        tree = map_leaves(lambda leaf: _as_rows(self._as_tensor(leaf)), tree)
         if not is_distributed():
             return tree
+        self._compare("gather", map_leaves(lambda leaf: leaf[:0], tree))
         return map_leaves(_gather_rows, tree)
 
     @contextlib.contextmanager
@@ -184,16 +206,18 @@ class Collectives:
         """Run the block where ``is_first``, then on all other ranks.
 
         Raises:
-            CollectiveError: On every other rank at once, when the block raised where it ran first.
+            CollectiveError: On every other rank at once, when the block raised where it ran first, or ended there
+                with ``SystemExit`` or ``KeyboardInterrupt``.
         """
-        error: Exception | None = None
+        self._compare("rank_zero_first", None)
+        error: BaseException | None = None
         if not is_first:
             raise_together(None, "rank_zero_first()", CollectiveError)
             yield
             return
         try:
             yield
-        except Exception as exception:
+        except BaseException as exception:
             error = exception
         raise_together(error, "rank_zero_first()", CollectiveError)
 
@@ -215,15 +239,17 @@ class Collectives:
             fix="fabric.broadcast for any other object, or take it out of the data",
         )
 
-    def _compare(self, operation: str, tree: Any) -> None:
+    def _compare(self, operation: str, tree: Any, group: Any = None) -> None:
         if not (self.check and is_distributed()):
             return
         specs = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves(tree)] if tree is not None else None
         mine = (operation, specs, _call_site())
-        calls = gather_objects(mine)
+        calls = gather_objects(mine, group)
         if any(call[:2] != calls[0][:2] for call in calls):
+            ranks = dist.get_process_group_ranks(group)
             lines = "\n".join(
-                f"    rank {number}: {name} {found or ''} at {site}" for number, (name, found, site) in enumerate(calls)
+                f"    rank {number}: {name} {found or ''} at {site}"
+                for number, (name, found, site) in zip(ranks, calls, strict=True)
             )
             raise CollectiveError(
                 "The ranks called different collectives, or with different shapes or dtypes.",
@@ -239,6 +265,37 @@ class _TensorSpec:
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
 
 
+class _Unpicklable:
+    """Travels in place of an object that could not, so that no rank is left waiting for it."""
+
+    def __init__(self, sender: int, reason: str) -> None:
+        self.sender, self.reason = sender, reason
+
+    def throw(self) -> NoReturn:
+        raise CollectiveError(
+            f"The object of rank {self.sender} cannot be pickled, so no rank received anything.",
+            given=self.reason,
+            fix="leave out what cannot be pickled (lambdas, locks, open files), or send tensors and plain data",
+        )
+
+
+def _pack(value: Any) -> bytes | _Unpicklable:
+    try:
+        return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # any: objects bring their own __reduce__
+        return _Unpicklable(rank(), f"{type(value).__name__}; {_in_words(error)}")
+
+
+def _unpack(packed: Any) -> Any:
+    return packed.throw() if isinstance(packed, _Unpicklable) else pickle.loads(packed)
+
+
+def _in_words(error: BaseException) -> str:
+    """Type and message; further lines, as of an error in three parts, are indented below ``Given:``."""
+    message = str(error).replace("\n", "\n  ")
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
 def _as_sent(tensor: torch.Tensor) -> torch.Tensor:
     """Backends know no float8: its bytes travel."""
     return tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
@@ -252,8 +309,11 @@ def _gather(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     return torch.stack(parts)
 
 
+def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()
+
+
 def _gather_rows(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()
     counts = [int(count) for count in _gather(torch.tensor(len(tensor), device=tensor.device), None)]
     padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
     padded[: len(tensor)] = tensor
@@ -272,6 +332,8 @@ def _reduce(tensor: torch.Tensor, operation: str, group: Any) -> torch.Tensor:
         # Bytes, since sums of bools differ between backends: sum is "any", product is "all", as in torch.
         tensor = tensor.to(torch.uint8)
         operation = {"sum": "max", "product": "min"}.get(operation, operation)
+    elif tensor.is_floating_point() and tensor.itemsize < 4:
+        tensor = tensor.float()  # the sum of two float16 of 60000 is infinite, their mean is not
     operations = {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX, "product": dist.ReduceOp.PRODUCT}
     dist.all_reduce(tensor, op=operations.get(operation, dist.ReduceOp.SUM), group=group)
     return (tensor / dist.get_world_size(group) if mean else tensor).to(kept)
@@ -287,14 +349,18 @@ class _DifferentiableGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor, None]:
-        gradient = gradients[0].contiguous()
+        # A copy: autograd may hand the same tensor to other branches, and this one is reduced in place.
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, group=ctx.group)
         return gradient[dist.get_rank(ctx.group)], None
 
 
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
 def _call_site() -> str:
-    """The innermost line outside this package."""
+    """The innermost line outside this package, and outside the ``with`` machinery that it stands behind."""
     for frame in reversed(traceback.extract_stack()):
-        if "/fabric_lite/" not in frame.filename.replace("\\", "/"):
+        if not os.path.abspath(frame.filename).startswith(_PACKAGE) and frame.filename != contextlib.__file__:
             return f"{frame.filename}:{frame.lineno}"
     return "?"

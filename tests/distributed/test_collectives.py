@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
 
 from fabric_lite import CollectiveError, Fabric, FabricRuntimeError, FabricValueError
-from fabric_lite.collectives import Collectives
+from fabric_lite.collectives import Collectives, broadcast_object, gather_objects
 from fabric_lite.testing import RankError, RankPool
 
 DTYPES = [
@@ -85,6 +88,34 @@ def test_gradients_flow_through_a_gather(ranks: RankPool) -> None:
     assert [gradient for gradient, _ in ranks.run(gradients_through_gather)] == [[3.0, 6.0], [9.0, 12.0]]
 
 
+def gradients_beside_a_gather() -> tuple[list[float], list[float]]:
+    run = fabric()
+    c = torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * (run.global_rank + 1)
+    x = torch.zeros(2, requires_grad=True)
+    w = torch.ones(2, 2, requires_grad=True)
+    gathered = run.all_gather(x, sync_grads=True)
+    ((gathered + w * 3) * c).sum().backward()
+    assert x.grad is not None
+    assert w.grad is not None
+    return x.grad.tolist(), (w.grad / c).flatten().tolist()
+
+
+def test_a_gather_leaves_the_gradients_of_other_branches_alone(ranks: RankPool) -> None:
+    for rank, (of_gathered, of_other) in enumerate(ranks.run(gradients_beside_a_gather)):
+        assert of_gathered == [[3.0, 6.0], [9.0, 12.0]][rank]
+        assert of_other == [3.0] * 4
+
+
+def reduce_large_halves() -> torch.Tensor:
+    return fabric().all_reduce(torch.tensor([60000.0], dtype=torch.float16))  # type: ignore[no-any-return]
+
+
+def test_the_mean_of_large_halves_is_finite(ranks: RankPool) -> None:
+    for mean in ranks.run(reduce_large_halves):
+        assert mean.dtype == torch.float16
+        assert mean.tolist() == [60000.0]  # exact: a multiple of float16's spacing there, 32
+
+
 def broadcast_things() -> Any:
     run = fabric()
     mine = {
@@ -105,6 +136,47 @@ def test_broadcast_takes_any_object_and_keeps_dtypes(ranks: RankPool) -> None:
             assert result["half"].dtype == torch.bfloat16
             assert result["float8"].dtype == torch.float8_e4m3fn
             assert result["object"] == {source}
+
+
+def send_what_cannot_be_pickled(kind: str) -> str:
+    run = fabric()
+    mine = (lambda: 0) if run.global_rank == 1 else "fine"
+    with pytest.raises(CollectiveError) as error:
+        if kind == "gather":
+            gather_objects({"key": mine})
+        elif kind == "broadcast":
+            broadcast_object(mine, src=1)
+        else:
+            run.broadcast([torch.ones(2), mine], src=1)
+    assert run.broadcast("still here") == "still here"
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["gather", "broadcast", "broadcast of a tree"])
+def test_an_object_that_cannot_be_pickled_is_an_error_on_all_ranks(ranks: RankPool, kind: str) -> None:
+    first, second = ranks.run(send_what_cannot_be_pickled, kind)
+    assert first == second
+    assert first.startswith("The object of rank 1 cannot be pickled")
+    assert "\n  Given: " in first
+    assert "lambda" in first
+    assert "\n  Try: " in first
+
+
+def count_object_collectives() -> tuple[list[str], list[str]]:
+    run = fabric()
+    with CommDebugMode() as ours:
+        gather_objects([run.global_rank])
+        broadcast_object(run.global_rank)
+    with CommDebugMode() as raw:
+        dist.all_gather_object([None, None], run.global_rank)
+        dist.broadcast_object_list([run.global_rank])
+    return [str(item) for item in ours.get_comm_counts().items()], [str(item) for item in raw.get_comm_counts().items()]
+
+
+def test_sending_an_object_costs_what_it_costs_torch(ranks: RankPool) -> None:
+    for ours, raw in ranks.run(count_object_collectives):
+        assert ours
+        assert ours == raw
 
 
 def gather_uneven() -> Any:
@@ -134,7 +206,23 @@ def fail_on_rank_zero() -> str:
 def test_an_exception_in_rank_zero_first_reaches_all_ranks_at_once(ranks: RankPool) -> None:
     first, second = ranks.run(fail_on_rank_zero)
     assert first == "download failed"
-    assert "rank 0: ZeroDivisionError: download failed" in second
+    assert "rank 0: ZeroDivisionError: download failed\n  Given: " in second
+    assert "\n  Try: " in second
+
+
+def exit_on_rank_zero(kind: type[BaseException]) -> str:
+    run = fabric()
+    with pytest.raises((CollectiveError, kind)) as error, run.rank_zero_first():
+        raise kind("enough")
+    run.barrier()
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_leaving_the_program_in_rank_zero_first_reaches_all_ranks_at_once(ranks: RankPool, kind: Any) -> None:
+    first, second = ranks.run(exit_on_rank_zero, kind)
+    assert first == f"{kind.__name__}: enough"
+    assert second.startswith(f"CollectiveError: rank_zero_first() failed on rank 0: {kind.__name__}: enough")
 
 
 def order_of_rank_zero_first() -> list[int]:
@@ -172,6 +260,47 @@ def test_with_the_check_on_a_difference_is_reported_with_rank_and_call_site(rank
         assert "test_collectives.py:" in message
 
 
+def mismatched_order(kind: str) -> str:
+    first = fabric().is_global_zero
+    checked = Collectives(torch.device("cpu"), check=True)
+    with pytest.raises(CollectiveError) as error:
+        if first:
+            checked.all_reduce(torch.zeros(2))
+        elif kind == "barrier":
+            checked.barrier()
+        elif kind == "gather":
+            checked.gather_uneven(torch.zeros(2))
+        else:
+            with checked.rank_zero_first(False):
+                pytest.fail("the ranks are not in the same call")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["barrier", "gather", "rank_zero_first"])
+def test_with_the_check_on_every_collective_is_compared(ranks: RankPool, kind: str) -> None:
+    for message in ranks.run(mismatched_order, kind):
+        assert "rank 0: all_reduce" in message
+        assert re.search(rf"rank 1: {kind} .*at .*test_collectives\.py:", message)
+
+
+def checked_calls_that_agree() -> list[Any]:
+    rank = fabric().global_rank
+    checked = Collectives(torch.device("cpu"), check=True)
+    alone = [dist.new_group([0]), dist.new_group([1])][rank]
+    checked.barrier()
+    with checked.rank_zero_first(rank == 0):
+        pass
+    rows = checked.gather_uneven(torch.full((1 + rank,), rank))
+    # Different calls in different groups: compared over all ranks, these would be an error or hang.
+    own = checked.all_gather(torch.ones(3), alone) if rank else checked.all_reduce(torch.ones(2), alone)
+    dist.destroy_process_group(alone)
+    return [rows.tolist(), own.tolist()]
+
+
+def test_with_the_check_on_ranks_are_compared_within_the_group_of_the_call(ranks: RankPool) -> None:
+    assert ranks.run(checked_calls_that_agree) == [[[0, 1, 1], [1.0, 1.0]], [[0, 1, 1], [[1.0, 1.0, 1.0]]]]
+
+
 def test_a_process_alone_gets_its_data_back() -> None:
     run = Fabric(accelerator="cpu", devices=1)
     assert run.all_gather({"x": torch.ones(2), "n": 3})["x"].shape == (2,)
@@ -181,6 +310,15 @@ def test_a_process_alone_gets_its_data_back() -> None:
     run.barrier("named")
     with run.rank_zero_first():
         pass
+
+
+def test_a_process_alone_gets_the_same_kind_of_result_as_several() -> None:
+    run = Fabric(accelerator="cpu", devices=1)
+    mine = torch.ones(2, requires_grad=True)
+    assert not run.all_gather(mine).requires_grad
+    assert run.all_gather(mine, sync_grads=True).requires_grad
+    assert not run.gather(mine).requires_grad
+    assert run.gather({"n": 3, "loss": torch.tensor(0.5)}) == {"n": torch.tensor([3]), "loss": torch.tensor([0.5])}
 
 
 def test_wrong_arguments_are_named() -> None:
