@@ -19,6 +19,7 @@ from fabric_lite.errors import FabricTypeError
 __all__ = [
     "HOLDER",
     "Extended",
+    "check_extendable",
     "deepcopy_plainly",
     "extend",
     "extension_of",
@@ -26,9 +27,11 @@ __all__ = [
     "plain",
     "reduce_plainly",
     "release",
+    "user_class",
 ]
 
-HOLDER = "_fabric"
+# A name that no model of a user has: self._fabric = fabric is common.
+HOLDER = "_fabric_lite_extension"
 
 # The two ways in which the standard library pickles an object by its class; typeshed does not list them.
 _NEW_OBJECT: Any = copyreg.__dict__["__newobj__"]
@@ -79,6 +82,13 @@ def extend(target: Any, members: Members, holder: Any, mark: type = Extended) ->
     target.__dict__[HOLDER] = holder
 
 
+def check_extendable(target: Any, members: Members, mark: type = Extended) -> None:
+    """Raise what :func:`extend` would raise; the object stays as it is."""
+    if extension_of(target) is None:
+        extend(target, members, None, mark)
+        release(target)
+
+
 def extension_of(target: Any) -> Any:
     """Return the holder given to :func:`extend`, or None if ``target`` is not extended."""
     return getattr(target, "__dict__", {}).get(HOLDER)
@@ -114,7 +124,7 @@ def plain(target: Any) -> Iterator[Any]:
 
 def user_class(kind: type) -> type:
     """The user's own class behind an extended one; any other class is returned as it is."""
-    return kind.__dict__.get("_fabric_extends", kind)
+    return kind.__dict__.get("_fabric_lite_extends", kind)
 
 
 def _extended_class(kind: type, members: Members, bases: tuple[type, ...]) -> type:
@@ -124,7 +134,7 @@ def _extended_class(kind: type, members: Members, bases: tuple[type, ...]) -> ty
             "__module__": kind.__module__,
             "__qualname__": kind.__qualname__,
             "__doc__": kind.__doc__,
-            "_fabric_extends": kind,
+            "_fabric_lite_extends": kind,
             "__reduce_ex__": reduce_plainly,
             "__deepcopy__": deepcopy_plainly,
             **members(kind),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_lite import checkpoint, collectives, run_config, seed
+from fabric_lite import checkpoint, collectives, run_config
+from fabric_lite import seed as random_seed
 from fabric_lite.adopt import extension_of
 from fabric_lite.callbacks import call_hook, has_hook
 from fabric_lite.collectives import Collectives
@@ -24,7 +26,7 @@ from fabric_lite.mesh import build_mesh, join, leave
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.optim import LossScaler, extend_optimizer, parameters_of, release_optimizer, repoint
 from fabric_lite.precision import Precision
-from fabric_lite.route import ModuleExtension, extend_module, release_module
+from fabric_lite.route import ModuleExtension, check_module, compiled_from, extend_module, release_module
 from fabric_lite.run import Arguments, resolve
 from fabric_lite.strategies import Placement, Strategy
 
@@ -74,7 +76,8 @@ class Fabric:
         self._scaler = LossScaler(self.device.type) if self.precision.loss_scale else None
         self._owns_group = False
         self._placement: Placement | None = None
-        self._setup_objects: list[Any] = []
+        self._setup_objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._is_closed = False
         if not self._run.needs_launch:
             self._connect()
 
@@ -208,22 +211,22 @@ class Fabric:
         """:meth:`setup` of a model alone."""
         placement = self._launched()
         self._check_new([module], nn.Module)
+        check_module(module)
         if move_to_device:
             self.strategy.materialize(module, placement)
         place(module, self.device if move_to_device else None, self.precision.param_dtype)
-        extension = ModuleExtension(
-            self,
-            self.device.type,
-            self.precision,
-            output_hook=None if self._scaler is None else self._scaler.check_plain_backward,
-        )
+        extension = ModuleExtension(self, self.device.type, self.precision)
         names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
         engine = self.strategy.wrap(module, _optimizers, extension.run, placement)
         extension.engine, extension.hooked = engine.module, engine.hooked
         extend_module(module, extension)
         for optimizer in _optimizers:
             repoint(optimizer, names, module)
-        self._setup_objects.append(module)
+        if self._scaler is not None:
+            trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            check = self._scaler.check_plain_backward
+            extension.handles += [parameter.register_post_accumulate_grad_hook(check) for parameter in trainable]
+        self._remember(module)
         call_hook(self._callbacks, "on_after_setup", fabric=self, module=module)
         return module
 
@@ -277,38 +280,36 @@ class Fabric:
             )
             for loader in dataloaders
         ]
-        self._setup_objects += extended
+        for loader in extended:
+            self._remember(loader)
         if self.world_size > 1 and use_distributed_sampler:
             for loader in dataloaders:
                 self._say_global_batch(getattr(loader, "batch_size", None))
         return extended[0] if len(extended) == 1 else extended
 
-    def release(self, *objects: Any) -> None:
+    def release(self, *objects: Any) -> Any:
         """Give back plain objects: what ``setup`` added is taken off.
 
+        Returns:
+            The object, or a tuple of several.
+
         Raises:
-            FabricValueError: One of them was not set up by this Fabric; then none is released.
+            FabricValueError: One of them was not set up by this Fabric, or is given twice; then none is released.
         """
         for target in objects:
-            if not any(kept is target for kept in self._setup_objects):
+            if self._setup_objects.get(id(target)) is not target or sum(other is target for other in objects) > 1:
                 raise FabricValueError(
-                    f"This {type(target).__name__} was not set up by this Fabric.",
+                    f"This {type(target).__name__} was not set up by this Fabric, or is given twice.",
                     given=f"release({type(target).__name__})",
-                    fix="release what setup() returned, on the same Fabric",
+                    fix="release what setup() returned, once, on the same Fabric",
                 )
-        for target in objects:
-            if isinstance(target, Optimizer):
-                release_optimizer(target, self._scaler)
-            elif isinstance(target, nn.Module):
-                release_module(target)
-                self.strategy.unwrap(target)
-            else:
-                release_loader(target)
-            self._setup_objects = [kept for kept in self._setup_objects if kept is not target]
+        plain_objects = tuple(self._release_one(target) for target in objects)
+        return plain_objects[0] if len(plain_objects) == 1 else plain_objects
 
     def close(self) -> None:
-        """Release everything and leave the process group, if it was made here."""
-        self.release(*self._setup_objects)
+        """Release everything and leave the process group, if it was made here; the Fabric cannot be used any more."""
+        self.release(*self._setup_objects.values())
+        self._placement, self._is_closed = None, True
         if self._owns_group:
             leave()
             self._owns_group = False
@@ -317,12 +318,12 @@ class Fabric:
 
     def backward(self, tensor: torch.Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """``tensor.backward(*args, **kwargs)``, the loss scaled where the precision asks."""
+        if not isinstance(tensor, torch.Tensor):
+            raise FabricTypeError("backward() takes a tensor.", given=f"{tensor!r:.80}", fix="fabric.backward(loss)")
         if self._scaler is None:
             self.strategy.backward(tensor, model, *args, **kwargs)
-            return
-        scaled = self._scaler.scale(tensor)
-        with self._scaler:
-            self.strategy.backward(scaled, model, *args, **kwargs)
+        else:
+            self._scaler.backward(tensor, lambda scaled: self.strategy.backward(scaled, model, *args, **kwargs))
 
     def clip_gradients(
         self,
@@ -348,6 +349,12 @@ class Fabric:
                 "Gradients are clipped either by value or by norm.",
                 given=f"clip_val={clip_val}, max_norm={max_norm}",
                 fix="exactly one of clip_val= and max_norm=",
+            )
+        if not isinstance(optimizer, Optimizer):
+            raise FabricTypeError(
+                "clip_gradients() takes a module and its optimizer.",
+                given=f"optimizer={optimizer!r:.80}",
+                fix="fabric.clip_gradients(model, optimizer, max_norm=1.0)",
             )
         if self._scaler is not None:
             self._scaler.unscale(optimizer)
@@ -482,7 +489,7 @@ class Fabric:
 
     def state_dict(self) -> dict[str, Any]:
         """The random state of every rank and the loss scaler's; every rank calls."""
-        state: dict[str, Any] = {"random": collectives.gather_objects(seed.random_state())}
+        state: dict[str, Any] = {"random": collectives.gather_objects(random_seed.random_state())}
         if self._scaler is not None:
             state["loss_scaler"] = self._scaler.state_dict()
         return state
@@ -490,7 +497,7 @@ class Fabric:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`; random state only at the world size that it was saved at."""
         if len(state["random"]) == self.world_size:
-            seed.set_random_state(state["random"][self.global_rank])
+            random_seed.set_random_state(state["random"][self.global_rank])
         if self._scaler is not None and "loss_scaler" in state:
             self._scaler.load_state_dict(state["loss_scaler"])
 
@@ -513,9 +520,9 @@ class Fabric:
             logger.log_metrics(metrics=scalars, step=step)
 
     @staticmethod
-    def seed_everything(seed_value: int | None = None, workers: bool = True) -> int:
+    def seed_everything(seed: int | None = None, workers: bool = True) -> int:
         """Seed Python, numpy and torch; see :func:`fabric_lite.seed_everything`."""
-        return seed.seed_everything(seed_value, workers)
+        return random_seed.seed_everything(seed, workers)
 
     # --- inside -------------------------------------------------------------------------------------------------
 
@@ -526,7 +533,7 @@ class Fabric:
         axes = self.strategy.mesh_axes(self.world_size)
         if self.world_size > 1 or axes:
             self._owns_group = join(self._run.topology, self.device)
-        self._placement = Placement(self.device, self.precision, build_mesh(self.device, axes))
+        self._placement = Placement(self.device, self.precision, self.world_size, build_mesh(self.device, axes))
         for notice in self._run.notices:
             rank_zero_info(notice)
 
@@ -535,7 +542,27 @@ class Fabric:
             total = batch_size * self.world_size
             rank_zero_info(f"batch_size={batch_size} on each of {self.world_size} ranks: {total} samples a step")
 
+    def _remember(self, target: Any) -> None:
+        self._setup_objects[id(target)] = target
+
+    def _release_one(self, target: Any) -> Any:
+        del self._setup_objects[id(target)]
+        if isinstance(target, Optimizer):
+            release_optimizer(target, self._scaler)
+        elif isinstance(target, nn.Module):
+            release_module(target)
+            self.strategy.unwrap(target)
+        else:
+            return release_loader(target)
+        return target
+
     def _launched(self) -> Placement:
+        if self._is_closed:
+            raise FabricRuntimeError(
+                "This Fabric is closed.",
+                given="a call after fabric.close()",
+                fix="make a new Fabric, or close it later",
+            )
         if self._placement is None:
             raise FabricRuntimeError(
                 f"This run has {self.world_size} processes, and they are not started yet.",
@@ -549,19 +576,18 @@ class Fabric:
         for target in targets:
             if not isinstance(target, kind):
                 raise FabricTypeError(
-                    f"setup() takes a module and its optimizers; this is no {kind.__name__}.",
+                    f"setup takes a module and its optimizers; this is no {kind.__name__}.",
                     given=f"{type(target).__name__}: {target!r:.80}",
                     fix="fabric.setup(model, optimizer)",
                 )
-            owner = getattr(extension_of(target), "owner", None)
-            if owner is self or sum(other is target for other in targets) > 1:
+            if _owner(target) is self or sum(other is target for other in targets) > 1:
                 raise FabricValueError(
                     f"This {type(target).__name__} is set up already, or given twice.",
-                    given=f"{type(target).__name__}",
+                    given=type(target).__name__,
                     fix="call setup() once per object; fabric.release(obj) gives the plain object back",
                 )
         for target in targets:
-            owner = getattr(extension_of(target), "owner", None)
+            owner = _owner(target)
             if owner is not None:
                 owner.release(target)
                 rank_zero_info(f"a {type(target).__name__} that another Fabric had set up was released first")
@@ -573,7 +599,13 @@ class Fabric:
         wanted = has_hook(self._callbacks, "on_after_optimizer_step")
         engine_step = self.strategy.step if self.strategy.owns_step else None
         extend_optimizer(optimizer, self, self._scaler, engine_step, after_step if wanted else None)
-        self._setup_objects.append(optimizer)
+        self._remember(optimizer)
+
+
+def _owner(target: Any) -> Fabric | None:
+    """The Fabric that set ``target`` up, or the module that ``torch.compile`` made ``target`` from."""
+    original = compiled_from(target) if isinstance(target, nn.Module) else None
+    return getattr(extension_of(target), "owner", None) or getattr(extension_of(original), "owner", None)
 
 
 def _call_with_fabric(

@@ -6,14 +6,15 @@ No class is changed and no method replaced, so schedulers, closures and pickling
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from fabric_lite.adopt import HOLDER
-from fabric_lite.errors import FabricRuntimeError, FabricTypeError
+from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
 
 __all__ = ["LossScaler", "extend_optimizer", "parameters_of", "release_optimizer", "repoint"]
 
@@ -93,6 +94,8 @@ def _replace_step(optimizer: torch.optim.Optimizer, engine_step: Callable[[torch
     hidden: list[_Hidden] = []
 
     def before(*_: Any) -> None:
+        if any(parameter.grad is not None for parameter in parameters_of(optimizer)):
+            hidden.clear()  # left by a step that raised; nested steps find no gradients
         hidden.append(_Hidden.of(optimizer))
 
     def after(*_: Any) -> None:
@@ -126,12 +129,12 @@ class LossScaler:
 
     def __init__(self, device_type: str) -> None:
         self._scaler = torch.amp.GradScaler(device_type)
-        self._watches: dict[int, _Watch] = {}
+        self._watches: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Watch] = weakref.WeakKeyDictionary()
         self._in_backward = False
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Let ``optimizer.step()`` unscale, check for overflow, and skip."""
-        watch = self._watches[id(optimizer)] = _Watch(optimizer)
+        watch = self._watches[optimizer] = _Watch(weakref.ref(optimizer))
         watch.handles = [
             optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before_step(watch, args, kwargs)),
             optimizer.register_step_post_hook(lambda *_: watch.after_step()),
@@ -139,29 +142,48 @@ class LossScaler:
 
     def detach(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the hooks off again."""
-        for handle in self._watches.pop(id(optimizer)).handles:
+        for handle in self._watches.pop(optimizer).handles:
             handle.remove()
 
-    @property
-    def scale_value(self) -> float:
-        """The factor on the loss."""
-        return self._scaler.get_scale()
+    def backward(self, loss: torch.Tensor, run: Callable[[torch.Tensor], None]) -> None:
+        """Call ``run`` with ``loss`` times the scale, after the update that is due.
 
-    def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return ``loss`` times the scale, after the update that is due."""
+        Raises:
+            FabricRuntimeError: It added scaled gradients onto those that were unscaled for clipping.
+        """
         self._update_if_due()
-        return self._scaler.scale(loss)
+        unscaled = {watch: watch.versions() for watch in self._watches.values() if watch.unscaled}
+        self._in_backward = True
+        try:
+            run(self._scaler.scale(loss))
+        finally:
+            self._in_backward = False
+        if any(watch.versions() != before for watch, before in unscaled.items()):
+            raise FabricRuntimeError(
+                "Gradients were added to gradients that are clipped already.",
+                given="fabric.clip_gradients(), then another fabric.backward() before optimizer.step()",
+                fix="clip once, after the last backward of the window; zero_grad() gives a window up",
+            )
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients by the scale, once per step; for clipping."""
-        watch = self._watches.get(id(optimizer))
-        if watch is not None and not watch.unscaled and watch.holds_gradients():
-            watch.renew_recorder()
-            self._scaler.unscale_(watch.recorder)  # type: ignore[arg-type]
+        """Divide the gradients by the scale, once per step; for clipping.
+
+        Raises:
+            FabricValueError: The optimizer was not set up, so its step would know nothing of the scale.
+        """
+        watch = self._watches.get(optimizer)
+        if watch is None:
+            raise FabricValueError(
+                f"This {type(optimizer).__name__} was not set up, and the precision scales the loss.",
+                given="clip_gradients() in precision 16-mixed",
+                fix="model, optimizer = fabric.setup(model, optimizer)",
+            )
+        if not watch.unscaled and watch.holds_gradients():
+            self._scaler.unscale_(watch.fresh_recorder())  # type: ignore[arg-type]
             watch.unscaled = True
 
     def check_plain_backward(self, _: torch.Tensor) -> None:
-        """A tensor hook on the model's outputs: raises when gradients arrive that were not scaled."""
+        """A hook for parameters that have just received a gradient: raises when the loss was not scaled."""
         if not self._in_backward:
             raise FabricRuntimeError(
                 "loss.backward() was called in a precision that scales the loss, so gradients would be wrong.",
@@ -169,58 +191,55 @@ class LossScaler:
                 fix="fabric.backward(loss)",
             )
 
-    def __enter__(self) -> None:
-        self._in_backward = True
-
-    def __exit__(self, *_: object) -> None:
-        self._in_backward = False
-
     def state_dict(self) -> dict[str, Any]:
         """The scale and its growth counter, after the update that is due."""
         self._update_if_due()
         return self._scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a scale; what was going on until now makes no update of it."""
+        for watch in self._watches.values():
+            watch.begin_anew()
         self._scaler.load_state_dict(state)
 
-    def _before_step(self, watch: _Watch, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
-        if kwargs.get("closure") is not None or any(callable(argument) for argument in list(args)[1:]):
+    def _before_step(self, watch: _Watch, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        if kwargs.get("closure") is not None or any(callable(argument) for argument in args[1:]):
             raise FabricTypeError(
                 "A closure cannot be used with loss scaling: it would run backward on an unscaled loss.",
-                given=f"{type(watch.optimizer).__name__}.step(closure) in precision 16-mixed",
+                given=f"{type(args[0]).__name__}.step(closure) in precision 16-mixed",
                 fix="call fabric.backward(loss) and optimizer.step() without a closure, or use bf16-mixed",
             )
         watch.depth += 1
         if watch.depth > 1 or not watch.holds_gradients():
             return
-        watch.renew_recorder()
-        self._scaler.step(watch.recorder)  # type: ignore[arg-type]
+        recorder = watch.recorder if watch.unscaled else watch.fresh_recorder()
+        self._scaler.step(recorder)  # type: ignore[arg-type]
         watch.stepped = True
-        if not watch.recorder.may_step:
-            watch.hide_gradients()
+        if not recorder.may_step:
+            watch.hidden = _Hidden.of(args[0])
 
     def _update_if_due(self) -> None:
-        watches = self._watches.values()
+        watches = list(self._watches.values())
         for watch in watches:
             watch.recover()
-        waiting = any(watch.holds_gradients() for watch in watches if not watch.stepped)
-        if waiting or not any(watch.stepped for watch in watches):
-            return
-        self._scaler.update()
-        for watch in watches:
-            watch.begin_anew()
+        stepped = {id(parameter) for watch in watches if watch.stepped for parameter in watch.parameters()}
+        if stepped and not any(watch.waits(stepped) for watch in watches if not watch.stepped):
+            self._scaler.update()
+            for watch in watches:
+                watch.begin_anew()
 
 
 class _StepRecorder:
     """Stands for the optimizer in ``GradScaler.step``, which calls ``step`` only if all gradients are finite."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: weakref.ref[torch.optim.Optimizer]) -> None:
         self._optimizer = optimizer
         self.may_step = False
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups
+        optimizer = self._optimizer()
+        return [] if optimizer is None else optimizer.param_groups
 
     def step(self) -> None:
         self.may_step = True
@@ -230,7 +249,7 @@ class _StepRecorder:
 class _Watch:
     """Where one optimizer stands between two updates of the scale."""
 
-    optimizer: torch.optim.Optimizer
+    optimizer: weakref.ref[torch.optim.Optimizer]
     handles: list[Any] = dataclasses.field(default_factory=list)
     # GradScaler knows optimizers by id: used recorders stay alive until the update.
     recorders: list[_StepRecorder] = dataclasses.field(default_factory=list)
@@ -243,34 +262,46 @@ class _Watch:
     def recorder(self) -> _StepRecorder:
         return self.recorders[-1]
 
-    def renew_recorder(self) -> None:
-        """A second step before the update needs a new stand-in: GradScaler allows each one step."""
-        if not self.recorders or (self.stepped and not self.unscaled):
-            self.recorders.append(_StepRecorder(self.optimizer))
+    def fresh_recorder(self) -> _StepRecorder:
+        """A stand-in that GradScaler has not seen: it allows each of them one step between two updates."""
+        self.recorders.append(_StepRecorder(self.optimizer))
+        return self.recorder
 
     def begin_anew(self) -> None:
         self.recorders.clear()
         self.stepped = self.unscaled = False
 
-    def holds_gradients(self) -> bool:
-        return any(parameter.grad is not None for parameter in parameters_of(self.optimizer))
+    def parameters(self) -> list[torch.Tensor]:
+        optimizer = self.optimizer()
+        return [] if optimizer is None else parameters_of(optimizer)
 
-    def hide_gradients(self) -> None:
-        """Let the step that follows find no gradients, so that torch's optimizers do nothing."""
-        self.hidden = _Hidden.of(self.optimizer)
+    def holds_gradients(self) -> bool:
+        return any(parameter.grad is not None for parameter in self.parameters())
+
+    def waits(self, stepped: set[int]) -> bool:
+        """Whether there are gradients that were neither stepped on nor cleared; zeros are cleared ones."""
+        waiting = [p.grad for p in self.parameters() if p.grad is not None and id(p) not in stepped]
+        return any(bool(gradient.any()) for gradient in waiting)
+
+    def versions(self) -> list[int]:
+        """A number for each gradient that changes when something is added to it."""
+        return [-1 if parameter.grad is None else parameter.grad._version for parameter in self.parameters()]
 
     def after_step(self) -> None:
         self.depth -= 1
-        if self.depth == 0:
+        optimizer = self.optimizer()
+        if self.depth == 0 and optimizer is not None:
             self.unscaled = False
             if self.hidden is not None:
-                self.hidden.restore(self.optimizer)
+                self.hidden.restore(optimizer)
             self.hidden = None
 
     def recover(self) -> None:
-        """After a step that raised: its gradients, hidden because they overflowed, are gone for good."""
+        """Before a backward: forget a step that raised, and a window that was given up after clipping."""
         self.depth = 0
-        self.hidden = None
+        self.hidden = None  # its gradients overflowed
+        if self.unscaled and not self.waits(set()):
+            self.unscaled = False
 
 
 @dataclasses.dataclass(frozen=True)

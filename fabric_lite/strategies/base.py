@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fabric_lite.errors import StrategyError
 from fabric_lite.precision import PRECISIONS, Precision
 
 if TYPE_CHECKING:
@@ -26,11 +27,13 @@ class Placement:
     Args:
         device: This rank's device.
         precision: The run's dtypes.
+        world_size: The number of ranks.
         mesh: All ranks, with the axes that :meth:`Strategy.mesh_axes` asked for; None where it asked for none.
     """
 
     device: torch.device
     precision: Precision
+    world_size: int = 1
     mesh: DeviceMesh | None = None
 
 
@@ -70,7 +73,18 @@ class Strategy:
         return {}
 
     def materialize(self, module: nn.Module, placement: Placement) -> None:
-        """Give a module that was made on the meta device its values on ``placement.device``."""
+        """Give a module that was made on the meta device its values on ``placement.device``.
+
+        Raises:
+            StrategyError: By default, for a module with parameters or buffers on the meta device.
+        """
+        on_meta = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
+        if on_meta:
+            raise StrategyError(
+                f"{type(module).__name__} has no values yet: it was made on the meta device.",
+                given=f"{len(on_meta)} such tensors, the first is {on_meta[0]}",
+                fix="make it in fabric.init_module(), with empty_init=True if its weights are loaded next",
+            )
 
     def wrap(
         self, module: nn.Module, optimizers: Sequence[Optimizer], run: Callable[..., Any], placement: Placement

@@ -50,7 +50,7 @@ class DDPStrategy(Strategy):
     communication_hook_state: Any = None
     process_group: Any = None
     start_method: str | None = None
-    ddp_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ddp_options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         hook = self.communication_hook
@@ -66,6 +66,13 @@ class DDPStrategy(Strategy):
                 given=f"communication_hook={hook!r}",
                 fix=f"one of {', '.join(COMMUNICATION_HOOKS)}, or a function hook(state, bucket)",
             )
+        unknown = set(self.ddp_options) - _DDP_OPTIONS
+        if unknown:
+            raise FabricValueError(
+                "DistributedDataParallel has no such option, or Fabric sets it.",
+                given=f"ddp_options with {', '.join(sorted(unknown))}",
+                fix=f"any of {', '.join(sorted(_DDP_OPTIONS))}",
+            )
         if self.start_method not in (None, "spawn", "fork"):
             raise FabricValueError(
                 "This start method does not exist.",
@@ -77,7 +84,7 @@ class DDPStrategy(Strategy):
         self, module: nn.Module, optimizers: Sequence[Optimizer], run: Callable[..., Any], placement: Placement
     ) -> Engine:
         # Alone there is nobody to average with; a frozen teacher has nothing to average, and DDP refuses it.
-        if not dist.is_initialized() or not any(parameter.requires_grad for parameter in module.parameters()):
+        if placement.world_size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
             return Engine()
         engine = _BufferSynchronisingDDP(
             _Inner(module, run),
@@ -159,6 +166,9 @@ class _BufferSynchronisingDDP(DistributedDataParallel):
         wanted = self.follow_buffers and self.require_backward_grad_sync and torch.is_grad_enabled()
         return bool(wanted and self.modules_buffers)
 
+
+_SET_BY_FABRIC = {"module", "device_ids", "output_device", "process_group", "broadcast_buffers", "forward_sync_buffers"}
+_DDP_OPTIONS = {*inspect.signature(DistributedDataParallel).parameters} - _SET_BY_FABRIC
 
 # torch 2.13 deprecates the older name; earlier versions know only that one.
 _NO_BUFFER_BROADCAST: dict[str, Any] = (

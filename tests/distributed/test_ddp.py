@@ -165,6 +165,76 @@ def test_a_method_that_runs_layers_directly_is_refused_until_it_is_marked(ranks:
         assert error <= 1e-7
 
 
+class Outer(nn.Module):
+    """Holds a model that is set up itself, makes copies of itself, and has a branch that is wrong only sometimes."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.inner(x))
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+    def target(self) -> Outer:
+        return copy.deepcopy(self)
+
+    def step(self, x: torch.Tensor, around: bool) -> torch.Tensor:
+        loss = self(x).mean()
+        return loss + self.head(x).mean() if around else loss
+
+
+def methods_of_all_kinds() -> None:
+    fabric = Fabric(accelerator="cpu", devices=2)
+    inner = fabric.setup(make_net())
+    outer = fabric.setup(Outer(inner))
+    x = batches(1)[0]
+    outer.encode(x).sum().backward()  # the inner one synchronises by itself
+    other = outer.target()
+    other(x).sum().backward()  # a plain copy, without anything that was set up
+    assert not any(module._forward_pre_hooks for module in other.modules())
+    outer.step(x, around=False)
+    with pytest.raises(StrategyError, match=r"Outer\.step\(\) runs Linear"):
+        outer.step(x, around=True)
+
+
+def test_the_guard_of_methods_sees_branches_and_leaves_copies_and_set_up_children_alone(ranks: RankPool) -> None:
+    ranks.run(methods_of_all_kinds)
+
+
+def frames_of_a_method(kind: str) -> int:
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    model = make_net()
+    model.compile(backend=counter)
+    target: Any = DistributedDataParallel(model) if kind == "raw" else Fabric(accelerator="cpu", devices=2).setup(model)
+    for x in batches(4):
+        loss = target(x).pow(2).mean() if kind == "raw" else target.training_step(x)
+        loss.backward()
+    torch._dynamo.reset()
+    return int(counter.frame_count)
+
+
+def test_a_method_of_a_compiled_model_compiles_it_once(ranks: RankPool) -> None:
+    assert ranks.run(frames_of_a_method, "fabric") == ranks.run(frames_of_a_method, "raw") == [1, 1]
+
+
+def close_one_of_two() -> float:
+    first, second = (Fabric(accelerator="cpu", devices=2) for _ in range(2))
+    first.close()
+    model = second.setup(make_net())
+    model(torch.full((2, 4), float(second.global_rank))).sum().backward()
+    return float(second.all_reduce(model.second.weight.grad.sum(), reduce_op="max") - model.second.weight.grad.sum())  # type: ignore[union-attr]
+
+
+def test_closing_one_fabric_leaves_the_others_connected(ranks: RankPool) -> None:
+    assert ranks.run(close_one_of_two) == [0.0, 0.0]
+
+
 def collectives_per_step(kind: str, normed: bool) -> Any:
     torch.manual_seed(0)
     model: Any = Normed() if normed else Net()

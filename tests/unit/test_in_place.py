@@ -17,7 +17,15 @@ import pytest
 import torch
 from torch import nn
 
-from fabric_lite import Fabric, FabricTypeError, FabricValueError, is_wrapped, plain
+from fabric_lite import (
+    Fabric,
+    FabricRuntimeError,
+    FabricTypeError,
+    FabricValueError,
+    StrategyError,
+    is_wrapped,
+    plain,
+)
 from tests.models import Net, make_net
 
 PRECISIONS = ["32-true", "bf16-mixed"]
@@ -88,7 +96,7 @@ def test_release_gives_the_plain_object_back(precision: str) -> None:
     fabric.setup(model, optimizer)
     fabric.release(model, optimizer)
     assert type(model) is Net
-    assert "_fabric" not in model.__dict__
+    assert "_fabric_lite_extension" not in model.__dict__
     assert not is_wrapped(optimizer)
     fabric.setup(model, optimizer)
     fabric.close()
@@ -417,3 +425,83 @@ def test_strategies_for_several_processes_work_in_one(strategy: str) -> None:
         gradient: Any = mine.grad
         torch.testing.assert_close(gradient.full_tensor() if strategy == "fsdp" else gradient, other.grad)
     fabric.close()
+
+
+def test_a_class_whose_forward_is_exchanged_later_runs_the_new_one() -> None:
+    class Patched(Net):
+        pass
+
+    model = fabric_with().setup(Patched())
+    Patched.forward = lambda _, x: x + 1  # type: ignore[assignment, method-assign, misc]
+    assert torch.equal(model(torch.zeros(1, 4)), torch.ones(1, 4))
+    assert torch.equal(fabric_with().setup(Patched())(torch.zeros(1, 4)), torch.ones(1, 4))
+
+
+def test_a_users_own_attribute_called_fabric_is_theirs() -> None:
+    fabric = fabric_with()
+    model = Net()
+    model._fabric = fabric  # type: ignore[assignment]
+    assert not is_wrapped(model)
+    fabric.setup(model)
+    assert model._fabric is fabric
+
+
+def test_a_fabric_does_not_keep_what_it_has_set_up() -> None:
+    fabric = fabric_with("16-mixed")
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fabric.setup(model, optimizer)
+    references = [weakref.ref(model), weakref.ref(optimizer)]
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+
+
+def test_private_methods_and_those_that_nn_module_has_can_be_marked() -> None:
+    class Private(Net):
+        def _train(self, x: torch.Tensor) -> torch.Tensor:
+            return self.first(x)
+
+        def extra_repr(self) -> str:
+            return str(self.first(torch.ones(1, 4)).dtype)
+
+    model = fabric_with("bf16-mixed").setup(Private())
+    plainly = model._train(torch.ones(1, 4))
+    for name in ("_train", "extra_repr"):
+        model.mark_forward_method(name)
+    assert not torch.equal(model._train(torch.ones(1, 4)), plainly)
+    assert "bfloat16" in model.extra_repr()
+    model.late = lambda x: x  # type: ignore[assignment]
+    for wrong in ("late", 3):
+        with pytest.raises(FabricTypeError, match="no method"):
+            model.mark_forward_method(wrong)
+
+
+def test_a_failed_setup_casts_nothing() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
+    with pytest.raises(FabricTypeError, match="1 in Sequential"):
+        fabric_with("bf16-true").setup(model)
+    assert model[0].weight.dtype == torch.float32
+
+
+def test_a_compiled_module_of_a_set_up_model_is_set_up_already() -> None:
+    fabric = fabric_with()
+    model = fabric.setup(Net())
+    with pytest.raises(FabricValueError, match="set up already"):
+        fabric.setup(torch.compile(model, backend="eager"))
+    assert fabric.release(model) is model
+    assert type(model) is Net
+
+
+def test_a_meta_model_without_values_is_refused() -> None:
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(StrategyError, match=r"first is first\.weight"):
+        fabric_with().setup(model)
+
+
+def test_a_closed_fabric_says_so() -> None:
+    fabric = fabric_with()
+    fabric.close()
+    with pytest.raises(FabricRuntimeError, match="closed"):
+        fabric.setup(Net())

@@ -12,7 +12,7 @@ from torch import nn
 
 from fabric_lite import Fabric, FabricRuntimeError, FabricTypeError
 from fabric_lite.optim import LossScaler
-from tests.models import Net, batches, make_net
+from tests.models import Net, batches, make_net, weights
 
 OPTIMIZERS = {
     "sgd momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
@@ -115,7 +115,7 @@ def test_the_scale_is_updated_once_per_set_of_steps(order: str, updates: int) ->
     for call in order.split():
         key = int(call[1])
         if call[0] == "b":
-            scaler.scale(parameters[key].sum()).backward()
+            scaler.backward(parameters[key].sum(), torch.Tensor.backward)
         else:
             optimizers[key].step()
             optimizers[key].zero_grad()
@@ -130,7 +130,7 @@ def test_a_generator_that_holds_the_discriminators_gradients_delays_the_update()
     for optimizer in optimizers.values():
         scaler.attach(optimizer)
     for _ in range(2):
-        scaler.scale((parameters["d"] * parameters["g"]).sum()).backward()
+        scaler.backward((parameters["d"] * parameters["g"]).sum(), torch.Tensor.backward)
         optimizers["d"].step()
         optimizers["d"].zero_grad()
     assert scaler.state_dict()["_growth_tracker"] == 0
@@ -260,3 +260,109 @@ def test_without_a_scaler_the_step_is_torchs_own(precision: str, closure: bool) 
     assert not optimizer._optimizer_step_post_hooks
     if closure:
         assert optimizer.step(lambda: 3.0) == 3.0
+
+
+def scaled_run() -> tuple[Fabric, Net, torch.optim.Optimizer]:
+    fabric = Fabric(accelerator="cpu", devices=1, precision="16-mixed")
+    model = make_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fabric.setup(model, optimizer)
+    return fabric, model, optimizer
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("clip_again", [True, False])
+def test_a_window_given_up_after_clipping_leaves_nothing(set_to_none: bool, clip_again: bool) -> None:
+    fabric, model, optimizer = scaled_run()
+    other, reference, step = scaled_run()
+    first, second = batches(2)
+    fabric.backward(loss_of(model, first))
+    fabric.clip_gradients(model, optimizer, max_norm=1e9)
+    optimizer.zero_grad(set_to_none=set_to_none)
+    fabric.backward(loss_of(model, second))
+    if clip_again:
+        norm = fabric.clip_gradients(model, optimizer, max_norm=1e9)
+        assert norm is not None
+        assert norm < 10
+    optimizer.step()
+    other.backward(loss_of(reference, second))
+    step.step()
+    assert_equal(model, reference)
+
+
+def test_a_backward_onto_clipped_gradients_is_an_error() -> None:
+    fabric, model, optimizer = scaled_run()
+    first, second = batches(2)
+    fabric.backward(loss_of(model, first))
+    fabric.clip_gradients(model, optimizer, max_norm=1.0)
+    with pytest.raises(FabricRuntimeError, match="clip once"):
+        fabric.backward(loss_of(model, second))
+
+
+def test_clipping_one_model_between_the_backwards_of_two_is_fine() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, precision="16-mixed")
+    models = [make_net(1), make_net(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        fabric.setup(model, optimizer)
+    before = [weights(model) for model in models]
+    for model, optimizer, x in zip(models, optimizers, batches(2), strict=True):
+        fabric.backward(loss_of(model, x))
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+    for model, optimizer, old in zip(models, optimizers, before, strict=True):
+        optimizer.step()
+        moved = max(float((new - start).abs().max()) for new, start in zip(weights(model), old, strict=True))
+        assert 0 < moved <= 0.1
+
+
+def test_an_idle_optimizer_with_zeroed_gradients_does_not_hold_the_scale() -> None:
+    fabric, model, optimizer = scaled_run()
+    idle = make_net()
+    idle_step = torch.optim.SGD(idle.parameters(), lr=0.1)
+    fabric.setup(idle, idle_step)
+    fabric.backward(loss_of(model, batches(1)[0]) + loss_of(idle, batches(1)[0]))
+    for each in (optimizer, idle_step):
+        each.step()
+        each.zero_grad(set_to_none=False)
+    for _ in range(5):
+        fabric.backward(loss_of(model, batches(1)[0], float("inf")))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert fabric.state_dict()["loss_scaler"]["scale"] == 65536 / 2**5
+
+
+def test_loading_a_scale_forgets_what_was_going_on() -> None:
+    fabric, model, optimizer = scaled_run()
+    saved = fabric.state_dict()
+    fabric.backward(loss_of(model, batches(1)[0], float("inf")))
+    optimizer.step()
+    optimizer.zero_grad()
+    fabric.load_state_dict(saved)
+    fabric.backward(loss_of(model, batches(1)[0]))
+    assert fabric.state_dict()["loss_scaler"]["scale"] == 65536
+
+
+def test_clipping_for_an_optimizer_that_is_not_set_up_is_an_error() -> None:
+    fabric, model, _ = scaled_run()
+    fabric.backward(loss_of(model, batches(1)[0]))
+    with pytest.raises(ValueError, match="was not set up"):
+        fabric.clip_gradients(model, torch.optim.SGD(model.parameters(), lr=0.1), max_norm=1.0)
+
+
+def test_a_gradient_penalty_needs_no_scaled_loss() -> None:
+    critic = Fabric(accelerator="cpu", devices=1, precision="16-mixed").setup(make_net())
+    x = torch.ones(2, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    assert gradient.shape == x.shape
+
+
+def test_a_compiled_model_is_scaled_like_a_plain_one() -> None:
+    fabric, model, optimizer = scaled_run()
+    other, reference, step = scaled_run()
+    model.compile(backend="aot_eager", fullgraph=True)
+    for run, target, stepped in ((fabric, model, optimizer), (other, reference, step)):
+        run.backward(loss_of(target, batches(1)[0]))
+        stepped.step()
+    torch._dynamo.reset()
+    for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
