@@ -24,7 +24,7 @@ from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueE
 from fabric_lite.init import place, tensors_on
 from fabric_lite.mesh import build_mesh, join, leave
 from fabric_lite.notices import rank_zero_info
-from fabric_lite.optim import LossScaler, extend_optimizer, parameters_of, release_optimizer, repoint
+from fabric_lite.optim import LossScaler, check_belongs, extend_optimizer, parameters_of, release_optimizer, repoint
 from fabric_lite.precision import Precision
 from fabric_lite.route import ModuleExtension, check_module, compiled_from, extend_module, release_module
 from fabric_lite.run import Arguments, resolve
@@ -199,6 +199,9 @@ class Fabric:
         """
         self._launched()
         self._check_new(optimizers, Optimizer)
+        self._check_new([module], nn.Module)
+        for optimizer in optimizers:
+            check_belongs(optimizer, module)
         self.setup_module(module, move_to_device=move_to_device, _optimizers=optimizers)
         for optimizer in optimizers:
             self._attach(optimizer)

@@ -16,12 +16,27 @@ from torch import nn
 from fabric_lite.adopt import HOLDER
 from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
 
-__all__ = ["LossScaler", "extend_optimizer", "parameters_of", "release_optimizer", "repoint"]
+__all__ = ["LossScaler", "check_belongs", "extend_optimizer", "parameters_of", "release_optimizer", "repoint"]
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Return all parameters of ``optimizer``, group by group."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def check_belongs(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+    """Raise if ``optimizer`` holds no parameter of ``module``.
+
+    Raises:
+        FabricValueError: It would step on nothing of this model; most likely another model's optimizer was given.
+    """
+    own = {id(parameter) for parameter in module.parameters()}
+    if own and not any(id(parameter) in own for parameter in parameters_of(optimizer)):
+        raise FabricValueError(
+            f"The optimizer holds no parameter of the {type(module).__name__} that it is set up with.",
+            given=f"{type(optimizer).__name__} with {len(parameters_of(optimizer))} parameters of other modules",
+            fix="fabric.setup(model, optimizer_of_that_model), or fabric.setup_optimizers(optimizer)",
+        )
 
 
 def repoint(optimizer: torch.optim.Optimizer, old_names: Mapping[int, str], module: nn.Module) -> None:

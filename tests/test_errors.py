@@ -87,6 +87,12 @@ ROWS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("launch of a function without fabric", lambda: cpu().launch(lambda: 1), TypeError, "parameter for fabric"),
     ("setup of no module", lambda: cpu().setup("model"), TypeError, "fabric.setup(model, optimizer)"),
     ("setup of a module as optimizer", lambda: cpu().setup(Net(), Net()), TypeError, "no Optimizer"),
+    ("another model's optimizer", lambda: cpu().setup(Net(), optimizer()), ValueError, "setup_optimizers(optimizer)"),
+    ("backward of no tensor", lambda: cpu().backward("loss"), TypeError, "fabric.backward(loss)"),  # type: ignore[arg-type]
+    ("clipping without an optimizer", lambda: cpu().clip_gradients(Net(), Net(), 1.0), TypeError, "max_norm=1.0"),  # type: ignore[arg-type]
+    ("unknown DDP option", lambda: DDPStrategy(ddp_options={"nonsense": 1}), ValueError, "init_sync"),
+    ("released twice", lambda: [run.release(m, m) for run in [cpu()] for m in [run.setup(Net())]], ValueError, "once"),
+    ("closed", lambda: [run.close() or run.barrier() for run in [cpu()]], RuntimeError, "make a new"),
     ("setup twice", lambda: twice(Net()), ValueError, "fabric.release"),
     ("optimizer set up twice", lambda: cpu().setup_optimizers(*[optimizer()] * 2), ValueError, "twice"),
     ("no optimizer", lambda: cpu().setup_optimizers(), ValueError, "setup_optimizers(optimizer)"),
