@@ -10,27 +10,30 @@ from typing import Any
 __all__ = ["leaves", "map_leaves"]
 
 
-def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+def map_leaves(function: Callable[[Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """Return ``tree`` with ``function`` applied to every leaf.
 
     Containers are dicts and other mappings, lists, tuples, namedtuples and dataclass instances, with
     their subclasses (a Hugging Face ``ModelOutput`` is a mapping); each keeps its own type, and a container
-    in which no leaf changed is returned as it is. Everything else is a leaf.
+    in which no leaf changed is returned as it is. Everything else is a leaf, and so is a container for which
+    ``is_leaf`` is true.
     """
+    if is_leaf is not None and is_leaf(tree):
+        return function(tree)
     kind = type(tree)
     if kind is dict:
-        new = {key: map_leaves(function, value) for key, value in tree.items()}
+        new = {key: map_leaves(function, value, is_leaf) for key, value in tree.items()}
         return new if any(new[key] is not tree[key] for key in tree) else tree
     if isinstance(tree, (list, tuple)):
-        items = [map_leaves(function, value) for value in tree]
+        items = [map_leaves(function, value, is_leaf) for value in tree]
         if all(new is old for new, old in zip(items, tree, strict=True)):
             return tree
         return _sequence_like(tree, items)
     if isinstance(tree, Mapping):
-        new = {key: map_leaves(function, value) for key, value in tree.items()}
+        new = {key: map_leaves(function, value, is_leaf) for key, value in tree.items()}
         return _mapping_like(tree, new) if any(new[key] is not tree[key] for key in new) else tree
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return _dataclass_like(tree, function)
+        return _dataclass_like(tree, function, is_leaf)
     return function(tree)
 
 
@@ -70,11 +73,11 @@ def _mapping_like(old: Any, items: dict[Any, Any]) -> Any:
     return new
 
 
-def _dataclass_like(old: Any, function: Callable[[Any], Any]) -> Any:
+def _dataclass_like(old: Any, function: Callable[[Any], Any], is_leaf: Callable[[Any], bool] | None) -> Any:
     new = old
     for field in dataclasses.fields(old):
         value = getattr(old, field.name)
-        mapped = map_leaves(function, value)
+        mapped = map_leaves(function, value, is_leaf)
         if mapped is not value:
             new = copy.copy(old) if new is old else new
             object.__setattr__(new, field.name, mapped)  # also for frozen dataclasses

@@ -45,11 +45,17 @@ def mover(device: torch.device) -> Callable[[Any], Any]:
             if all(map(operator.is_, items, data)):
                 return data
             return tuple(items) if kind is tuple else items
-        # Before containers: a PackedSequence is a namedtuple that must keep one of its tensors on the CPU.
-        to = getattr(data, "to", None)
-        if callable(to) and not isinstance(data, type):
-            result = to(device)
+        if _moves_itself(data):
+            result = data.to(device)
             return data if result is None else result
-        return map_leaves(lambda leaf: leaf if leaf is data else move(leaf), data)
+        return map_leaves(lambda leaf: leaf if leaf is data else move(leaf), data, _moves_itself)
 
     return move
+
+
+def _moves_itself(data: Any) -> bool:
+    """Whether ``data`` has a ``.to`` of its own.
+
+    Asked before containers are taken apart: a PackedSequence is a namedtuple that must keep one of its tensors on CPU.
+    """
+    return callable(getattr(data, "to", None)) and not isinstance(data, type)

@@ -89,8 +89,26 @@ def test_objects_with_a_to_method_are_moved() -> None:
     assert moved["in place"].device == META
 
 
-def test_a_packed_sequence_moves_by_its_own_rules() -> None:
-    packed = pack_sequence([torch.ones(2), torch.ones(1)])
-    moved = move_to_device((packed,), CPU)[0]
-    assert isinstance(moved, PackedSequence)
-    assert moved.batch_sizes.device == CPU
+CONTAINERS: dict[str, Any] = {
+    "tuple": lambda leaf: (leaf,),
+    "namedtuple": lambda leaf: Pair(leaf, 1),
+    "dataclass": lambda leaf: Sample(leaf, 1),
+    "mapping": lambda leaf: collections.OrderedDict(x=[leaf]),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_packed_sequence_moves_by_its_own_rules(container: str) -> None:
+    moved = move_to_device(CONTAINERS[container](pack_sequence([torch.ones(2), torch.ones(1)])), META)
+    packed = next(leaf for leaf in leaves_until_packed(moved) if isinstance(leaf, PackedSequence))
+    assert packed.data.device == META
+    assert packed.batch_sizes.device == CPU
+
+
+def leaves_until_packed(data: Any) -> list[Any]:
+    if isinstance(data, Sample):
+        data = vars(data)
+    items = data.values() if isinstance(data, dict) else data if isinstance(data, (list, tuple)) else None
+    if items is None or isinstance(data, PackedSequence):
+        return [data]
+    return [leaf for item in items for leaf in leaves_until_packed(item)]

@@ -65,3 +65,8 @@ def test_a_default_factory_survives() -> None:
 
 def test_a_string_is_a_leaf() -> None:
     assert list(leaves(["ab", {"c": "de"}])) == ["ab", "de"]
+
+
+def test_a_container_can_be_called_a_leaf() -> None:
+    tree = [Point(1), {"a": Pair(2, 3)}]
+    assert map_leaves(str, tree, lambda part: isinstance(part, Pair)) == [Point("1", "None"), {"a": str(Pair(2, 3))}]
