@@ -1,8 +1,7 @@
 """Running a function on several ranks in tests, fast: the ranks stay warm from one call to the next.
 
-    pool = RankPool()
-    losses = pool.run(train_two_steps, "bf16-mixed", ranks=2)   # one value per rank
-    pool.close()
+    with RankPool() as pool:
+        losses = pool.run(train_two_steps, "bf16-mixed", ranks=2)   # one value per rank
 
 The function is a top-level function of an importable module. In it, ``Fabric(devices=2)`` finds its place as under
 ``fabric-run``.
@@ -10,10 +9,12 @@ The function is a top-level function of an importable module. In it, ``Fabric(de
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import random
 import sys
 import tempfile
@@ -37,6 +38,8 @@ class RankError(Exception):
 class RankPool:
     """Warm ranks on CPU, connected by gloo; one group for each number of ranks that is asked for.
 
+    A context manager, or to be closed with :meth:`close`.
+
     Args:
         timeout_seconds: A rank that takes longer is ended, and its group with it. Also the timeout of collectives.
     """
@@ -44,6 +47,12 @@ class RankPool:
     def __init__(self, timeout_seconds: float = 60.0) -> None:
         self._timeout_seconds = timeout_seconds
         self._groups: dict[int, _Group] = {}
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def run(self, function: Callable[..., Any], *args: Any, ranks: int = 2, **kwargs: Any) -> list[Any]:
         """Call ``function(*args, **kwargs)`` on each of ``ranks`` ranks; return their values, by rank.
@@ -56,8 +65,8 @@ class RankPool:
             group = self._groups[ranks] = _Group.start(ranks, self._timeout_seconds)
         try:
             return group.call(function, args, kwargs, self._timeout_seconds)
-        except RankError:
-            # A rank that failed may have left its peers in the middle of a collective.
+        except BaseException:
+            # The others may be in the middle of a collective, or about to answer a call that nobody waits for.
             self._groups.pop(ranks).end()
             raise
 
@@ -90,8 +99,13 @@ class _Group:
         return _Group(processes, pipes, folder)
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any, timeout_seconds: float) -> list[Any]:
-        for pipe in self.pipes:
-            pipe.send((function, args, kwargs))
+        told = 0
+        try:
+            for pipe in self.pipes:
+                pipe.send((function, args, kwargs))
+                told += 1
+        except OSError:
+            raise self._died(told) from None
         values: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_seconds
         while len(values) < len(self.pipes):
@@ -103,13 +117,16 @@ class _Group:
             for rank in [rank for rank in waiting if self.pipes[rank] in ready]:
                 try:
                     succeeded, value = self.pipes[rank].recv()
-                except EOFError:
-                    self.processes[rank].join(5)
-                    raise RankError(rank, "nothing", f"it died: exit code {self.processes[rank].exitcode}") from None
+                except (EOFError, OSError):
+                    raise self._died(rank) from None
                 if not succeeded:
                     raise RankError(rank, *value)
                 values[rank] = value
         return [values[rank] for rank in range(len(self.pipes))]
+
+    def _died(self, rank: int) -> RankError:
+        self.processes[rank].join(5)
+        return RankError(rank, "nothing", f"it died: exit code {self.processes[rank].exitcode}")
 
     def end(self) -> None:
         for pipe in self.pipes:
@@ -126,7 +143,6 @@ def _serve(
     """A rank's life: join the group, then run one function after the other."""
     import datetime
 
-    import numpy
     import torch
     import torch.distributed as dist
     from torch.distributed import FileStore  # type: ignore[attr-defined]
@@ -142,17 +158,24 @@ def _serve(
         store = FileStore(os.path.join(folder, "store"), ranks)
         timeout = datetime.timedelta(seconds=timeout_seconds)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
-    while True:
-        try:
-            function, args, kwargs = pipe.recv()
-        except EOFError:
-            return
-        random.seed(0)
-        numpy.random.seed(0)
-        torch.manual_seed(0)
-        try:
-            pipe.send((True, function(*args, **kwargs)))
-        except BaseException as error:
-            pipe.send((False, (type(error).__name__, traceback.format_exc())))
-            if not isinstance(error, Exception):
-                raise
+    # The other end closes when a call has failed, here or on another rank: then there is nobody left to tell.
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            _answer(pipe, pipe.recv_bytes())
+
+
+def _answer(pipe: Any, call: bytes) -> None:  # pragma: no cover - in a child
+    """Run one function, from the same random state each time, and send its value or its error."""
+    import numpy
+    import torch
+
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+    try:
+        function, args, kwargs = pickle.loads(call)
+        pipe.send((True, function(*args, **kwargs)))
+    except BaseException as error:
+        pipe.send((False, (type(error).__name__, traceback.format_exc())))
+        if not isinstance(error, Exception):
+            raise
