@@ -15,7 +15,10 @@ __all__ = ["place", "tensors_on"]
 
 @contextlib.contextmanager
 def tensors_on(device: torch.device, dtype: torch.dtype | None, *, skip_initialisation: bool = False) -> Iterator[None]:
-    """A context in which new tensors are on ``device``, floats in ``dtype``, both for this thread's new tensors only.
+    """A context in which new tensors are on ``device``, floats in ``dtype``.
+
+    The device is that of this thread's new tensors only. The dtype is torch's default dtype, of which the process has
+    one: while the block runs, other threads make their float tensors in it too.
 
     Args:
         device: Where.
