@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import datetime
 import socket
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,16 +19,17 @@ from fabric_lite.topology import Topology
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["build_mesh", "join", "leave"]
+__all__ = ["build_mesh", "existing_group", "join", "leave"]
 
 
 def join(topology: Topology, device: torch.device, timeout_seconds: float | None = None) -> bool:
     """Make the default process group of ``topology``'s ranks; every rank calls.
 
-    A group that exists already (Ray, a notebook, the user's own) is adopted; one made here ends with the process.
+    A group that exists already (Ray, a notebook, the user's own) is adopted and never destroyed. One made here ends
+    with the last of its users, or with the process.
 
     Returns:
-        Whether the group was made here, and so is to be destroyed here.
+        Whether the caller is a user of a group made here, and so must call :func:`leave`.
 
     Raises:
         LaunchError: The ranks could not be connected, or an existing group has another size.
@@ -39,7 +41,7 @@ def join(topology: Topology, device: torch.device, timeout_seconds: float | None
                 given=f"a group of {dist.get_world_size()} ranks, {topology.world_size} started by {topology.source}",
                 fix="leave init_process_group to Fabric, or make the group of all ranks",
             )
-        return False
+        return _own.add_user()
     timeout = None if timeout_seconds is None else datetime.timedelta(seconds=timeout_seconds)
     backend = dist.get_default_backend_for_device(device)
     try:
@@ -58,14 +60,21 @@ def join(topology: Topology, device: torch.device, timeout_seconds: float | None
             fix="see that the main address can be reached from every node and its port is free",
         ) from error
     # Left to the interpreter's end, gloo's threads can abort a process that has finished well.
-    atexit.register(leave)
-    return True
+    atexit.register(_own.end)
+    _own.group = dist.group.WORLD
+    return _own.add_user()
 
 
 def leave() -> None:
-    """Leave the default process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Be a user of the group made by :func:`join` no longer; the last one destroys it."""
+    _own.remove_user()
+
+
+def existing_group() -> tuple[int, int] | None:
+    """Rank and world size in the default process group; None without one, or in a group of one."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.get_rank(), dist.get_world_size()
 
 
 def build_mesh(device: torch.device, axes: Mapping[str, int]) -> DeviceMesh | None:
@@ -75,6 +84,35 @@ def build_mesh(device: torch.device, axes: Mapping[str, int]) -> DeviceMesh | No
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+
+@dataclasses.dataclass
+class _OwnGroup:
+    """The default process group that was made here, if any, and how many Fabrics of this process use it."""
+
+    group: Any = None
+    users: int = 0
+
+    def add_user(self) -> bool:
+        # The user may have destroyed ours, and even made another since.
+        if self.group is None or self.group is not dist.group.WORLD:
+            self.group, self.users = None, 0
+            return False
+        self.users += 1
+        return True
+
+    def remove_user(self) -> None:
+        self.users -= 1
+        if self.users <= 0:
+            self.end()
+
+    def end(self) -> None:
+        if self.group is not None and dist.is_initialized() and self.group is dist.group.WORLD:
+            dist.destroy_process_group()
+        self.group, self.users = None, 0
+
+
+_own = _OwnGroup()
 
 
 def _store(topology: Topology, timeout: datetime.timedelta | None) -> Store:

@@ -65,8 +65,8 @@ PRECISIONS: dict[str, Precision] = {
     "16-mixed": _mixed("16-mixed", torch.float16, loss_scale=True),
     "bf16-mixed": _mixed("bf16-mixed", torch.bfloat16),
 }
-_ALIASES = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 AMBIGUOUS_ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed"}
+_ALIASES = {"64": "64-true", "32": "32-true", **AMBIGUOUS_ALIASES}
 
 
 def parse_precision(precision: str | int | Precision | None) -> Precision:

@@ -10,10 +10,11 @@ import torch
 
 from fabric_lite.device import Accelerator, choose_accelerator, parse_devices
 from fabric_lite.errors import FabricTypeError, FabricValueError, LaunchError
+from fabric_lite.mesh import existing_group
 from fabric_lite.precision import AMBIGUOUS_ALIASES, Precision, parse_precision
 from fabric_lite.run_config import RunConfig
 from fabric_lite.strategies import Strategy, parse_strategy
-from fabric_lite.topology import Topology, read_topology
+from fabric_lite.topology import Topology, read_topology, topology_of_group
 
 __all__ = ["Arguments", "Run", "resolve"]
 
@@ -35,7 +36,7 @@ class Run:
 
     Args:
         accelerator: The kind of device.
-        device_indices: Index of each local rank's device.
+        device: This rank's device.
         strategy: With its precision filled in.
         topology: This process's place; for a run that is not launched yet, rank 0 of all.
         needs_launch: Whether ``launch()`` has yet to start the processes.
@@ -44,17 +45,12 @@ class Run:
     """
 
     accelerator: Accelerator
-    device_indices: tuple[int, ...]
+    device: torch.device
     strategy: Strategy
     topology: Topology
     needs_launch: bool
     config: RunConfig
     notices: tuple[str, ...] = ()
-
-    @property
-    def device(self) -> torch.device:
-        """This rank's device."""
-        return self.accelerator.device(self.device_indices[self.topology.local_rank % len(self.device_indices)])
 
 
 def resolve(arguments: Arguments, plugins: Any, config: RunConfig | None, environ: Mapping[str, str]) -> Run:
@@ -66,32 +62,23 @@ def resolve(arguments: Arguments, plugins: Any, config: RunConfig | None, enviro
         LaunchError: The processes that a launcher started are not those asked for.
     """
     notices: list[str] = []
-    arguments = _with_plugins(arguments, plugins)
+    arguments = _with_plugins(_in_lower_case(arguments), plugins)
     arguments = _with_command_line(arguments, config, notices)
     _check_num_nodes(arguments.num_nodes)
     precision = parse_precision(arguments.precision)
-    if str(arguments.precision) in AMBIGUOUS_ALIASES:
+    if not isinstance(arguments.precision, Precision) and str(arguments.precision) in AMBIGUOUS_ALIASES:
         notices.append(f"precision={arguments.precision!r} means {precision.name!r}; write it out to silence this line")
     accelerator = choose_accelerator(arguments.accelerator)
     indices = parse_devices(arguments.devices, accelerator)
     topology = read_topology(environ)
+    group = existing_group()
+    if group is not None and not topology.is_managed:
+        topology = topology_of_group(environ, *group)
+    needs_launch = False
     if topology.is_managed:
         indices = _reconcile(arguments, indices, topology, accelerator, config)
-        needs_launch = False
     else:
-        if arguments.num_nodes > 1:
-            raise LaunchError(
-                "Several nodes cannot be started from one script.",
-                given=f"num_nodes={arguments.num_nodes}, no launcher",
-                fix="fabric-run --num-nodes, torchrun or srun on every node",
-            )
-        strategy_name = arguments.strategy if isinstance(arguments.strategy, str) else ""
-        if (
-            accelerator.device_type != "cpu"
-            and arguments.devices == "auto"
-            and strategy_name.lower() == "single_device"
-        ):
-            indices = indices[:1]
+        indices = _by_itself(arguments, indices, accelerator)
         needs_launch = len(indices) > 1
         topology = dataclasses.replace(topology, world_size=len(indices), local_world_size=len(indices))
     strategy = parse_strategy(arguments.strategy, topology.world_size)
@@ -99,8 +86,23 @@ def resolve(arguments: Arguments, plugins: Any, config: RunConfig | None, enviro
     if accelerator.device_type == "mps":
         _check_mps(precision, topology)
     return Run(
-        accelerator, indices, strategy, topology, needs_launch, _config_of(arguments, indices, config), tuple(notices)
+        accelerator,
+        accelerator.device(indices[topology.local_rank]),
+        strategy,
+        topology,
+        needs_launch,
+        _config_of(arguments, indices, config),
+        tuple(notices),
     )
+
+
+def _plain(value: Any) -> Any:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def _in_lower_case(arguments: Arguments) -> Arguments:
+    """All names as the rest of this file, and every parser, compares them."""
+    return Arguments(*(_plain(getattr(arguments, field.name)) for field in dataclasses.fields(arguments)))
 
 
 def _with_command_line(arguments: Arguments, config: RunConfig | None, notices: list[str]) -> Arguments:
@@ -109,7 +111,7 @@ def _with_command_line(arguments: Arguments, config: RunConfig | None, notices: 
         return arguments
     defaults = Arguments()
     for name in ("accelerator", "strategy", "devices", "num_nodes", "precision"):
-        told, written = getattr(config, name), getattr(arguments, name)
+        told, written = _plain(getattr(config, name)), getattr(arguments, name)
         if told is None:
             continue
         if written != getattr(defaults, name) and str(written) != str(told):
@@ -145,6 +147,18 @@ def _check_num_nodes(num_nodes: Any) -> None:
         raise FabricTypeError("num_nodes must be an int.", given=f"num_nodes={num_nodes!r}", fix="num_nodes=1")
     if num_nodes < 1:
         raise FabricValueError("There is at least one node.", given=f"num_nodes={num_nodes}", fix="num_nodes=1")
+
+
+def _by_itself(arguments: Arguments, indices: tuple[int, ...], accelerator: Accelerator) -> tuple[int, ...]:
+    """The devices of a script that no launcher started."""
+    if arguments.num_nodes > 1:
+        raise LaunchError(
+            "Several nodes cannot be started from one script.",
+            given=f"num_nodes={arguments.num_nodes}, no launcher",
+            fix="fabric-run --num-nodes, torchrun or srun on every node",
+        )
+    takes_one = arguments.strategy == "single_device" and arguments.devices == "auto"
+    return indices[:1] if takes_one and accelerator.device_type != "cpu" else indices
 
 
 def _reconcile(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from fabric_lite.errors import LaunchError
 
-__all__ = ["ALONE", "Topology", "read_topology"]
+__all__ = ["ALONE", "Topology", "read_topology", "topology_of_group"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,29 @@ def read_topology(environ: Mapping[str, str]) -> Topology:
             _check(topology)
             return topology
     return ALONE
+
+
+def topology_of_group(environ: Mapping[str, str], rank: int, world_size: int) -> Topology:
+    """Return the place of a process whose process group somebody else made (Ray, a notebook, the user's own).
+
+    The group tells no local rank: without ``LOCAL_RANK`` all ranks are taken to be on one node.
+
+    Raises:
+        LaunchError: ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE`` do not fit the group.
+    """
+    has_local_rank = "LOCAL_RANK" in environ
+    local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size) if has_local_rank else world_size
+    topology = Topology(
+        rank=rank,
+        world_size=world_size,
+        local_rank=_number(environ, "LOCAL_RANK", rank),
+        local_world_size=local_world_size,
+        node_rank=_number(environ, "GROUP_RANK", rank // max(1, local_world_size)),
+        num_nodes=-(-world_size // max(1, local_world_size)),
+        source="a process group that exists already",
+    )
+    _check(topology)
+    return topology
 
 
 def _torchelastic(environ: Mapping[str, str]) -> Topology:
