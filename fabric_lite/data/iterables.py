@@ -24,6 +24,7 @@ class MovedIterable:
         move: Moves one batch; None leaves batches alone.
         together: Ends all ranks together, if given.
         is_shared: Whether to say that each rank sees all batches.
+        owner: Who set it up; None once it is released.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class MovedIterable:
         move: Callable[[Any], Any] | None = None,
         together: Collectives | None = None,
         is_shared: bool = False,
+        owner: Any = None,
     ) -> None:
         if is_shared:
             warnings.warn(
@@ -41,6 +43,7 @@ class MovedIterable:
                 stacklevel=4,
             )
         self.iterable = iterable
+        self.owner = owner
         self._move = move
         self._together = together
         self._epoch = 0

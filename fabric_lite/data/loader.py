@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,14 @@ from fabric_lite.data.samplers import CountedBatchSampler, CountedSampler, Deale
 from fabric_lite.data.workers import WorkerSeed
 from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
 
-__all__ = ["ExtendedLoader", "extend_loader", "is_extended_loader", "release_loader"]
+__all__ = [
+    "ExtendedLoader",
+    "check_loaders",
+    "extend_loader",
+    "is_extended_loader",
+    "owner_of_loader",
+    "release_loader",
+]
 
 # DataLoader guards these against assignment, so they are written through its __dict__.
 _REPLACED = ("sampler", "batch_sampler", "worker_init_fn")
@@ -36,6 +43,7 @@ def extend_loader(
     pad: bool | None = None,
     uneven: str | None = None,
     seed: int = 0,
+    owner: Any = None,
 ) -> Any:
     """Set ``loader`` up in place and return it.
 
@@ -59,38 +67,25 @@ def extend_loader(
         uneven: ``"stop"`` ends all ranks as soon as one has ended, at the cost of one tiny reduction per batch. For
             data whose length is not known. Every rank must then leave the loop at the same batch.
         seed: The seed of the order, as in ``DistributedSampler``.
+        owner: Who sets the loader up; found again with :func:`owner_of_loader`.
 
     Raises:
         FabricValueError: The loader is set up already, or ``pad`` or ``uneven`` cannot be had with it.
-        FabricTypeError: ``loader`` is not iterable.
+        FabricTypeError: ``loader`` is not iterable, or of a class that cannot be extended.
     """
-    if uneven not in (None, "stop"):
-        raise FabricValueError(
-            "This way to end uneven ranks does not exist.", given=f"uneven={uneven!r}", fix='uneven="stop" or None'
-        )
+    if isinstance(loader, MovedIterable) and loader.owner is not owner:
+        loader = loader.iterable  # there is nothing to take off: another owner's wrapper goes on by itself
     if is_extended_loader(loader):
-        raise FabricValueError(
-            "This loader is already set up.",
-            given=type(loader).__name__,
-            fix="set up each loader once, and use the object everywhere",
-        )
+        raise _set_up_already(loader)
+    check_loaders([loader], world_size=world_size, shard=shard, pad=pad, uneven=uneven, owner=owner)
     move = None if device is None else mover(device)
     ends = Collectives(device or torch.device("cpu")) if uneven == "stop" and world_size > 1 else None
     if not isinstance(loader, DataLoader):
-        if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-            raise FabricTypeError(
-                "A loader must be iterable.", given=type(loader).__name__, fix="a DataLoader or any iterable of batches"
-            )
-        if pad is not None:
-            raise FabricValueError(
-                "Only a DataLoader can be padded.",
-                given=f"pad={pad} with {type(loader).__name__}",
-                fix='a DataLoader, or uneven="stop" to end all ranks together',
-            )
-        return MovedIterable(loader, move=move, together=ends, is_shared=shard and world_size > 1 and rank == 0)
+        is_shared = shard and world_size > 1 and rank == 0
+        return MovedIterable(loader, move=move, together=ends, is_shared=is_shared, owner=owner)
     dealer = _dealer_for(loader, rank, world_size, shard, pad)
     progress = Progress(dealer, seed=seed, rank=rank, world_size=world_size, generator=loader.generator)
-    holder = _Holder(progress, move, ends, {name: loader.__dict__[name] for name in _REPLACED})
+    holder = _Holder(progress, move, ends, {name: loader.__dict__[name] for name in _REPLACED}, owner)
     if dealer is not None:
         loader.__dict__.update(_samplers(loader, dealer, progress))
     # Persistent workers of an earlier iteration would go on with the samplers that have just been taken out.
@@ -99,9 +94,52 @@ def extend_loader(
     return loader
 
 
+def check_loaders(
+    loaders: Sequence[Any],
+    *,
+    world_size: int,
+    shard: bool = True,
+    pad: bool | None = None,
+    uneven: str | None = None,
+    owner: Any = None,
+) -> None:
+    """Raise what :func:`extend_loader` would raise for any of ``loaders``; none of them is changed.
+
+    A loader that another owner set up passes: it has to be released before it is extended again.
+
+    Raises:
+        FabricValueError: A loader is given twice, was set up by ``owner`` before, or ``pad`` or ``uneven`` cannot be
+            had with it.
+        FabricTypeError: A loader is not iterable, or of a class that cannot be extended.
+    """
+    if uneven not in (None, "stop"):
+        raise FabricValueError(
+            "This way to end uneven ranks does not exist.", given=f"uneven={uneven!r}", fix='uneven="stop" or None'
+        )
+    for position, loader in enumerate(loaders):
+        is_again = is_extended_loader(loader) and owner_of_loader(loader) is owner
+        if is_again or any(earlier is loader for earlier in loaders[:position]):
+            raise _set_up_already(loader)
+        plain = loader.iterable if isinstance(loader, MovedIterable) else loader
+        if isinstance(plain, DataLoader):
+            with _own_samplers(plain) if isinstance(plain, ExtendedLoader) else contextlib.nullcontext():
+                _dealer_for(plain, 0, world_size, shard, pad)
+            adopt.check_extendable(plain, _members, ExtendedLoader)
+        else:
+            _check_iterable(plain, pad)
+
+
+def owner_of_loader(loader: Any) -> Any:
+    """Return the ``owner`` given to :func:`extend_loader`; None for a plain loader."""
+    if isinstance(loader, MovedIterable):
+        return loader.owner
+    return getattr(adopt.extension_of(loader), "owner", None)
+
+
 def release_loader(loader: Any) -> Any:
     """Give the plain object back: the user's class, samplers and ``worker_init_fn``."""
     if isinstance(loader, MovedIterable):
+        loader.owner = None
         return loader.iterable
     originals = _originals(loader)
     adopt.release(loader)
@@ -123,6 +161,7 @@ class _Holder:
     move: Callable[[Any], Any] | None
     ends: Collectives | None
     originals: dict[str, Any]
+    owner: Any = None
 
 
 class _Batches:
@@ -185,6 +224,27 @@ class _Batches:
         if name.startswith("__") or name == "_inner":
             raise AttributeError(name)
         return getattr(self._inner, name)
+
+
+def _set_up_already(loader: Any) -> FabricValueError:
+    return FabricValueError(
+        "This loader is already set up, or given twice.",
+        given=type(loader).__name__,
+        fix="set up each loader once, and use the object everywhere",
+    )
+
+
+def _check_iterable(iterable: Any, pad: bool | None) -> None:
+    if not hasattr(iterable, "__iter__") and not hasattr(iterable, "__getitem__"):
+        raise FabricTypeError(
+            "A loader must be iterable.", given=type(iterable).__name__, fix="a DataLoader or any iterable of batches"
+        )
+    if pad is not None:
+        raise FabricValueError(
+            "Only a DataLoader can be padded.",
+            given=f"pad={pad} with {type(iterable).__name__}",
+            fix='a DataLoader, or uneven="stop" to end all ranks together',
+        )
 
 
 def _dealer_for(loader: DataLoader, rank: int, world_size: int, shard: bool, pad: bool | None) -> Dealer | None:

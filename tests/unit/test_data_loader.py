@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from fabric_lite.data import extend_loader, is_extended_loader, release_loader
+from fabric_lite.data import check_loaders, extend_loader, is_extended_loader, owner_of_loader, release_loader
 from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
 from fabric_lite.seed import seed_everything
 
@@ -111,6 +111,61 @@ def test_setting_up_twice_says_so() -> None:
             set_up(loader)
 
 
+class Unextendable(DataLoader):
+    """Its class cannot be exchanged."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise TypeError("no other class")
+        super().__setattr__(name, value)
+
+
+WRONG: dict[str, Any] = {
+    "no iterable": (lambda: 3, {}, FabricTypeError, "must be iterable"),
+    "no class to extend": (lambda: Unextendable(Numbers(4)), {}, FabricTypeError, "cannot be extended"),
+    "padded list": (lambda: [1], {"pad": True}, FabricValueError, "Only a DataLoader"),
+    "padded stream": (lambda: DataLoader(Stream()), {"pad": False}, FabricValueError, "no indices"),
+    "unknown end": (lambda: DataLoader(Numbers(4)), {"uneven": "wait"}, FabricValueError, "uneven='wait'"),
+    "too few samples": (lambda: DataLoader(Numbers(1)), {"pad": False}, FabricValueError, "pad=False"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said_before_anything_is_changed(name: str) -> None:
+    make, options, kind, message = WRONG[name]
+    loader, good = make(), DataLoader(Numbers(4))
+    before = {id(one): (type(one), dict(getattr(one, "__dict__", {}))) for one in (good, loader)}
+    with pytest.raises(kind, match=message):
+        check_loaders([good, loader], world_size=2, **options)
+    with pytest.raises(kind, match=message):
+        extend_loader(loader, rank=0, world_size=2, device=CPU, **options)
+    assert before == {id(one): (type(one), dict(getattr(one, "__dict__", {}))) for one in (good, loader)}
+
+
+def test_the_same_loader_twice_is_said_before_it_is_changed() -> None:
+    loader = DataLoader(Numbers(4))
+    with pytest.raises(FabricValueError, match="given twice"):
+        check_loaders([loader, loader], world_size=1)
+    assert type(loader) is DataLoader
+
+
+@pytest.mark.parametrize("make", [lambda: DataLoader(Numbers(4), batch_size=2), lambda: [[0, 1], [2, 3]]])
+def test_a_loader_of_another_owner_passes_the_check_and_can_be_set_up_once_released(make: Any) -> None:
+    first, second = object(), object()
+    loader = extend_loader(make(), rank=0, world_size=2, device=None, shard=False, owner=first)
+    assert owner_of_loader(loader) is first
+    with pytest.raises(FabricValueError, match="already set up"):
+        check_loaders([loader], world_size=1, owner=first)
+    check_loaders([loader], world_size=1, owner=second)
+    assert owner_of_loader(loader) is first, "the check changes nothing"
+    release_loader(loader)
+    assert owner_of_loader(loader) is None
+    again = extend_loader(loader, rank=0, world_size=1, device=None, owner=second)
+    assert owner_of_loader(again) is second
+    assert [list(batch) for batch in again] == [[0, 1], [2, 3]]
+    assert is_extended_loader(again)
+
+
 def test_released_the_loader_is_what_it_was() -> None:
     def user_function(worker: int) -> None: ...
 
@@ -133,7 +188,7 @@ def test_copies_and_pickles_are_plain_loaders_over_all_the_data(make: Any, world
     list(loader)
     twin = make(loader)
     assert type(twin) is Named
-    assert "_fabric" not in twin.__dict__
+    assert "_fabric_lite_extension" not in twin.__dict__
     assert twin.worker_init_fn is None
     assert epoch_of(twin) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert is_extended_loader(loader)
