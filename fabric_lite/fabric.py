@@ -18,7 +18,7 @@ from fabric_lite import seed as random_seed
 from fabric_lite.adopt import extension_of
 from fabric_lite.callbacks import call_hook, has_hook
 from fabric_lite.collectives import Collectives
-from fabric_lite.data import extend_loader, move_to_device, release_loader
+from fabric_lite.data import check_loaders, extend_loader, move_to_device, release_loader
 from fabric_lite.device import Accelerator
 from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
 from fabric_lite.init import place, tensors_on
@@ -26,7 +26,14 @@ from fabric_lite.mesh import build_mesh, join, leave
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.optim import LossScaler, check_belongs, extend_optimizer, parameters_of, release_optimizer, repoint
 from fabric_lite.precision import Precision
-from fabric_lite.route import ModuleExtension, check_module, compiled_from, extend_module, release_module
+from fabric_lite.route import (
+    ModuleExtension,
+    SynchronisationGuard,
+    check_module,
+    compiled_from,
+    extend_module,
+    release_module,
+)
 from fabric_lite.run import Arguments, resolve
 from fabric_lite.strategies import Placement, Strategy
 
@@ -121,7 +128,7 @@ class Fabric:
     @property
     def precision(self) -> Precision:
         """The dtypes of this run."""
-        return self._run.strategy.precision
+        return self._run.precision
 
     @property
     def accelerator(self) -> Accelerator:
@@ -222,6 +229,7 @@ class Fabric:
         names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
         engine = self.strategy.wrap(module, _optimizers, extension.run, placement)
         extension.engine, extension.hooked = engine.module, engine.hooked
+        extension.frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
         extend_module(module, extension)
         for optimizer in _optimizers:
             repoint(optimizer, names, module)
@@ -271,6 +279,15 @@ class Fabric:
         self._launched()
         if not dataloaders:
             raise FabricValueError("setup_dataloaders() needs at least one loader.", fix="setup_dataloaders(loader)")
+        check_loaders(
+            dataloaders,
+            world_size=self.world_size,
+            shard=use_distributed_sampler,
+            pad=pad,
+            uneven=uneven,
+            owner=self,
+        )
+        _release_from_others(dataloaders)
         extended = [
             extend_loader(
                 loader,
@@ -280,6 +297,7 @@ class Fabric:
                 shard=use_distributed_sampler,
                 pad=pad,
                 uneven=uneven,
+                owner=self,
             )
             for loader in dataloaders
         ]
@@ -421,7 +439,7 @@ class Fabric:
         """Wait until every rank is here; ``name`` is for the reader."""
         del name
         self._launched()
-        collectives.barrier()
+        self._collectives.barrier()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Return rank ``src``'s object, of any kind, on every rank; tensors keep their dtype."""
@@ -545,6 +563,9 @@ class Fabric:
             total = batch_size * self.world_size
             rank_zero_info(f"batch_size={batch_size} on each of {self.world_size} ranks: {total} samples a step")
 
+    def _modules(self) -> list[nn.Module]:
+        return [target for target in self._setup_objects.values() if isinstance(target, nn.Module)]
+
     def _remember(self, target: Any) -> None:
         self._setup_objects[id(target)] = target
 
@@ -589,11 +610,7 @@ class Fabric:
                     given=type(target).__name__,
                     fix="call setup() once per object; fabric.release(obj) gives the plain object back",
                 )
-        for target in targets:
-            owner = _owner(target)
-            if owner is not None:
-                owner.release(target)
-                rank_zero_info(f"a {type(target).__name__} that another Fabric had set up was released first")
+        _release_from_others(targets)
 
     def _attach(self, optimizer: Optimizer) -> None:
         def after_step(stepped: Optimizer, *_: Any) -> None:
@@ -601,7 +618,9 @@ class Fabric:
 
         wanted = has_hook(self._callbacks, "on_after_optimizer_step")
         engine_step = self.strategy.step if self.strategy.owns_step else None
-        extend_optimizer(optimizer, self, self._scaler, engine_step, after_step if wanted else None)
+        # With several ranks, gradients that no engine has seen would let the ranks drift apart.
+        guard = SynchronisationGuard(self._modules) if self.world_size > 1 else None
+        extend_optimizer(optimizer, self, self._scaler, guard, engine_step, after_step if wanted else None)
         self._remember(optimizer)
 
 
@@ -609,6 +628,14 @@ def _owner(target: Any) -> Fabric | None:
     """The Fabric that set ``target`` up, or the module that ``torch.compile`` made ``target`` from."""
     original = compiled_from(target) if isinstance(target, nn.Module) else None
     return getattr(extension_of(target), "owner", None) or getattr(extension_of(original), "owner", None)
+
+
+def _release_from_others(targets: Sequence[Any]) -> None:
+    for target in targets:
+        owner = _owner(target)
+        if owner is not None:
+            owner.release(target)
+            rank_zero_info(f"a {type(target).__name__} that another Fabric had set up was released first")
 
 
 def _call_with_fabric(

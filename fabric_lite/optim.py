@@ -79,6 +79,7 @@ def extend_optimizer(
     optimizer: torch.optim.Optimizer,
     owner: Any,
     scaler: LossScaler | None,
+    before_step: Callable[..., None] | None = None,
     engine_step: Callable[[torch.optim.Optimizer], None] | None = None,
     after_step: Callable[..., None] | None = None,
 ) -> None:
@@ -88,6 +89,7 @@ def extend_optimizer(
         optimizer: Its class and methods stay as they are.
         owner: The Fabric that sets it up.
         scaler: Unscales gradients and skips steps that overflowed.
+        before_step: A pre-hook of ``step``, ahead of all others.
         engine_step: Called in place of torch's own step, which then finds no gradients.
         after_step: A post-hook of ``step``.
     """
@@ -95,9 +97,11 @@ def extend_optimizer(
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.dim() > 0:
                 state[key] = value.to(parameter.device)
+    handles = [] if before_step is None else [optimizer.register_step_pre_hook(before_step)]
     if scaler is not None:
         scaler.attach(optimizer)
-    handles = [] if engine_step is None else _replace_step(optimizer, engine_step)
+    if engine_step is not None:
+        handles += _replace_step(optimizer, engine_step)
     if after_step is not None:
         handles.append(optimizer.register_step_post_hook(after_step))
     # Not pickled: an optimizer's state is its state, its groups and its defaults.
@@ -231,6 +235,7 @@ class LossScaler:
         self._scaler.step(recorder)  # type: ignore[arg-type]
         watch.stepped = True
         if not recorder.may_step:
+            watch.overflowed = True
             watch.hidden = _Hidden.of(args[0])
 
     def _update_if_due(self) -> None:
@@ -238,9 +243,17 @@ class LossScaler:
         for watch in watches:
             watch.recover()
         stepped = {id(parameter) for watch in watches if watch.stepped for parameter in watch.parameters()}
-        if stepped and not any(watch.waits(stepped) for watch in watches if not watch.stepped):
-            self._scaler.update()
-            for watch in watches:
+        waiting = [gradient for watch in watches if not watch.stepped for gradient in watch.waiting(stepped)]
+        overflowed = any(watch.overflowed for watch in watches)
+        if not stepped or (waiting and not overflowed):
+            return
+        before = self._scaler.get_scale()
+        self._scaler.update()
+        for gradient in waiting:
+            # Else one optimizer that is not stepped on for long would keep a scale at which nothing trains.
+            gradient.mul_(self._scaler.get_scale() / before)
+        for watch in watches:
+            if watch.stepped or not watch.unscaled:
                 watch.begin_anew()
 
 
@@ -270,6 +283,7 @@ class _Watch:
     recorders: list[_StepRecorder] = dataclasses.field(default_factory=list)
     depth: int = 0  # a subclass that calls super().step() fires the hooks twice
     stepped: bool = False
+    overflowed: bool = False
     unscaled: bool = False
     hidden: _Hidden | None = None
 
@@ -284,7 +298,7 @@ class _Watch:
 
     def begin_anew(self) -> None:
         self.recorders.clear()
-        self.stepped = self.unscaled = False
+        self.stepped = self.overflowed = self.unscaled = False
 
     def parameters(self) -> list[torch.Tensor]:
         optimizer = self.optimizer()
@@ -293,10 +307,11 @@ class _Watch:
     def holds_gradients(self) -> bool:
         return any(parameter.grad is not None for parameter in self.parameters())
 
-    def waits(self, stepped: set[int]) -> bool:
-        """Whether there are gradients that were neither stepped on nor cleared; zeros are cleared ones."""
-        waiting = [p.grad for p in self.parameters() if p.grad is not None and id(p) not in stepped]
-        return any(bool(gradient.any()) for gradient in waiting)
+    def waiting(self, stepped: set[int]) -> list[torch.Tensor]:
+        """The scaled gradients that were neither stepped on nor cleared; zeros are cleared ones."""
+        if self.unscaled:
+            return []
+        return [p.grad for p in self.parameters() if p.grad is not None and id(p) not in stepped and p.grad.any()]
 
     def versions(self) -> list[int]:
         """A number for each gradient that changes when something is added to it."""
@@ -315,7 +330,7 @@ class _Watch:
         """Before a backward: forget a step that raised, and a window that was given up after clipping."""
         self.depth = 0
         self.hidden = None  # its gradients overflowed
-        if self.unscaled and not self.waits(set()):
+        if self.unscaled and not any(p.grad is not None and p.grad.any() for p in self.parameters()):
             self.unscaled = False
 
 

@@ -24,7 +24,7 @@ from fabric_lite.errors import FabricRuntimeError, FabricTypeError, StrategyErro
 from fabric_lite.precision import Precision
 from fabric_lite.trees import map_leaves
 
-__all__ = ["ModuleExtension", "check_module", "extend_module", "release_module"]
+__all__ = ["ModuleExtension", "SynchronisationGuard", "check_module", "extend_module", "release_module"]
 
 # So often a method is watched on its way through the engine before it is trusted.
 _WATCHED_CALLS = 3
@@ -59,6 +59,7 @@ class ModuleExtension:
     marked_methods: set[str] = dataclasses.field(default_factory=set)
     watched_calls: dict[str, int] = dataclasses.field(default_factory=dict)
     entries: int = 0
+    frozen: list[nn.Parameter] = dataclasses.field(default_factory=list)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What the engine calls back."""
@@ -108,12 +109,21 @@ class ModuleExtension:
             return target(*args, **kwargs)
         if not torch.compiler.is_compiling():  # a counter would compile each call anew
             self.entries += 1
+            self._check_frozen()
         self.target = target
         try:
             # Not engine(...): the hooks of a call are the user's module's, and they run once, outside.
             return self.inside(engine.forward, args, kwargs)
         finally:
             self.target = None
+
+    def _check_frozen(self) -> None:
+        if any(parameter.requires_grad for parameter in self.frozen):
+            raise StrategyError(
+                "Parameters were unfrozen after setup, so their gradients would not be synchronised.",
+                given=f"{sum(parameter.requires_grad for parameter in self.frozen)} that were frozen at setup",
+                fix="unfreeze before setup, or fabric.release(model) and fabric.setup(model) again",
+            )
 
     def _cast_input(self, leaf: Any) -> Any:
         """Float tensors in the dtype of the parameters (pure precisions)."""
@@ -126,6 +136,38 @@ class ModuleExtension:
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.itemsize < 4:
             return leaf.to(self.precision.output_dtype)
         return leaf
+
+
+class SynchronisationGuard:
+    """A pre-hook of ``step`` that raises on gradients that went around the engine, and so stayed on their rank.
+
+    Args:
+        modules: Returns the modules that are set up.
+    """
+
+    def __init__(self, modules: Callable[[], list[nn.Module]]) -> None:
+        self._modules = modules
+        self._seen: dict[int, int] = {}
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for module in self._modules():
+            extension: ModuleExtension = extension_of(module)
+            if extension.engine is None:
+                continue
+            seen, self._seen[id(extension)] = self._seen.get(id(extension), 0), extension.entries
+            if extension.entries == seen:
+                self._check(module, optimizer)
+
+    def _check(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        own = {id(parameter) for parameter in module.parameters()}
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if any(id(p) in own and p.grad is not None and p.grad.any() for p in stepped):
+            raise StrategyError(
+                f"{type(module).__name__} has gradients, but was not called since the last step: they were not "
+                "synchronised between the ranks.",
+                given=f"{type(optimizer).__name__}.step() after submodules of it, or a generator method, ran directly",
+                fix="call model(...) itself, or model.mark_forward_method(name) for a method that runs submodules",
+            )
 
 
 def check_module(module: nn.Module) -> None:

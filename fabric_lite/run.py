@@ -12,7 +12,7 @@ from fabric_lite.device import Accelerator, choose_accelerator, parse_devices
 from fabric_lite.errors import FabricTypeError, FabricValueError, LaunchError
 from fabric_lite.mesh import existing_group
 from fabric_lite.precision import AMBIGUOUS_ALIASES, Precision, parse_precision
-from fabric_lite.run_config import RunConfig
+from fabric_lite.run_config import RUN_ID_PREFIX, RunConfig
 from fabric_lite.strategies import Strategy, parse_strategy
 from fabric_lite.topology import Topology, read_topology, topology_of_group
 
@@ -38,6 +38,7 @@ class Run:
         accelerator: The kind of device.
         device: This rank's device.
         strategy: With its precision filled in.
+        precision: The dtypes of the run.
         topology: This process's place; for a run that is not launched yet, rank 0 of all.
         needs_launch: Whether ``launch()`` has yet to start the processes.
         config: The arguments that the ranks are started with.
@@ -47,6 +48,7 @@ class Run:
     accelerator: Accelerator
     device: torch.device
     strategy: Strategy
+    precision: Precision
     topology: Topology
     needs_launch: bool
     config: RunConfig
@@ -70,7 +72,7 @@ def resolve(arguments: Arguments, plugins: Any, config: RunConfig | None, enviro
         notices.append(f"precision={arguments.precision!r} means {precision.name!r}; write it out to silence this line")
     accelerator = choose_accelerator(arguments.accelerator)
     indices = parse_devices(arguments.devices, accelerator)
-    topology = read_topology(environ)
+    topology = read_topology(_own_variables(environ, config, notices))
     group = existing_group()
     if group is not None and not topology.is_managed:
         topology = topology_of_group(environ, *group)
@@ -82,18 +84,34 @@ def resolve(arguments: Arguments, plugins: Any, config: RunConfig | None, enviro
         needs_launch = len(indices) > 1
         topology = dataclasses.replace(topology, world_size=len(indices), local_world_size=len(indices))
     strategy = parse_strategy(arguments.strategy, topology.world_size)
-    strategy = dataclasses.replace(strategy, precision=precision)
+    if strategy.precision is not None:
+        if arguments.precision is not None and strategy.precision != precision:
+            raise _precision_twice(f"precision={precision.name!r} and {strategy.precision.name!r} in the strategy")
+        precision = strategy.precision
     if accelerator.device_type == "mps":
         _check_mps(precision, topology)
     return Run(
         accelerator,
         accelerator.device(indices[topology.local_rank]),
-        strategy,
+        strategy.with_precision(precision),
+        precision,
         topology,
         needs_launch,
         _config_of(arguments, indices, config),
         tuple(notices),
     )
+
+
+def _own_variables(environ: Mapping[str, str], config: RunConfig | None, notices: list[str]) -> Mapping[str, str]:
+    """The environment; without the variables of a rank whose subprocess this is.
+
+    A rank that fabric_lite started has a run config in its memory, its subprocess only inherits the variables. Taken
+    for a rank, it would wait for ever in the store of its parent's job.
+    """
+    if config is not None or not environ.get("TORCHELASTIC_RUN_ID", "").startswith(RUN_ID_PREFIX):
+        return environ
+    notices.append("this is a subprocess of a rank, and runs by itself")
+    return {name: value for name, value in environ.items() if name not in ("RANK", "WORLD_SIZE")}
 
 
 def _plain(value: Any) -> Any:
@@ -133,13 +151,17 @@ def _with_plugins(arguments: Arguments, plugins: Any) -> Arguments:
                 "This plugin is of no known kind.", given=f"plugins={plugin!r}", fix="a Precision (or its name)"
             )
         if seen is not None or arguments.precision is not None:
-            raise FabricValueError(
-                "The precision is set twice: choose one.",
-                given=f"precision={arguments.precision or seen!s} and plugins={plugin.name!r}",
-                fix="either precision= or one Precision in plugins=",
-            )
+            raise _precision_twice(f"precision={arguments.precision or seen!s} and plugins={plugin.name!r}")
         seen = plugin
     return arguments if seen is None else dataclasses.replace(arguments, precision=seen)
+
+
+def _precision_twice(given: str) -> FabricValueError:
+    return FabricValueError(
+        "The precision is set twice: choose one.",
+        given=given,
+        fix="one of precision=, a Precision in plugins=, and the strategy's own",
+    )
 
 
 def _check_num_nodes(num_nodes: Any) -> None:

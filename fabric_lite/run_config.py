@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["RunConfig", "current", "install"]
+__all__ = ["RUN_ID_PREFIX", "RunConfig", "current", "install"]
+
+
+# The run id that ranks of fabric_lite find in TORCHELASTIC_RUN_ID begins so.
+RUN_ID_PREFIX = "fabric_run_"
 
 
 @dataclasses.dataclass(frozen=True)

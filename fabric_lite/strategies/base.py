@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_lite.errors import StrategyError
-from fabric_lite.precision import PRECISIONS, Precision
+from fabric_lite.precision import Precision
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,10 +59,16 @@ class Strategy:
     Each verb has a default, so a strategy writes down only what it changes. Every rank calls every verb.
 
     Args:
-        precision: The run's precision; filled in by ``Fabric``.
+        precision: The run's precision, as an alternative to ``Fabric(precision=)``, which fills it in otherwise.
     """
 
-    precision: Precision = dataclasses.field(default=PRECISIONS["32-true"], kw_only=True, compare=False)
+    precision: Precision | None = dataclasses.field(default=None, kw_only=True, compare=False)
+
+    def with_precision(self, precision: Precision) -> Strategy:
+        """Return the same strategy in that precision."""
+        other = copy.copy(self)
+        object.__setattr__(other, "precision", precision)  # also for a subclass with an __init__ of its own
+        return other
 
     @property
     def uses_several_processes(self) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from fabric_lite.errors import FabricTypeError, FabricValueError
+from fabric_lite.errors import FabricTypeError, FabricValueError, StrategyError
 from fabric_lite.strategies.base import Engine, Placement, Strategy
 
 __all__ = ["COMMUNICATION_HOOKS", "DDPStrategy"]
@@ -153,6 +153,18 @@ class _BufferSynchronisingDDP(DistributedDataParallel):
     """
 
     follow_buffers = True
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        try:
+            return super().forward(*inputs, **kwargs)
+        except RuntimeError as error:
+            if "Expected to have finished reduction" not in str(error):
+                raise
+            raise StrategyError(
+                "Some trainable parameters got no gradient in the last step, and DDP waits for all of them.",
+                given="a loss that does not depend on the whole model",
+                fix="strategy='ddp_find_unused_parameters_true', or freeze what is not used before setup",
+            ) from error
 
     def _run_ddp_forward(self, *inputs: Any, **kwargs: Any) -> Any:
         # Not self.module(...): its hooks, and those that tools set on every module, are for the user's module alone.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -233,6 +233,78 @@ def close_one_of_two() -> float:
 
 def test_closing_one_fabric_leaves_the_others_connected(ranks: RankPool) -> None:
     assert ranks.run(close_one_of_two) == [0.0, 0.0]
+
+
+class Ways(Net):
+    def chunks(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        yield self.second(self.first(x)).pow(2).mean()
+
+
+AROUND: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "submodules in the script": lambda model, x: model.second(model.first(x)).pow(2).mean(),
+    "a loop over children": lambda model, x: [x := child(x) for child in model.children()][-1].pow(2).mean(),
+    "a generator method": lambda model, x: next(model.chunks(x)),
+    "weights by hand": lambda model, x: nn.functional.linear(x, model.first.weight).pow(2).mean(),
+}
+
+
+def step_around_the_engine(way: str) -> str:
+    fabric = Fabric(accelerator="cpu", devices=2)
+    model = Ways()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fabric.setup(model, optimizer)
+    fabric.backward(model(batches(1)[0]).pow(2).mean())
+    optimizer.step()
+    optimizer.zero_grad()
+    before = weights(model)
+    fabric.backward(AROUND[way](model, batches(1)[0]))
+    with pytest.raises(StrategyError) as error:
+        optimizer.step()
+    assert all(torch.equal(one, two) for one, two in zip(before, weights(model), strict=True))
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()  # zeros are nothing to synchronise
+    return str(error.value)
+
+
+@pytest.mark.parametrize("way", AROUND)
+def test_a_step_on_gradients_that_went_around_the_engine_is_refused(ranks: RankPool, way: str) -> None:
+    for message in ranks.run(step_around_the_engine, way):
+        assert "were not synchronised" in message
+        assert "model(...)" in message
+
+
+def unfreeze_late() -> None:
+    fabric = Fabric(accelerator="cpu", devices=2)
+    model = make_net()
+    model.first.requires_grad_(False)
+    fabric.setup(model)
+    model(torch.ones(2, 4)).sum().backward()
+    model.first.requires_grad_(True)
+    with pytest.raises(StrategyError, match=r"2 that were frozen.*\n.*fabric\.release"):
+        model(torch.ones(2, 4))
+    fabric.release(model)
+    fabric.setup(model)
+    model(torch.ones(2, 4)).sum().backward()
+    assert model.first.weight.grad is not None
+
+
+def test_parameters_unfrozen_after_setup_are_refused_until_it_is_set_up_again(ranks: RankPool) -> None:
+    ranks.run(unfreeze_late)
+
+
+def leave_parameters_unused() -> str:
+    fabric = Fabric(accelerator="cpu", devices=2)
+    model = fabric.setup(make_net())
+    model.forward = lambda x: model.first(x)
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(StrategyError) as error:
+        model(torch.ones(2, 4))
+    return str(error.value)
+
+
+def test_unused_parameters_name_the_strategy_that_takes_them(ranks: RankPool) -> None:
+    for message in ranks.run(leave_parameters_unused):
+        assert "ddp_find_unused_parameters_true" in message
 
 
 def collectives_per_step(kind: str, normed: bool) -> Any:

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from fabric_lite import AttributeDict, DDPStrategy, Fabric, Precision, SingleDeviceStrategy, seed_everything
+from fabric_lite import AttributeDict, DDPStrategy, Fabric, Precision, SingleDeviceStrategy, Strategy, seed_everything
+from fabric_lite.precision import PRECISIONS
 from fabric_lite.run import Arguments, resolve
-from fabric_lite.run_config import RunConfig
+from fabric_lite.run_config import RUN_ID_PREFIX, RunConfig
 from tests.models import Net, make_net
 
 
@@ -232,3 +234,46 @@ def test_attribute_dict_reads_like_an_object() -> None:
     state = AttributeDict(step=1)
     state.step += 1
     assert state["step"] == 2
+
+
+def test_the_precision_may_stand_in_the_strategy_but_not_twice() -> None:
+    own = DDPStrategy(precision=PRECISIONS["bf16-mixed"])
+    assert cpu(strategy=own).precision.name == "bf16-mixed"
+    assert cpu(strategy=own, precision="bf16-mixed").precision.name == "bf16-mixed"
+    with pytest.raises(ValueError, match="choose one"):
+        cpu(strategy=own, precision="64-true")
+    assert {DDPStrategy(): 1}[DDPStrategy()] == 1
+
+
+def test_a_strategy_may_have_an_init_of_its_own() -> None:
+    class Own(Strategy):
+        def __init__(self, knob: int) -> None:
+            object.__setattr__(self, "knob", knob)
+
+    fabric = cpu(strategy=Own(3), precision="bf16-mixed")
+    assert fabric.strategy.knob == 3  # type: ignore[attr-defined]
+    assert fabric.strategy.precision is fabric.precision
+
+
+def test_loaders_are_all_checked_before_any_is_set_up() -> None:
+    fabric, good = cpu(), DataLoader([1, 2])
+    with pytest.raises(TypeError, match="iterable"):
+        fabric.setup_dataloaders(good, 3)
+    assert type(good) is DataLoader
+    fabric.setup_dataloaders(good)
+    assert cpu().setup_dataloaders(good) is good  # released from the first one
+    rows = [torch.ones(2)]
+    moved = fabric.setup_dataloaders(rows)
+    assert list(moved) == rows
+    assert fabric.release(moved) is rows
+
+
+def test_a_subprocess_of_a_rank_runs_by_itself() -> None:
+    inherited = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": f"{RUN_ID_PREFIX}7"}
+    run = resolve(Arguments(accelerator="cpu"), None, None, inherited)
+    assert (run.topology.world_size, run.needs_launch) == (1, False)
+    assert "subprocess of a rank" in run.notices[0]
+    assert (
+        resolve(Arguments(accelerator="cpu"), None, RunConfig(), {**inherited, "LOCAL_WORLD_SIZE": "2"}).topology.rank
+        == 1
+    )

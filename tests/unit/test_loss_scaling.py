@@ -366,3 +366,26 @@ def test_a_compiled_model_is_scaled_like_a_plain_one() -> None:
     torch._dynamo.reset()
     for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_an_optimizer_that_is_never_stepped_does_not_keep_a_scale_at_which_nothing_trains() -> None:
+    """The critic's head is trained later; meanwhile its gradients pile up and every first step overflows."""
+    fabric, model, optimizer = scaled_run()
+    head = make_net(1)
+    later = torch.optim.SGD(head.parameters(), lr=0.1)
+    fabric.setup(head, later)
+    x = batches(1)[0]
+    for step in range(4):
+        fabric.backward(loss_of(head, model(x), float("inf") if step == 0 else 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:
+            later.zero_grad()
+            fabric.backward(loss_of(head, x))  # these wait, at the first scale, through the update
+            waiting = head.first.weight.grad.clone()  # type: ignore[union-attr]
+            fabric.backward(loss_of(model, x, float("inf")))
+            optimizer.step()
+            optimizer.zero_grad()
+            fabric.backward(loss_of(model, x))
+            assert torch.equal(head.first.weight.grad, waiting / 2)  # type: ignore[arg-type]
+    assert fabric.state_dict()["loss_scaler"]["scale"] == 65536 / 4
