@@ -6,17 +6,19 @@ import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from fabric_lite.checkpoint.archive import read_archive
 from fabric_lite.checkpoint.layout import is_sharded, laid_out_like
-from fabric_lite.checkpoint.plain import Place, is_stateful, stateful_objects
+from fabric_lite.checkpoint.plain import Place, is_stateful, stateful_objects, values_where
 from fabric_lite.checkpoint.restore import Restore, prepare
 from fabric_lite.checkpoint.saving import checked_path, compare_objects, on_every_rank
-from fabric_lite.errors import CheckpointError, FabricKeyError, FabricTypeError
+from fabric_lite.collectives import rank
+from fabric_lite.errors import CheckpointError, FabricKeyError, FabricTypeError, FabricValueError
 
 __all__ = ["load", "load_raw"]
 
@@ -31,8 +33,9 @@ def load(
     """Put what a file holds back into ``state``, and return the rest.
 
     Every rank calls it, with the same objects. Objects are restored in place: parameters keep their memory, their
-    dtype (the file's values are cast) and their layout over the ranks, whichever the file was saved under. Plain
-    values are replaced in ``state``, in nested dicts too. Modules are restored last, the others in order. When it
+    dtype (the file's values are cast) and their layout over the ranks, whichever the file was saved under; so does an
+    ``nn.Parameter`` that ``state`` itself holds. Plain values are replaced in ``state``, plain tensors among them, in
+    nested dicts too. Modules are restored last, the others in order. When it
     raises, it raises on every rank, and objects and ``state`` are as they were.
 
     Args:
@@ -121,6 +124,16 @@ def _undone(restore: Restore) -> bool:
     return True
 
 
+def _kept(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+    """What is restored in place inside ``value``, with its place."""
+    return values_where(lambda leaf: is_stateful(leaf) or isinstance(leaf, torch.nn.Parameter), value, place)
+
+
+@torch.no_grad()
+def _copy_into(parameter: torch.nn.Parameter, saved: torch.Tensor) -> None:
+    parameter.copy_(saved)
+
+
 @dataclasses.dataclass
 class _Match:
     """What of a file goes where in the user's state; nothing is changed before all of it is known.
@@ -171,7 +184,10 @@ class _Match:
             return current, {}
         if isinstance(current, dict) and isinstance(saved, dict):
             return current, self._dict(current, saved, place)
-        if isinstance(current, (list, tuple)) and next(stateful_objects(current, place), None) is not None:
+        if isinstance(current, torch.nn.Parameter):
+            self._parameter(current, saved, place)
+            return current, {}
+        if isinstance(current, (list, tuple)) and next(_kept(current, place), None) is not None:
             return self._sequence(current, saved, place), {}
         if isinstance(current, torch.Tensor) and isinstance(saved, torch.Tensor):
             own = self._own(saved)
@@ -179,10 +195,24 @@ class _Match:
         self._refuse_if_objects(current, saved, place)
         return self._own(saved), {}
 
+    def _parameter(self, current: torch.nn.Parameter, saved: Any, place: Place) -> None:
+        """An optimizer and the user's own variables hold this very parameter: it changes in place."""
+        if isinstance(saved, torch.Tensor) and torch.nn.parameter.is_lazy(current):
+            self.assignments.append(functools.partial(current.materialize, saved.shape))  # type: ignore[attr-defined]
+        elif not isinstance(saved, torch.Tensor) or saved.shape != current.shape:
+            found = f"shape {tuple(saved.shape)}" if isinstance(saved, torch.Tensor) else f"no tensor ({saved!r:.80})"
+            what = f"{place} has {found} in the file and shape {tuple(current.shape)} here."
+            if self.strict:
+                raise FabricValueError(what, fix="the parameter as it was saved, or strict=False to pass over it")
+            if rank() == 0:
+                warnings.warn(f"Not loaded: {what}", stacklevel=2)
+            return
+        self.assignments.append(functools.partial(_copy_into, current, laid_out_like(saved, current)))
+
     def _dict(self, current: dict[Any, Any], saved: dict[Any, Any], place: Place) -> dict[Any, Any]:
         remainder = self._entries(current, saved, place)
         unasked = {key: self._own(value) for key, value in saved.items() if key not in current}
-        if next(stateful_objects(current, place), None) is None:
+        if next(_kept(current, place), None) is None:
             # Plain data (a history, say) takes on all that the file has.
             self.assignments.append(functools.partial(current.update, unasked))
             return remainder
@@ -205,7 +235,7 @@ class _Match:
         return tuple(new)
 
     def _refuse_if_objects(self, current: Any, saved: Any, place: Place) -> None:
-        first = next(stateful_objects(current, place), None)
+        first = next(_kept(current, place), None)
         if first is not None:
             raise CheckpointError(
                 f"{place} holds objects, and the file has a {type(saved).__name__} there.",

@@ -16,7 +16,7 @@ from fabric_lite.attribute_dict import AttributeDict
 from fabric_lite.checkpoint.layout import is_sharded
 from fabric_lite.errors import CheckpointError, FabricTypeError
 
-__all__ = ["Place", "Stateful", "is_stateful", "plain", "stateful_objects", "tensors_in"]
+__all__ = ["Place", "Stateful", "is_stateful", "plain", "stateful_objects", "tensors_in", "values_where"]
 
 _SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _LEAVES = _SCALARS | {bytearray, torch.Size, torch.dtype, torch.device, torch.layout, torch.qscheme}
@@ -67,20 +67,27 @@ def is_stateful(value: Any) -> bool:
     return not isinstance(value, (dict, list, tuple, torch.Tensor, type)) and isinstance(value, Stateful)
 
 
-def stateful_objects(value: Any, place: Place, parents: frozenset[int] = frozenset()) -> Iterator[tuple[Place, Any]]:
+def stateful_objects(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
     """Yield every object with a state that is nested in ``value``, with its place, in order."""
+    return values_where(is_stateful, value, place)
+
+
+def values_where(
+    wanted: Callable[[Any], bool], value: Any, place: Place, parents: frozenset[int] = frozenset()
+) -> Iterator[tuple[Place, Any]]:
+    """Yield every leaf nested in ``value`` for which ``wanted`` is true, with its place, in order."""
     if id(value) in parents:
         return  # plain() says so
     if isinstance(value, dict):
         parents = parents | {id(value)}
         for key, item in value.items():
-            yield from stateful_objects(item, place.at(key), parents)
+            yield from values_where(wanted, item, place.at(key), parents)
     elif isinstance(value, (list, tuple)):
         parents = parents | {id(value)}
         for index, item in enumerate(value):
             if type(item) not in _SCALARS:
-                yield from stateful_objects(item, place.at(index), parents)
-    elif is_stateful(value):
+                yield from values_where(wanted, item, place.at(index), parents)
+    elif wanted(value):
         yield place, value
 
 

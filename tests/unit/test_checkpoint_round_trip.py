@@ -103,6 +103,37 @@ def test_parameters_keep_their_memory_and_dtype(tmp_path: Path) -> None:
     assert torch.equal(half[0].weight, state["model"][0].weight.to(torch.bfloat16))
 
 
+def test_a_bare_parameter_comes_back_where_the_user_holds_it(tmp_path: Path) -> None:
+    scale, frozen = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(3), requires_grad=False)
+    state = {"scale": scale, "more": {"list": [frozen, 1]}, "optimizer": torch.optim.SGD([scale], lr=0.1)}
+    memory = [scale.data_ptr(), frozen.data_ptr()]
+    save(tmp_path / "a.ckpt", state)
+    with torch.no_grad():
+        scale.fill_(0.0)
+        frozen.fill_(0.0)
+    state["more"]["list"][1] = 0
+    assert load(tmp_path / "a.ckpt", state) == {}
+    assert state["scale"] is scale
+    assert state["more"]["list"][0] is frozen
+    assert state["more"]["list"][1] == 1
+    assert (scale.item(), frozen.tolist()) == (2.0, [1.0, 1.0, 1.0])
+    assert [scale.data_ptr(), frozen.data_ptr()] == memory
+    assert scale.requires_grad
+    assert not frozen.requires_grad
+
+
+def test_a_bare_parameter_of_another_shape_is_an_error_that_names_both(tmp_path: Path) -> None:
+    save(tmp_path / "a.ckpt", {"other": nn.Parameter(torch.ones(2)), "scale": nn.Parameter(torch.ones(3))})
+    other, scale = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    message = r'state\["scale"\] has shape \(3,\) in the file and shape \(2,\) here'
+    with pytest.raises(FabricValueError, match=message):
+        load(tmp_path / "a.ckpt", {"other": other, "scale": scale})
+    assert other.tolist() == scale.tolist() == [0.0, 0.0]
+    with pytest.warns(UserWarning, match=message):
+        load(tmp_path / "a.ckpt", {"other": other, "scale": scale}, strict=False)
+    assert (other.tolist(), scale.tolist()) == ([1.0, 1.0], [0.0, 0.0])
+
+
 def test_values_are_replaced_in_the_users_own_nested_dicts(tmp_path: Path) -> None:
     save(tmp_path / "a.ckpt", {"step": 5, "log": {"epochs": {"0": 1.0}}, "best": None, "pair": (1, 2), "more": 1})
     log: dict[str, Any] = {"epochs": {}}
