@@ -198,7 +198,7 @@ class _Match:
     def _parameter(self, current: torch.nn.Parameter, saved: Any, place: Place) -> None:
         """An optimizer and the user's own variables hold this very parameter: it changes in place."""
         if isinstance(saved, torch.Tensor) and torch.nn.parameter.is_lazy(current):
-            self.assignments.append(functools.partial(current.materialize, saved.shape))  # type: ignore[attr-defined]
+            self.assignments.append(functools.partial(current.materialize, saved.shape))
         elif not isinstance(saved, torch.Tensor) or saved.shape != current.shape:
             found = f"shape {tuple(saved.shape)}" if isinstance(saved, torch.Tensor) else f"no tensor ({saved!r:.80})"
             what = f"{place} has {found} in the file and shape {tuple(current.shape)} here."

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fabric_lite.adopt import user_class
 from fabric_lite.checkpoint.layout import laid_out_like
 from fabric_lite.checkpoint.plain import Place
 from fabric_lite.checkpoint.saving import own_keys, uncompiled
@@ -19,6 +20,8 @@ from fabric_lite.errors import CheckpointError, FabricError, FabricKeyError, Fab
 __all__ = ["Restore", "prepare"]
 
 _PREFIXES = ("module.", "_orig_mod.", "_forward_module.")
+# LBFGS keeps all parameters in one flat vector, Adafactor rows and columns.
+_OTHER_SHAPES = {"LBFGS", "Adafactor"}
 _IN_ORDER, _OWN_WAY, _CHECKED = range(3)
 
 
@@ -55,7 +58,8 @@ def prepare(place: Place, instance: Any, saved: Any, strict: bool) -> Restore:
 
     Raises:
         FabricKeyError: Under ``strict`` a module and the file have different keys.
-        FabricValueError: Under ``strict`` a tensor's shape differs; or an optimizer has other parameters.
+        FabricValueError: Under ``strict`` a tensor's shape differs; or an optimizer has other parameters, or is of
+            another kind.
         CheckpointError: The file has no state there.
     """
     if isinstance(instance, torch.nn.Module):
@@ -196,6 +200,7 @@ def _prepare_optimizer(place: Place, optimizer: torch.optim.Optimizer, saved: An
         indices = [index for group in state["param_groups"] for index in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):
             entry = state["state"].get(index, {})
+            _check_entry(place, optimizer, index, entry, parameter)
             for name, value in entry.items():
                 if isinstance(value, torch.Tensor) and value.dim() > 0:
                     entry[name] = laid_out_like(value, parameter)
@@ -213,6 +218,44 @@ def _check_groups(place: Place, optimizer: torch.optim.Optimizer, saved: list[di
             given=f"groups of {here} parameters here, of {there} in the file",
             fix="the optimizer as it was built for the run that was saved",
         )
+
+    if not _is_of_torch(optimizer):
+        return
+    for number, group in enumerate(saved):
+        # Flags (False or None by default) came with later versions of torch, which adds them to older files itself.
+        lacking = [
+            name
+            for name, default in optimizer.defaults.items()
+            if name not in group and default is not None and not isinstance(default, bool)
+        ]
+        if lacking:
+            raise FabricValueError(
+                f"{place} is another kind of optimizer than in the file, where group {number} lacks "
+                f"{', '.join(lacking)}.",
+                given=f"{user_class(type(optimizer)).__name__} here, a group with "
+                f"{', '.join(name for name in group if name != 'params')} in the file",
+                fix="the class of optimizer that was saved",
+            )
+
+
+def _check_entry(place: Place, optimizer: torch.optim.Optimizer, index: Any, entry: Any, parameter: Any) -> None:
+    """Compare the shapes of one parameter's state, for the classes that are known to keep it in the parameter's."""
+    if not _is_of_torch(optimizer) or torch.nn.parameter.is_lazy(parameter):
+        return
+    for name, value in entry.items():
+        if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape != parameter.shape:
+            raise FabricValueError(
+                f'{place}["state"][{index!r}]["{name}"] has shape {tuple(value.shape)} in the file, '
+                f"and the parameter has {tuple(parameter.shape)}.",
+                given=f"{user_class(type(optimizer)).__name__} over parameters in another order or of another model",
+                fix="the model and the optimizer as they were built for the run that was saved",
+            )
+
+
+def _is_of_torch(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this is one of torch's classes whose state tensors have the shape of their parameter, or are scalars."""
+    kind = user_class(type(optimizer))
+    return kind.__module__.startswith("torch.optim.") and kind.__name__ not in _OTHER_SHAPES
 
 
 def _no_state(place: Place, instance: Any, saved: Any) -> CheckpointError:

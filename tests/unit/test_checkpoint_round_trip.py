@@ -364,6 +364,92 @@ def test_a_failed_load_leaves_every_object_and_value_as_it_was(tmp_path: Path, c
     assert others["nested"]["step"] == 1
 
 
+def optimizers_of_torch() -> list[type[torch.optim.Optimizer]]:
+    found = [getattr(torch.optim, name) for name in dir(torch.optim)]
+    return [kind for kind in found if isinstance(kind, type) and kind.__module__.startswith("torch.optim.")
+            and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer]  # fmt: skip
+
+
+def stepped(kind: type[torch.optim.Optimizer], shape: tuple[int, ...] = (4, 3)) -> torch.optim.Optimizer:
+    parameter = nn.Parameter(torch.ones(shape))
+    optimizer: torch.optim.Optimizer = kind([parameter])  # type: ignore[call-arg, arg-type]
+
+    def closure() -> torch.Tensor:
+        loss = parameter.square().sum()
+        parameter.grad = (2 * parameter).detach()
+        if kind is torch.optim.SparseAdam:
+            parameter.grad = parameter.grad.to_sparse()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", optimizers_of_torch(), ids=lambda kind: kind.__name__)
+def test_the_state_of_every_optimizer_of_torch_loads_into_a_fresh_one(
+    tmp_path: Path, kind: type[torch.optim.Optimizer]
+) -> None:
+    saved = stepped(kind)
+    save(tmp_path / "a.ckpt", {"optimizer": saved})
+    fresh = kind([nn.Parameter(torch.ones(4, 3))])  # type: ignore[call-arg, arg-type]
+    load(tmp_path / "a.ckpt", {"optimizer": fresh})
+    assert same(fresh.state_dict()["state"], saved.state_dict()["state"])
+
+
+class Rows(torch.optim.SGD):
+    """Keeps one number a row."""
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["rows"] = torch.ones(len(parameter))
+
+
+def test_the_state_of_a_users_optimizer_has_the_shapes_that_it_likes(tmp_path: Path) -> None:
+    save(tmp_path / "a.ckpt", {"optimizer": stepped(Rows)})
+    fresh = Rows([nn.Parameter(torch.ones(4, 3))])
+    load(tmp_path / "a.ckpt", {"optimizer": fresh})
+    assert fresh.state_dict()["state"][0]["rows"].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("current", "message"),
+    [
+        (torch.optim.Adam([nn.Parameter(torch.ones(3, 4))]),
+         r'\["state"\]\[0\]\["exp_avg"\] has shape \(4, 3\) in the file, and the parameter has \(3, 4\)'),
+        (torch.optim.SGD([nn.Parameter(torch.ones(4, 3))]), "another kind of optimizer.*lacks momentum, dampening"),
+        (torch.optim.RMSprop([nn.Parameter(torch.ones(4, 3))]), "another kind of optimizer.*lacks momentum, alpha"),
+    ],
+    ids=["another shape", "Adam into SGD", "Adam into RMSprop"],
+)  # fmt: skip
+def test_an_optimizer_that_does_not_fit_is_refused_before_anything_changes(
+    tmp_path: Path, current: torch.optim.Optimizer, message: str
+) -> None:
+    save(tmp_path / "a.ckpt", {"model": nn.Linear(2, 2), "optimizer": stepped(torch.optim.Adam), "step": 3})
+    model, before = nn.Linear(2, 2), current.state_dict()
+    weight = model.weight.detach().clone()
+    state = {"model": model, "optimizer": current, "step": 0}
+    with pytest.raises(FabricValueError, match=message):
+        load(tmp_path / "a.ckpt", state)
+    assert torch.equal(model.weight, weight)
+    assert state["step"] == 0
+    assert current.state_dict() == before
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+def test_a_file_of_an_older_torch_and_one_with_a_schedulers_keys_load(
+    tmp_path: Path, kind: type[torch.optim.Optimizer]
+) -> None:
+    state = stepped(kind).state_dict()
+    for name in ("maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+        state["param_groups"][0].pop(name, None)
+    state["param_groups"][0]["initial_lr"] = 0.1
+    torch.save({"optimizer": state}, tmp_path / "a.ckpt")
+    fresh = stepped(kind)
+    load(tmp_path / "a.ckpt", {"optimizer": fresh})
+    fresh.step()
+    assert fresh.param_groups[0]["initial_lr"] == 0.1
+
+
 def test_without_strict_what_fits_is_loaded_and_the_rest_is_named(tmp_path: Path) -> None:
     saved = Wide()
     save(tmp_path / "a.ckpt", {"model": saved, "step": 3})
