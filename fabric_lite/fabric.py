@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,21 +17,20 @@ from fabric_lite import seed as random_seed
 from fabric_lite.adopt import extension_of
 from fabric_lite.callbacks import call_hook, has_hook
 from fabric_lite.collectives import Collectives
-from fabric_lite.data import check_loaders, extend_loader, move_to_device, release_loader
+from fabric_lite.data import check_loaders, extend_loader, move_to_device
 from fabric_lite.device import Accelerator
 from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
 from fabric_lite.init import place, tensors_on
 from fabric_lite.mesh import build_mesh, join, leave
 from fabric_lite.notices import rank_zero_info
-from fabric_lite.optim import LossScaler, check_belongs, extend_optimizer, parameters_of, release_optimizer, repoint
+from fabric_lite.optim import LossScaler, check_belongs, extend_optimizer, parameters_of, repoint
 from fabric_lite.precision import Precision
+from fabric_lite.registry import Registry, release_from_others
 from fabric_lite.route import (
     ModuleExtension,
     SynchronisationGuard,
     check_module,
-    compiled_from,
     extend_module,
-    release_module,
 )
 from fabric_lite.run import Arguments, resolve
 from fabric_lite.strategies import Placement, Strategy
@@ -83,7 +81,7 @@ class Fabric:
         self._scaler = LossScaler(self.device.type) if self.precision.loss_scale else None
         self._owns_group = False
         self._placement: Placement | None = None
-        self._setup_objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._set_up = Registry(self, self.strategy, self._scaler)
         self._is_closed = False
         if not self._run.needs_launch:
             self._connect()
@@ -205,8 +203,8 @@ class Fabric:
             FabricTypeError: Not a module or optimizer, or a class that cannot be extended.
         """
         self._launched()
-        self._check_new(optimizers, Optimizer)
-        self._check_new([module], nn.Module)
+        self._set_up.check_new(optimizers, Optimizer)
+        self._set_up.check_new([module], nn.Module)
         for optimizer in optimizers:
             check_belongs(optimizer, module)
         self.setup_module(module, move_to_device=move_to_device, _optimizers=optimizers)
@@ -220,7 +218,7 @@ class Fabric:
     ) -> Module:
         """:meth:`setup` of a model alone."""
         placement = self._launched()
-        self._check_new([module], nn.Module)
+        self._set_up.check_new([module], nn.Module)
         check_module(module)
         if move_to_device:
             self.strategy.materialize(module, placement)
@@ -237,7 +235,7 @@ class Fabric:
             trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
             check = self._scaler.check_plain_backward
             extension.handles += [parameter.register_post_accumulate_grad_hook(check) for parameter in trainable]
-        self._remember(module)
+        self._set_up.add(module)
         call_hook(self._callbacks, "on_after_setup", fabric=self, module=module)
         return module
 
@@ -248,7 +246,7 @@ class Fabric:
             raise FabricValueError(
                 "setup_optimizers() needs at least one optimizer.", fix="setup_optimizers(optimizer)"
             )
-        self._check_new(optimizers, Optimizer)
+        self._set_up.check_new(optimizers, Optimizer)
         for optimizer in optimizers:
             self._attach(optimizer)
         return optimizers[0] if len(optimizers) == 1 else optimizers
@@ -287,7 +285,7 @@ class Fabric:
             uneven=uneven,
             owner=self,
         )
-        _release_from_others(dataloaders)
+        release_from_others(dataloaders)
         extended = [
             extend_loader(
                 loader,
@@ -302,7 +300,7 @@ class Fabric:
             for loader in dataloaders
         ]
         for loader in extended:
-            self._remember(loader)
+            self._set_up.add(loader)
         if self.world_size > 1 and use_distributed_sampler:
             for loader in dataloaders:
                 self._say_global_batch(getattr(loader, "batch_size", None))
@@ -317,19 +315,12 @@ class Fabric:
         Raises:
             FabricValueError: One of them was not set up by this Fabric, or is given twice; then none is released.
         """
-        for target in objects:
-            if self._setup_objects.get(id(target)) is not target or sum(other is target for other in objects) > 1:
-                raise FabricValueError(
-                    f"This {type(target).__name__} was not set up by this Fabric, or is given twice.",
-                    given=f"release({type(target).__name__})",
-                    fix="release what setup() returned, once, on the same Fabric",
-                )
-        plain_objects = tuple(self._release_one(target) for target in objects)
+        plain_objects = self._set_up.release(objects)
         return plain_objects[0] if len(plain_objects) == 1 else plain_objects
 
     def close(self) -> None:
         """Release everything and leave the process group, if it was made here; the Fabric cannot be used any more."""
-        self.release(*self._setup_objects.values())
+        self._set_up.release_all()
         self._placement, self._is_closed = None, True
         if self._owns_group:
             leave()
@@ -563,23 +554,6 @@ class Fabric:
             total = batch_size * self.world_size
             rank_zero_info(f"batch_size={batch_size} on each of {self.world_size} ranks: {total} samples a step")
 
-    def _modules(self) -> list[nn.Module]:
-        return [target for target in self._setup_objects.values() if isinstance(target, nn.Module)]
-
-    def _remember(self, target: Any) -> None:
-        self._setup_objects[id(target)] = target
-
-    def _release_one(self, target: Any) -> Any:
-        del self._setup_objects[id(target)]
-        if isinstance(target, Optimizer):
-            release_optimizer(target, self._scaler)
-        elif isinstance(target, nn.Module):
-            release_module(target)
-            self.strategy.unwrap(target)
-        else:
-            return release_loader(target)
-        return target
-
     def _launched(self) -> Placement:
         if self._is_closed:
             raise FabricRuntimeError(
@@ -595,23 +569,6 @@ class Fabric:
             )
         return self._placement
 
-    def _check_new(self, targets: Sequence[Any], kind: type) -> None:
-        """Every one of ``targets`` is a ``kind`` and not set up yet; checked before any of them is changed."""
-        for target in targets:
-            if not isinstance(target, kind):
-                raise FabricTypeError(
-                    f"setup takes a module and its optimizers; this is no {kind.__name__}.",
-                    given=f"{type(target).__name__}: {target!r:.80}",
-                    fix="fabric.setup(model, optimizer)",
-                )
-            if _owner(target) is self or sum(other is target for other in targets) > 1:
-                raise FabricValueError(
-                    f"This {type(target).__name__} is set up already, or given twice.",
-                    given=type(target).__name__,
-                    fix="call setup() once per object; fabric.release(obj) gives the plain object back",
-                )
-        _release_from_others(targets)
-
     def _attach(self, optimizer: Optimizer) -> None:
         def after_step(stepped: Optimizer, *_: Any) -> None:
             call_hook(self._callbacks, "on_after_optimizer_step", strategy=self.strategy, optimizer=stepped)
@@ -619,23 +576,9 @@ class Fabric:
         wanted = has_hook(self._callbacks, "on_after_optimizer_step")
         engine_step = self.strategy.step if self.strategy.owns_step else None
         # With several ranks, gradients that no engine has seen would let the ranks drift apart.
-        guard = SynchronisationGuard(self._modules) if self.world_size > 1 else None
+        guard = SynchronisationGuard(self._set_up.modules) if self.world_size > 1 else None
         extend_optimizer(optimizer, self, self._scaler, guard, engine_step, after_step if wanted else None)
-        self._remember(optimizer)
-
-
-def _owner(target: Any) -> Fabric | None:
-    """The Fabric that set ``target`` up, or the module that ``torch.compile`` made ``target`` from."""
-    original = compiled_from(target) if isinstance(target, nn.Module) else None
-    return getattr(extension_of(target), "owner", None) or getattr(extension_of(original), "owner", None)
-
-
-def _release_from_others(targets: Sequence[Any]) -> None:
-    for target in targets:
-        owner = _owner(target)
-        if owner is not None:
-            owner.release(target)
-            rank_zero_info(f"a {type(target).__name__} that another Fabric had set up was released first")
+        self._set_up.add(optimizer)
 
 
 def _call_with_fabric(

@@ -18,7 +18,7 @@ LAYERS = [
     {"adopt", "mesh", "collectives", "device", "init", "seed", "callbacks"},
     {"route", "optim", "notices"},
     {"strategies", "checkpoint", "data", "launch"},
-    {"run"},
+    {"run", "registry"},
     {"fabric"},
     {"testing", "__main__"},
 ]
