@@ -1,16 +1,22 @@
-"""What is said to the user: one line, once, on rank 0."""
+"""What is said to the user: one line, once, on rank 0; of a rank that waits for the others, by that rank."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from fabric_lite.collectives import rank
+from fabric_lite.collectives import is_distributed, rank
 
-__all__ = ["rank_zero_info", "rank_zero_only", "rank_zero_warn"]
+__all__ = ["rank_zero_info", "rank_zero_only", "rank_zero_warn", "says_that_it_waits"]
+
+WAIT_SECONDS = 30.0
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -38,3 +44,40 @@ def rank_zero_info(message: str) -> None:
 def rank_zero_warn(message: str, category: type[Warning] = UserWarning, stacklevel: int = 3) -> None:
     """``warnings.warn`` on rank 0 only."""
     warnings.warn(message, category, stacklevel=stacklevel + 1)
+
+
+@contextlib.contextmanager
+def says_that_it_waits(call: str, seconds: float | None = None) -> Iterator[None]:
+    """Let a rank say on standard error that it waits, if the block has not ended after ``seconds``.
+
+    A collective that not all ranks call hangs without a word. In a process alone nothing is said.
+
+    Args:
+        call: What every rank must call, as the user writes it.
+        seconds: How long to be silent; None is ``WAIT_SECONDS``.
+    """
+    if not is_distributed():
+        yield
+        return
+    line = f"fabric_lite: rank {rank()} waits in {call} at {_users_line()}; every rank must call it"
+    timer = threading.Timer(
+        WAIT_SECONDS if seconds is None else seconds, lambda: print(line, file=sys.stderr, flush=True)
+    )
+    timer.daemon = True  # a script that is stopped meanwhile ends at once
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def _users_line() -> str:
+    """The innermost line outside this package and the ``with`` machinery, as FILE:LINE."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        file = os.path.abspath(frame.f_code.co_filename)
+        if not file.startswith(_PACKAGE) and file != contextlib.__file__:
+            break
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -19,6 +19,7 @@ from fabric_lite.checkpoint.restore import Restore, prepare
 from fabric_lite.checkpoint.saving import checked_path, compare_objects, on_every_rank
 from fabric_lite.collectives import rank
 from fabric_lite.errors import CheckpointError, FabricKeyError, FabricTypeError, FabricValueError
+from fabric_lite.notices import says_that_it_waits
 
 __all__ = ["load", "load_raw"]
 
@@ -61,7 +62,7 @@ def load(
             given=type(state).__name__,
             fix='load(path, {"model": model}), or load_raw(path, model) for a file with a bare state dict',
         )
-    saved = on_every_rank("load()", _read, path, weights_only)
+    saved = _read("load()", path, weights_only)
     if not isinstance(saved, dict):
         raise CheckpointError(
             "This file does not hold a dict.", given=f"{path}: {type(saved).__name__}", fix="load_raw(path, object)"
@@ -88,12 +89,15 @@ def load_raw(path: str | os.PathLike[str], obj: Any, *, strict: bool = True) -> 
             given=type(obj).__name__,
             fix="load(path, state) for a dict of several",
         )
-    saved = on_every_rank("load_raw()", _read, path, None)
+    saved = _read("load_raw()", path, None)
     _restore([(Place(), obj, saved)], strict)
 
 
-def _read(path: Any, weights_only: bool | None) -> Any:
-    return read_archive(checked_path(path), weights_only)
+def _read(call: str, path: Any, weights_only: bool | None) -> Any:
+    # The ranks meet before they read: one whose disk is slow is no rank that does not call.
+    with says_that_it_waits(f"fabric.{call}"):
+        file = on_every_rank(call, checked_path, path)
+    return on_every_rank(call, read_archive, file, weights_only)
 
 
 def _restore(objects: list[tuple[Place, Any, Any]], strict: bool) -> None:

@@ -17,6 +17,7 @@ from fabric_lite.checkpoint.packing import packed
 from fabric_lite.checkpoint.plain import Place, plain, stateful_objects, tensors_in
 from fabric_lite.collectives import gather_objects, raise_together, rank
 from fabric_lite.errors import CheckpointError, FabricTypeError, FabricValueError
+from fabric_lite.notices import says_that_it_waits
 from fabric_lite.trees import map_leaves
 
 __all__ = ["checked_path", "compare_objects", "on_every_rank", "own_keys", "save", "state_of", "uncompiled"]
@@ -45,7 +46,8 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any], *, filter: Filt
         FabricValueError: ``filter`` names a key that ``state`` has not.
         CheckpointError: The file could not be written, or another rank failed.
     """
-    target = on_every_rank("save()", _checked, path, state, filter)
+    with says_that_it_waits("fabric.save()"):
+        target = on_every_rank("save()", _checked, path, state, filter)
     state = dict(state)
     compare_objects(list(stateful_objects(state, Place())), "save()")
     content = on_every_rank("save()", _filtered, _collected(state), filter or {})

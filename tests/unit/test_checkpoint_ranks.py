@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fabric_lite import notices
 from fabric_lite.checkpoint import load, save
 from fabric_lite.errors import FabricError
 from fabric_lite.seed import random_state, set_random_state
@@ -211,3 +215,46 @@ def test_a_file_that_one_rank_does_not_see_raises_on_both(ranks: RankPool, tmp_p
     first, second = ranks.run(load_from_own_path, tmp_path)
     assert first.startswith("CheckpointError: load() failed on rank 1")
     assert second.startswith("CheckpointNotFoundError")
+
+
+class Said(io.StringIO):
+    """A standard error that lets the ranks go on that wait for ``key``, as soon as something is written."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.key = key
+
+    def flush(self) -> None:
+        dist.distributed_c10d._get_default_store().set(self.key, "yes")
+
+
+def call_later_than_rank_0(function: Any, path: Path) -> tuple[str, int]:
+    """Rank 1 calls once rank 0 has said that it waits; what this rank said, and the threads that it left."""
+    threads, seconds = threading.active_count(), notices.WAIT_SECONDS
+    said = Said(str(path))
+    notices.WAIT_SECONDS = 0.05 if dist.get_rank() == 0 else seconds
+    try:
+        if dist.get_rank() == 1:
+            dist.distributed_c10d._get_default_store().wait([said.key])
+        with contextlib.redirect_stderr(said):
+            function(path, {})
+    finally:
+        notices.WAIT_SECONDS = seconds
+    return said.getvalue(), threading.active_count() - threads
+
+
+@pytest.mark.parametrize(("function", "call"), [(save, "fabric.save()"), (load, "fabric.load()")])
+def test_a_rank_that_calls_alone_says_where_it_waits(ranks: RankPool, tmp_path: Path, function: Any, call: str) -> None:
+    save(tmp_path / "a.ckpt", {"value": 1})
+    (first, left), (second, also_left) = ranks.run(call_later_than_rank_0, function, tmp_path / "a.ckpt")
+    assert first.startswith(f"fabric_lite: rank 0 waits in {call} at {__file__}:")
+    assert first.endswith("; every rank must call it\n")
+    assert first.count("\n") == 1
+    assert second == ""
+    assert left == also_left == 0
+
+
+def test_a_process_alone_waits_for_nobody() -> None:
+    before = threading.active_count()
+    with notices.says_that_it_waits("fabric.save()", seconds=0.0):
+        assert threading.active_count() == before
