@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import os
@@ -14,6 +13,7 @@ import torch
 
 from fabric_lite.checkpoint.archive import read_archive
 from fabric_lite.checkpoint.layout import is_sharded, laid_out_like
+from fabric_lite.checkpoint.packing import copied
 from fabric_lite.checkpoint.plain import Place, is_stateful, stateful_objects, values_where
 from fabric_lite.checkpoint.restore import Restore, prepare
 from fabric_lite.checkpoint.saving import checked_path, compare_objects, on_every_rank
@@ -68,7 +68,7 @@ def load(
             "This file does not hold a dict.", given=f"{path}: {type(saved).__name__}", fix="load_raw(path, object)"
         )
     if state is None:
-        return copy.deepcopy(saved)
+        return copied(saved)
     compare_objects(list(stateful_objects(state, Place())), "load()")
     match = _Match(strict)
     remainder = on_every_rank("load()", match.top, state, saved)
@@ -249,4 +249,4 @@ class _Match:
 
     def _own(self, value: Any) -> Any:
         """A copy in memory: what was read is mapped from the file."""
-        return copy.deepcopy(value, self.memo)
+        return copied(value, self.memo)

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-__all__ = ["packed", "storages"]
+from fabric_lite.checkpoint.plain import Place, values_where
+
+__all__ = ["copied", "packed", "storages"]
+
+_PER_CHANNEL = {torch.per_channel_affine, torch.per_channel_symmetric, torch.per_channel_affine_float_qparams}
+_COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+
+
+def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
+    """``copy.deepcopy``, also of compressed sparse tensors, which it can't copy: they have no storage of their own."""
+    memo = {} if memo is None else memo
+    for _, tensor in values_where(_is_compressed, value, Place()):
+        memo.setdefault(id(tensor), tensor.clone())
+    return copy.deepcopy(value, memo)
+
+
+def _is_compressed(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.layout in _COMPRESSED
 
 
 def packed(tensors: list[torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -35,6 +53,9 @@ def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
     """Yield the storages of a tensor in the order in which ``torch.save`` meets them."""
     if tensor.layout == torch.strided:
         yield tensor.untyped_storage()
+        if tensor.is_quantized and tensor.qscheme() in _PER_CHANNEL:
+            yield tensor.q_per_channel_scales().untyped_storage()
+            yield tensor.q_per_channel_zero_points().untyped_storage()
         return
     if tensor.layout == torch.sparse_coo:
         parts = [tensor._indices(), tensor._values()]

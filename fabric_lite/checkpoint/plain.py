@@ -165,6 +165,12 @@ def _tensor(value: torch.Tensor, place: Place) -> torch.Tensor:
             given=f"shape {tuple(value.shape)}, {value.dtype}",
             fix="materialise the model first, for instance with fabric.setup(model)",
         )
+    if value.is_mkldnn:
+        raise FabricTypeError(
+            f"{place} is an mkldnn tensor, whose memory only this machine's library can read.",
+            given=f"shape {tuple(value.shape)}, {value.dtype}",
+            fix="value.to_dense() in its place, or the module from before torch.utils.mkldnn.to_mkldnn",
+        )
     if type(value) not in _TENSORS or value.is_nested:
         return _refuse(value, place)
     return value.detach()

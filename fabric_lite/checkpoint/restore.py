@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import torch
 
 from fabric_lite.adopt import user_class
 from fabric_lite.checkpoint.layout import laid_out_like
+from fabric_lite.checkpoint.packing import copied
 from fabric_lite.checkpoint.plain import Place
 from fabric_lite.checkpoint.saving import own_keys, uncompiled
 from fabric_lite.collectives import rank
@@ -66,7 +66,7 @@ def prepare(place: Place, instance: Any, saved: Any, strict: bool) -> Restore:
         return _prepare_module(place, uncompiled(instance), saved, strict)
     if isinstance(instance, torch.optim.Optimizer):
         return _prepare_optimizer(place, instance, saved)
-    state, before = copy.deepcopy(saved), copy.deepcopy(instance.state_dict())
+    state, before = copied(saved), copied(instance.state_dict())
     return Restore(place, _IN_ORDER, lambda: instance.load_state_dict(state), lambda: instance.load_state_dict(before))
 
 
@@ -77,7 +77,7 @@ def _prepare_module(place: Place, module: torch.nn.Module, saved: Any, strict: b
     state = _with_keys_of(current, saved)
     own_way = _loads_in_its_own_way(module)
     if own_way:
-        before = copy.deepcopy(current)
+        before = copied(current)
     else:
         before = None
         state = _fitting(place, module, current, state, strict)
@@ -193,7 +193,7 @@ def _prepare_optimizer(place: Place, optimizer: torch.optim.Optimizer, saved: An
     if not isinstance(saved, dict):
         raise _no_state(place, optimizer, saved)
     before = optimizer.state_dict()  # torch's optimizers replace their state at loading, so this needs no copy
-    state = copy.deepcopy(saved)
+    state = copied(saved)
     if "state" in state and "param_groups" in state:
         _check_groups(place, optimizer, state["param_groups"])
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

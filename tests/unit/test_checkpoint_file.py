@@ -60,6 +60,13 @@ def test_a_value_that_could_not_be_read_back_is_refused_with_its_place_and_a_way
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no mkldnn")
+def test_an_mkldnn_tensor_is_refused_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(FabricTypeError, match=r'(?s)state\["list"\]\[0\] is an mkldnn tensor.*to_dense'):
+        save(tmp_path / "a.ckpt", {"list": [torch.ones(3).to_mkldnn()]})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_value_in_an_objects_state_is_refused_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(FabricTypeError, match=r'state\["thing"\]\["inner"\]\["path"\] is a PosixPath'):
         save(tmp_path / "a.ckpt", {"thing": StateOfObjects()})

@@ -218,6 +218,36 @@ def test_channels_last_and_transposed_tensors_come_back_with_their_strides(tmp_p
     assert back["image"].stride() == tensors["image"].stride()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR|BSC):UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc])
+def test_compressed_sparse_tensors_come_back(tmp_path: Path, layout: torch.layout) -> None:
+    blocks = (2, 2) if layout in (torch.sparse_bsr, torch.sparse_bsc) else None
+    tensor = torch.eye(4).to_sparse(layout=layout, blocksize=blocks)
+    save(tmp_path / "a.ckpt", {"sparse": tensor, "list": [tensor]})
+    state: dict[str, Any] = {"sparse": None, "list": None}
+    load(tmp_path / "a.ckpt", state)
+    for loaded in (load(tmp_path / "a.ckpt"), state):
+        for one in (loaded["sparse"], *loaded["list"]):
+            assert one.layout == layout
+            assert torch.equal(one.to_dense(), torch.eye(4))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning", "ignore:TypedStorage:UserWarning")
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("zero_point", [torch.int64, torch.float32])
+def test_quantised_tensors_come_back(tmp_path: Path, per_channel: bool, zero_point: torch.dtype) -> None:
+    values, scales = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0.5, 0.25])
+    if per_channel:
+        tensor = torch.quantize_per_channel(values, scales, torch.zeros(2, dtype=zero_point), 0, torch.qint8)
+    else:
+        tensor = torch.quantize_per_tensor(values, 0.5, 0, torch.qint8)
+    save(tmp_path / "a.ckpt", {"first": torch.ones(2), "quantised": tensor, "last": torch.zeros(3)})
+    loaded = load(tmp_path / "a.ckpt")
+    assert loaded["quantised"].qscheme() == tensor.qscheme()
+    assert torch.equal(loaded["quantised"].dequantize(), values)
+    assert (loaded["first"].tolist(), loaded["last"].tolist()) == ([1.0, 1.0], [0.0, 0.0, 0.0])
+
+
 def test_what_was_loaded_does_not_change_with_the_file(tmp_path: Path) -> None:
     save(tmp_path / "a.ckpt", {"weight": torch.ones(100_000)})
     back = load(tmp_path / "a.ckpt")
