@@ -181,11 +181,20 @@ def _write(target: Path, content: dict[str, Any], full: Mapping[str, torch.Tenso
     except (OSError, RuntimeError) as error:  # torch.save has both for a disk that is full
         if isinstance(error, CheckpointError):
             raise
+        cause = _cause(error)
         raise CheckpointError(
             "The checkpoint could not be written; what was there before is as it was.",
-            given=f"{target}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
+            given=f"{target}: {type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause) else ''}",
             fix="a folder that can be written to, on a disk with room for a second copy",
         ) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The system's word behind an error: torch.save hides a full disk under "unexpected pos 704 vs 598"."""
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, OSError):
+        link = link.__context__
+    return link or error
 
 
 def _with_full_tensors(content: dict[str, Any], full: Mapping[str, torch.Tensor | None]) -> dict[str, Any]:
