@@ -33,14 +33,16 @@ def is_temporary(name: str) -> bool:
 def committed_file(target: Path) -> Iterator[BinaryIO]:
     """Open a new file for reading and writing that becomes ``target`` when the block ends well.
 
-    Folders above it are created; permissions are those of any new file. A block that raises leaves ``target`` as it
-    was and no file behind. What earlier processes left in the folder when they were killed is removed.
+    Folders above it are created; permissions are those of any new file. Where ``target`` is a link, the file that it
+    points to is the one that is replaced or made, as ``open`` would, and the link stays. A block that raises leaves
+    ``target`` as it was and no file behind. What earlier processes left in the folder when they were killed is removed.
 
     Raises:
-        CheckpointError: ``target`` is there and is no regular file.
+        CheckpointError: ``target`` is there and is no regular file, or is a link that leads back to itself.
         OSError: The folder or the disk did not allow it.
     """
-    if os.path.lexists(target) and not stat.S_ISREG(os.stat(target).st_mode if target.exists() else stat.S_IFREG):
+    target = Path(os.path.realpath(target))
+    if os.path.lexists(target) and not stat.S_ISREG(os.lstat(target).st_mode):
         raise CheckpointError(
             "This name is taken by something that is not a file.", given=target, fix="another name for the checkpoint"
         )

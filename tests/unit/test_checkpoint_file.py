@@ -114,11 +114,30 @@ def test_the_umask_decides_who_may_read(tmp_path: Path, mask: int) -> None:
     assert (tmp_path / "a.ckpt").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-def test_a_link_is_replaced_and_what_it_pointed_to_is_kept(tmp_path: Path) -> None:
-    save(tmp_path / "first", {"value": 1})
-    (tmp_path / "last").symlink_to(tmp_path / "first")
-    save(tmp_path / "last", {"value": 2})
-    assert [load(tmp_path / name)["value"] for name in ("first", "last")] == [1, 2]
+@pytest.mark.parametrize("dangling", [False, True])
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_link_stays_and_the_file_that_it_points_to_is_written(tmp_path: Path, relative: bool, dangling: bool) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    if not dangling:
+        save(folder / "first", {"value": 1})
+    last = tmp_path / "last"
+    last.symlink_to(Path("elsewhere", "first") if relative else folder / "first")
+    (tmp_path / "chain").symlink_to(last)
+    for name in ("last", "chain"):
+        save(tmp_path / name, {"value": name})
+        assert load(folder / "first") == {"value": name}
+    assert last.is_symlink()
+    assert (tmp_path / "chain").is_symlink()
+    assert [path.name for path in folder.iterdir()] == ["first"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").symlink_to("a.ckpt")
+    with pytest.raises(CheckpointError, match="not a file"):
+        save(tmp_path / "a.ckpt", {"value": 1})
+    assert (tmp_path / "a.ckpt").is_symlink()
 
 
 def test_a_folder_or_a_device_is_never_replaced(tmp_path: Path) -> None:
@@ -201,7 +220,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("elements", [50_000, 1_000_000])
 def test_a_full_disk_is_one_clear_error_and_the_old_file_is_intact(small_disk: Path, elements: int) -> None:
     save(small_disk / "a.ckpt", {"weight": torch.ones(30_000)})
-    with pytest.raises(CheckpointError, match="(?s)No space left on device.*a second copy"):
+    with pytest.raises(CheckpointError, match=r"(?s)No space left on device.*a second copy"):
         save(small_disk / "a.ckpt", {"weight": torch.ones(elements)})
     assert load(small_disk / "a.ckpt")["weight"].shape == (30_000,)
     assert len(list(small_disk.iterdir())) == 1
