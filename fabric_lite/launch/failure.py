@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["Failure", "describe_exception", "exit_status", "report", "user_traceback", "write_error_file"]
 
-_MAX_MESSAGE_LINES = 5
+_MAX_MESSAGE_LINES = 4
 _MAX_LINE_CHARACTERS = 300
 
 
@@ -28,12 +28,14 @@ class Failure:
         exit_code: Negative for a signal; None while the rank is still on its way out.
         details: What :func:`describe_exception` found out; None where no exception was seen.
         log: The file that holds the full traceback, where there is one.
+        left: The ranks that had left without a failure before, and the user's lines at which they exited, if any.
     """
 
     rank: int
     exit_code: int | None = None
     details: dict[str, Any] | None = None
     log: str | None = None
+    left: dict[int, dict[str, Any] | None] = dataclasses.field(default_factory=dict)
 
 
 def describe_exception(error: BaseException) -> dict[str, Any]:
@@ -80,12 +82,26 @@ def report(failure: Failure) -> str:
         if len(message) > _MAX_MESSAGE_LINES:
             lines.append("  ...")
         if location := info["extraInfo"].get("location"):
-            lines.append(f"  at {location['file']}:{location['line']}, in {location['function']}")
+            lines.append(f"  at {_place(location)}")
             if location["text"]:
                 lines.append(f"    {location['text'][:_MAX_LINE_CHARACTERS]}")
+    if failure.left:
+        lines.append(f"  {_departure(failure.left)}")
     if failure.log is not None:
         lines.append(f"  The full traceback is in {failure.log}")
     return "\n".join(lines) + "\n"
+
+
+def _departure(left: dict[int, dict[str, Any] | None]) -> str:
+    """Who was missing when the others still waited: the likely reason for an error inside a collective."""
+    names = ", ".join(str(rank) for rank in sorted(left))
+    places = sorted({_place(location) for location in left.values() if location is not None})
+    where = f", at {places[0]}" if places else ""
+    return f"Before it, rank{'s' * (len(left) > 1)} {names} had left with exit code 0{where}."
+
+
+def _place(location: dict[str, Any]) -> str:
+    return f"{location['file']}:{location['line']}, in {location['function']}"
 
 
 def _ending(exit_code: int | None) -> str:

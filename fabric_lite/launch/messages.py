@@ -16,6 +16,7 @@ __all__ = [
     "Preload",
     "RankExited",
     "RankFailed",
+    "RankLeft",
     "RankStarted",
     "RanksEnded",
     "SignalRanks",
@@ -104,10 +105,36 @@ class RankStarted:
 
 @dataclasses.dataclass(frozen=True)
 class RankFailed:
-    """A rank has an exception that nobody caught; it is about to exit. Ranks send it to the server too."""
+    """A rank has an exception that nobody caught; it is about to exit. Ranks send it to the server too.
+
+    Args:
+        local_rank: Which one.
+        failure: What :func:`fabric_lite.launch.failure.describe_exception` found out.
+        exit_code: What it will exit with.
+        time: When, by the clock that all processes share.
+        is_exit: Whether the exception is SystemExit: the rank's own decision, which no other rank can have caused.
+    """
 
     local_rank: int
     failure: dict[str, Any]
+    exit_code: int = 1
+    time: float = 0.0
+    is_exit: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RankLeft:
+    """A rank has come to the end of its script, or exits with 0. Ranks send it to the server too.
+
+    Args:
+        local_rank: Which one.
+        location: The user's line that exits; None at the end of the script.
+        time: When, by the clock that all processes share.
+    """
+
+    local_rank: int
+    location: dict[str, Any] | None = None
+    time: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +180,7 @@ _TYPES = {
         StoreHosted,
         RankStarted,
         RankFailed,
+        RankLeft,
         RankExited,
         RanksEnded,
         DevicesCounted,

@@ -5,6 +5,7 @@ This is the one place that writes the environment of a running process: the rank
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import gc
@@ -12,16 +13,18 @@ import importlib.util
 import io
 import os
 import sys
+import threading
+import time
 import types
 from collections.abc import Iterator
 from importlib.abc import InspectLoader
 from importlib.machinery import SourceFileLoader
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from fabric_lite import run_config
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.failure import describe_exception, user_traceback, write_error_file
-from fabric_lite.launch.messages import Channel, RankFailed, StartRank, Verdict
+from fabric_lite.launch.messages import Channel, RankFailed, RankLeft, StartRank, Verdict
 
 __all__ = ["ScriptCall", "run_rank"]
 
@@ -45,18 +48,67 @@ class ScriptCall:
 
 def run_rank(script: ScriptCall, request: StartRank, server: Channel) -> None:
     """Run the script in this freshly forked process; leaves by SystemExit unless the script ran to its end."""
+    rank = os.getpid()
     _prepare_process(request)
     try:
         main_module, code = _load_main(script)
         exec(code, main_module.__dict__)
-    except SystemExit:
-        raise
     except BaseException as error:
+        if os.getpid() != rank:
+            _leave_fork(error)
+        # Now, because gloo's connections close when Python ends, and the others fail by that.
+        if isinstance(error, SystemExit):
+            _announce_exit(error, request, server)
+            raise
         _report(error, request, server)
-        # Python's own exit code after Ctrl-C is that of the signal.
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        sys.exit(_exit_code(error))
+    else:
+        if os.getpid() != rank:
+            _leave_fork(None)
+        server.send(RankLeft(request.local_rank, time=time.monotonic()))
     finally:
         server.close()
+
+
+def _leave_fork(error: BaseException | None) -> NoReturn:
+    """End a process that the script has forked; what becomes of it is the script's business, not the rank's.
+
+    As Python ends a process, but without taking torch apart: that waits for gloo's threads, which were not forked.
+    """
+    if isinstance(error, SystemExit) and not isinstance(error.code, int) and error.code is not None:
+        print(error.code, file=sys.stderr)
+    elif error is not None and not isinstance(error, SystemExit):
+        error.__traceback__ = user_traceback(error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if error is None else _exit_code(error))
+
+
+def _exit_code(error: BaseException) -> int:
+    """Return what Python exits with."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if not isinstance(error, SystemExit):
+        return 1
+    # What is not a number is printed, and counts as a failure; of a number the system keeps the lowest byte.
+    return int(error.code) & 0xFF if isinstance(error.code, int) else int(error.code is not None)
+
+
+def _announce_exit(error: SystemExit, request: StartRank, server: Channel) -> None:
+    details = describe_exception(error)
+    code, now = _exit_code(error), time.monotonic()
+    if code == 0:
+        location = details["message"]["extraInfo"]["location"]
+        server.send(RankLeft(request.local_rank, location, now))
+        return
+    server.send(RankFailed(request.local_rank, details, code, now, is_exit=True))
+    if not _ask_verdict(server) and request.error_log is None and not isinstance(error.code, int):
+        error.code = code  # the words are on the terminal already
 
 
 def _prepare_process(request: StartRank) -> None:
@@ -138,11 +190,12 @@ def _set_first_path(folder: str) -> None:
 
 def _report(error: BaseException, request: StartRank, server: Channel) -> None:
     """Tell error file, server and user about the exception; the user sees one rank's traceback, not all."""
+    now = time.monotonic()
     trace = user_traceback(error.__traceback__)
     error.__traceback__ = trace
     details = describe_exception(error)
     write_error_file(os.environ["TORCHELASTIC_ERROR_FILE"], details)
-    server.send(RankFailed(request.local_rank, details))
+    server.send(RankFailed(request.local_rank, details, _exit_code(error), now))
     with _traceback_output(request, is_first=_ask_verdict(server)) as output, contextlib.redirect_stderr(output):
         sys.excepthook(type(error), error, trace)
 

@@ -15,6 +15,7 @@ from fabric_lite.launch.messages import (
     HostStore,
     RankExited,
     RankFailed,
+    RankLeft,
     RanksEnded,
     RankStarted,
     SignalRanks,
@@ -39,6 +40,7 @@ class RankGroup:
         self.first_failure: Failure | None = None
         self.leftovers_ended = False
         self._requests: dict[int, StartRank] = {}
+        self._left: dict[int, dict[str, Any] | None] = {}
         self._kill_at: float | None = None
 
     @property
@@ -67,6 +69,7 @@ class RankGroup:
         self.pids = {}
         self.first_failure = None
         self.leftovers_ended = False
+        self._left = {}
         self._kill_at = None
         self._requests = {request.local_rank: request for request in requests}
         self.running = set(self._requests)
@@ -115,24 +118,30 @@ class RankGroup:
         if isinstance(event, RankStarted):
             self.pids[event.local_rank] = event.pid
         elif isinstance(event, RankFailed):
-            self._note_failure(event.local_rank, details=event.failure)
+            self._note_failure(event.local_rank, details=event.failure, exit_code=event.exit_code)
+        elif isinstance(event, RankLeft):
+            self._left[event.local_rank] = event.location
         elif isinstance(event, RankExited):
             self.running.discard(event.local_rank)
-            if event.exit_code != 0:
+            if event.exit_code == 0:
+                self._left.setdefault(event.local_rank, None)
+            else:
                 self._note_failure(event.local_rank, exit_code=event.exit_code)
         elif isinstance(event, RanksEnded):
             self.leftovers_ended = True
         else:
             raise LaunchError("The server said something unexpected.", given=event, fix="report this as a bug")
 
-    def _note_failure(
-        self, local_rank: int, *, details: dict[str, Any] | None = None, exit_code: int | None = None
-    ) -> None:
+    def _note_failure(self, local_rank: int, *, details: dict[str, Any] | None = None, exit_code: int) -> None:
         request = self._requests[local_rank]
-        rank = int(request.environment["RANK"])
+        rank = self._rank(local_rank)
         if self.first_failure is None:
-            self.first_failure = Failure(rank, exit_code, details, request.error_log if details else None)
-        elif self.first_failure.rank == rank:
-            # Its exception came first; this is how it then ended, if need be by our own hand.
-            exit_code = 1 if exit_code == -signal.SIGKILL else exit_code
+            log = request.error_log if details else None
+            left = {self._rank(other): location for other, location in self._left.items() if other != local_rank}
+            self.first_failure = Failure(rank, exit_code, details, log, left)
+        elif self.first_failure.rank == rank and exit_code != -signal.SIGKILL:
+            # Its exception came first; this is how it then ended, unless it was by our own hand.
             self.first_failure = dataclasses.replace(self.first_failure, exit_code=exit_code)
+
+    def _rank(self, local_rank: int) -> int:
+        return int(self._requests[local_rank].environment["RANK"])

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import os
 import selectors
 import signal
 import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 from fabric_lite.launch.environment import listen_on, serve_store
@@ -27,6 +28,7 @@ from fabric_lite.launch.messages import (
     Preload,
     RankExited,
     RankFailed,
+    RankLeft,
     RanksEnded,
     RankStarted,
     SignalRanks,
@@ -34,13 +36,21 @@ from fabric_lite.launch.messages import (
     StoreHosted,
     Verdict,
 )
-from fabric_lite.launch.process_tree import adopt_orphans, die_with_parent, end_descendants, outlive_parent
+from fabric_lite.launch.process_tree import (
+    adopt_orphans,
+    die_with_parent,
+    end_descendants,
+    outlive_parent,
+    wait_for_exit,
+)
 from fabric_lite.launch.rank import ScriptCall, run_rank
 
 __all__ = ["main"]
 
 # Between SIGTERM and SIGKILL for what ranks leave behind, such as the workers of a loader.
 _LEFTOVER_GRACE_SECONDS = 3.0
+# The system closes what a process has open a moment before it reports the process's end.
+_END_TIMEOUT_SECONDS = 1.0
 
 _Child = Callable[[], None]
 
@@ -69,6 +79,8 @@ class _Rank:
     local_rank: int
     channel: Channel
     is_failing: bool = False
+    has_left: bool = False
+    has_hung_up: bool = False
 
 
 class _Server:
@@ -137,7 +149,7 @@ class _Server:
         ours.setblocking(False)
         rank = _Rank(request.local_rank, Channel(ours))
         self.ranks[pid] = rank
-        self.selector.register(rank.channel, selectors.EVENT_READ, lambda: self._read_rank(pid))
+        self.selector.register(rank.channel, selectors.EVENT_READ, self._read_ranks)
         self.control.send(RankStarted(request.local_rank, pid))
         return None
 
@@ -167,49 +179,94 @@ class _Server:
         for channel in (self.control, *(rank.channel for rank in self.ranks.values())):
             channel.close()
 
-    def _read_rank(self, pid: int) -> None:
-        rank = self.ranks[pid]
-        failures = [message for message in rank.channel.receive() if isinstance(message, RankFailed)]
-        if rank.channel.is_closed:
-            self.selector.unregister(rank.channel)
-            rank.channel.close()
-            return
-        # A rank that was killed may be what this exception is about: see first who has ended.
-        self._reap()
-        for failure in failures:
-            rank.is_failing = True
-            rank.channel.send(Verdict(is_first=not self.has_failed))
-            self.has_failed = True
-            self.control.send(failure)
-
     def _read_child_ended(self) -> None:
         try:
             self.child_ended.recv(1 << 12)
         except BlockingIOError:
             pass  # an earlier look has taken it
-        self._reap()
+        self._read_ranks()
 
-    def _reap(self) -> None:
+    def _read_ranks(self) -> None:
+        """Take in what ranks have said and who has ended, and pass it on in the order of causes.
+
+        A rank that ends makes the others fail, and both may be here at once. Hence the look at everything, until a
+        look finds nothing new; an end that came before a word is then never missing.
+        """
+        said: list[RankFailed | RankLeft] = []
+        ended: dict[int, int] = {}
+        while True:
+            news = [message for rank in self.ranks.values() for message in self._receive(rank)]
+            has_failure = any(isinstance(message, RankFailed) for message in [*said, *news])
+            exits = (self._await_silent(ended) if has_failure else {}) | self._reap()
+            if not news and not exits:
+                break
+            said += news
+            ended |= exits
+        said.sort(key=lambda message: message.time)
+        # A rank's own decision to leave has no cause in others. An end without a word comes before the exceptions that
+        # it has caused; one with a word comes after it.
+        decisions = list(itertools.takewhile(lambda m: isinstance(m, RankLeft) or m.is_exit, said))
+        silent = {pid: code for pid, code in ended.items() if not self._has_spoken(self.ranks[pid])}
+        for message in decisions:
+            self._pass_on(message)
+        for pid, code in silent.items():
+            self._note_exit(pid, code)
+        for message in said[len(decisions) :]:
+            self._pass_on(message)
+        for pid in ended.keys() - silent.keys():
+            self._note_exit(pid, ended[pid])
+
+    def _receive(self, rank: _Rank) -> list[RankFailed | RankLeft]:
+        if rank.has_hung_up:
+            return []
+        messages: list[RankFailed | RankLeft] = rank.channel.receive()
+        for message in messages:
+            rank.is_failing |= isinstance(message, RankFailed)
+            rank.has_left |= isinstance(message, RankLeft)
+        if rank.channel.is_closed:
+            rank.has_hung_up = True
+            self.selector.unregister(rank.channel)
+        return messages
+
+    @staticmethod
+    def _has_spoken(rank: _Rank) -> bool:
+        return rank.is_failing or rank.has_left
+
+    def _pass_on(self, message: RankFailed | RankLeft) -> None:
+        if isinstance(message, RankFailed):
+            (rank,) = (rank for rank in self.ranks.values() if rank.local_rank == message.local_rank)
+            rank.channel.send(Verdict(is_first=not self.has_failed))
+            self.has_failed = True
+        self.control.send(message)
+
+    def _await_silent(self, ended: Collection[int]) -> dict[int, int]:
+        """Wait for ranks that are ending without a word, and return their exit codes."""
+        exits = {}
+        for pid, rank in self.ranks.items():
+            if rank.has_hung_up and pid not in ended and not self._has_spoken(rank):
+                status = wait_for_exit(pid, timeout_seconds=_END_TIMEOUT_SECONDS)
+                if status is not None:
+                    exits[pid] = os.waitstatus_to_exitcode(status)
+        return exits
+
+    def _reap(self) -> dict[int, int]:
+        """Return the exit codes of ranks that have ended since the last time."""
+        exits: dict[int, int] = {}
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                return
+                return exits
             if pid == 0:
-                return
-            self._note_exit(pid, status)
+                return exits
+            if pid in self.ranks:  # else an orphan of a rank, or the store's keeper
+                exits[pid] = os.waitstatus_to_exitcode(status)
 
-    def _note_exit(self, pid: int, status: int) -> None:
-        rank = self.ranks.pop(pid, None)
-        if rank is None:
-            return  # an orphan of a rank, or the store's keeper
-        if not rank.channel.is_closed:
-            # What the rank said last comes before its end.
-            for message in rank.channel.receive():
-                self.control.send(message)
+    def _note_exit(self, pid: int, exit_code: int) -> None:
+        rank = self.ranks.pop(pid)
+        if not rank.has_hung_up:
             self.selector.unregister(rank.channel)
-            rank.channel.close()
-        exit_code = os.waitstatus_to_exitcode(status)
+        rank.channel.close()
         self.has_failed |= exit_code != 0
         self.control.send(RankExited(rank.local_rank, exit_code))
 

@@ -78,6 +78,71 @@ def test_first_failing_rank_is_the_report(tmp_path: Path, action: str, code: int
     assert_nothing_left(tmp_path)
 
 
+LEAVE_RANK_1_IN_A_COLLECTIVE = """
+    import os, sys, torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+    if dist.get_rank() == 1:
+        {action}
+    dist.all_reduce(torch.ones(1))
+"""
+
+
+@pytest.mark.parametrize(("action", "code"), [("sys.exit(3)", 3), ("sys.exit('no such file')", 1)])
+def test_rank_that_exits_is_blamed_and_not_those_that_wait_for_it(tmp_path: Path, action: str, code: int) -> None:
+    script = write(tmp_path, LEAVE_RANK_1_IN_A_COLLECTIVE.format(action=action))
+    done = fabric_run("--devices", 2, script, cwd=tmp_path)
+    report = report_of(done.stderr)
+    assert done.returncode == code
+    assert report[0] == f"fabric-run: rank 1 failed first, exit code {code}."
+    assert report[2:] == [f"  at {script}:6, in <module>", f"    {action}"]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("action", ["sys.exit(0)", "os._exit(0)"])
+def test_rank_that_leaves_with_0_is_named_beside_the_error_of_those_that_wait_for_it(
+    tmp_path: Path, action: str
+) -> None:
+    script = write(tmp_path, LEAVE_RANK_1_IN_A_COLLECTIVE.format(action=action))
+    done = fabric_run("--devices", 2, script, cwd=tmp_path)
+    assert done.returncode not in (0, 124), done.stderr
+    report = report_of(done.stderr)
+    assert report[0].startswith("fabric-run: rank 0 failed first")
+    where = f", at {script}:6, in <module>" if action == "sys.exit(0)" else ""
+    assert report[-1] == f"  Before it, rank 1 had left with exit code 0{where}."
+
+
+def test_all_ranks_that_exit_with_words_print_them_once(tmp_path: Path) -> None:
+    done = fabric_run("--devices", 2, write(tmp_path, "import sys; sys.exit('no such file')"))
+    assert done.returncode == 1
+    assert done.stderr.splitlines().count("no such file") == 1
+
+
+@pytest.mark.parametrize(
+    ("action", "code"), [("raise KeyError('of the child')", 1), ("sys.exit(3)", 3), ("sys.exit('of the child')", 1)]
+)
+def test_forked_child_of_a_rank_ends_for_itself(tmp_path: Path, action: str, code: int) -> None:
+    script = write(
+        tmp_path,
+        f"""
+        import os, sys, torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        dist.all_reduce(torch.ones(1))
+        if dist.get_rank() == 0:
+            child = os.fork()
+            if child == 0:
+                {action}
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        dist.all_reduce(torch.ones(1))
+        dist.destroy_process_group()
+        """,
+    )
+    done = fabric_run("--devices", 2, script, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{code}\n"), done.stderr
+    assert "launch/rank.py" not in done.stderr
+    assert_nothing_left(tmp_path)
+
+
 def test_all_ranks_failing_alike_print_one_traceback(tmp_path: Path) -> None:
     script = write(tmp_path, "raise ValueError('x\\n' * 40)")
     done = fabric_run("--devices", 2, script)
