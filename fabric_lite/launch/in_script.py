@@ -49,6 +49,8 @@ def supervise_script(config: RunConfig) -> NoReturn:
     except FabricError as error:
         print_line(f"{type(error).__name__}: {error}")
         code = 1
+    except SystemExit as error:  # Ctrl-C or SIGTERM while no rank ran
+        code = int(error.code or 0)
     # Threads and frames of this program must not run on: SystemExit could be caught, and would run its finally blocks.
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -89,7 +91,8 @@ def check_function(function: Any) -> None:
 
 def _is_interactive() -> bool:
     main_module = sys.modules["__main__"]
-    return hasattr(sys, "ps1") or getattr(main_module, "__file__", None) is None
+    # The file of a script that comes from a pipe is called "<stdin>".
+    return hasattr(sys, "ps1") or not os.path.isfile(getattr(main_module, "__file__", None) or "")
 
 
 def _running_script() -> ScriptCall:
@@ -98,7 +101,7 @@ def _running_script() -> ScriptCall:
     if _is_interactive():
         raise LaunchError(
             "launch() would run the script again in every rank, and there is no script here.",
-            given="an interactive interpreter, a notebook, or python -c",
+            given="an interactive interpreter, a notebook, python -c, or a script from a pipe",
             fix="fabric.launch(function), with everything the ranks do inside the function",
         )
     spec = getattr(main_module, "__spec__", None)

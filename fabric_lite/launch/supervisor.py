@@ -135,8 +135,10 @@ class _Supervisor:
         if failure is None:
             return 0
         assert failure.exit_code is not None
-        if self.signals.received:
-            print_line(f"fabric-run: ended by {signal.Signals(self.signals.received[0]).name}.")
-        else:
+        if not self.signals.received:
             print_line(report(failure))
-        return exit_status(failure.exit_code)
+            return exit_status(failure.exit_code)
+        number = signal.Signals(self.signals.received[0])
+        print_line(f"fabric-run: ended by {number.name}.")
+        # A rank's own choice of exit code counts; what it dies of in the middle of its work is the signal's doing.
+        return failure.exit_code if failure.exit_code > 1 else exit_status(-number)

@@ -215,7 +215,31 @@ def test_second_signal_kills(tmp_path: Path) -> None:
             wait_until(lambda: all((tmp_path / f"{name}{rank}").exists() for rank in (0, 1)), name)  # noqa: B023
             process.terminate()
         process.communicate(timeout=30)
-    assert process.returncode == 137
+    assert process.returncode == 143
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(("action", "code"), [("raise RuntimeError('a worker is gone')", 130), ("sys.exit(75)", 75)])
+def test_after_ctrl_c_the_exit_code_is_the_signals_or_the_scripts_own_choice(
+    tmp_path: Path, action: str, code: int
+) -> None:
+    script = write(
+        tmp_path,
+        f"""
+        import os, pathlib, signal, sys
+        def note(*_): {action}
+        signal.signal(signal.SIGINT, note)
+        pathlib.Path("ready" + os.environ["RANK"]).touch()
+        while True:
+            signal.pause()
+        """,
+    )
+    with started(*FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, script, cwd=tmp_path) as process:
+        wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)), "ranks are ready")
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == code, stderr
+    assert "ended by SIGINT" in stderr
     assert_nothing_left(tmp_path)
 
 
