@@ -7,7 +7,17 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["chosen_threads", "cores", "listen_on", "rank_environment", "serve_store", "server_environment"]
+__all__ = [
+    "RUN_ID_PREFIX",
+    "chosen_threads",
+    "cores",
+    "listen_on",
+    "rank_environment",
+    "serve_store",
+    "server_environment",
+]
+
+RUN_ID_PREFIX = "fabric_run_"
 
 
 def cores() -> int:
@@ -38,14 +48,18 @@ def rank_environment(
     main_address: str,
     main_port: int,
     error_file: str,
-    run_id: str = "none",
+    run_id: str | None = None,
     restart_count: int = 0,
     max_restarts: int = 0,
     role_name: str = "default",
     role_rank: int | None = None,
     role_world_size: int | None = None,
 ) -> dict[str, str]:
-    """Return the variables that torchrun sets for a worker; on one node also the one that keeps gloo on loopback."""
+    """Return the variables that torchrun sets for a worker; on one node also the one that keeps gloo on loopback.
+
+    The run id, by default this process's id, begins with ``RUN_ID_PREFIX``. A program that a rank starts inherits the
+    variables but is no rank: it finds the prefix, and no run config.
+    """
     loopback = _loopback_interface() if num_nodes == 1 else None
     return {
         **({} if loopback is None else {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback)}),
@@ -60,7 +74,7 @@ def rank_environment(
         "ROLE_WORLD_SIZE": str(world_size if role_world_size is None else role_world_size),
         "MASTER_ADDR": main_address,
         "MASTER_PORT": str(main_port),
-        "TORCHELASTIC_RUN_ID": run_id,
+        "TORCHELASTIC_RUN_ID": f"{RUN_ID_PREFIX}{run_id or os.getpid()}",
         "TORCHELASTIC_RESTART_COUNT": str(restart_count),
         "TORCHELASTIC_MAX_RESTARTS": str(max_restarts),
         "TORCHELASTIC_USE_AGENT_STORE": "True",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def test_ranks_have_torchruns_variables_and_gloos_interface(tmp_path: Path) -> N
     of_the_run = {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RUN_ID"}
     for ours, theirs in zip(seen["fabric-run"], seen["torchrun"], strict=True):
         assert ours.pop("GLOO_SOCKET_IFNAME") == "lo"  # one node talks to itself on loopback
+        # What a program that the rank starts knows it by.
+        assert re.fullmatch(r"fabric_run_\d+", ours["TORCHELASTIC_RUN_ID"])
         assert ours.keys() == theirs.keys() - theirs_alone
         assert {k: v for k, v in ours.items() if k not in of_the_run} == {
             k: v for k, v in theirs.items() if k not in of_the_run | theirs_alone

@@ -18,6 +18,8 @@ SCRIPT = """
         if dist.get_rank() == 1:
             sys.exit(7)
         dist.barrier()
+    # The job's name, as given or torchelastic's, behind the prefix by which a rank's own programs know it.
+    assert os.environ["TORCHELASTIC_RUN_ID"] in ("fabric_run_job", "fabric_run_none")
     print(int(total), os.environ["GROUP_RANK"], os.environ["RANK"], os.environ["LOCAL_RANK"])
     dist.barrier()
     dist.destroy_process_group()
