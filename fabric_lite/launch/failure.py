@@ -13,7 +13,15 @@ import traceback
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Failure", "describe_exception", "exit_status", "report", "user_traceback", "write_error_file"]
+__all__ = [
+    "Failure",
+    "describe_exception",
+    "exit_status",
+    "python_exit_code",
+    "report",
+    "user_traceback",
+    "write_error_file",
+]
 
 _MAX_MESSAGE_LINES = 4
 _MAX_LINE_CHARACTERS = 300
@@ -70,6 +78,16 @@ def user_traceback(trace: TracebackType | None) -> TracebackType | None:
 def exit_status(exit_code: int) -> int:
     """Return the shell's number for an exit code: 128 + n for signal n."""
     return exit_code if exit_code >= 0 else 128 - exit_code
+
+
+def python_exit_code(error: BaseException) -> int:
+    """Return what Python exits with when nobody catches this exception."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if not isinstance(error, SystemExit):
+        return 1
+    # What is not a number is printed, and counts as a failure; of a number the system keeps the lowest byte.
+    return int(error.code) & 0xFF if isinstance(error.code, int) else int(error.code is not None)
 
 
 def report(failure: Failure) -> str:

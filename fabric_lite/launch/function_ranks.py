@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -20,6 +21,7 @@ from typing import Any, Literal, NoReturn
 from fabric_lite import run_config
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.environment import chosen_threads, listen_on, rank_environment, serve_store
+from fabric_lite.launch.failure import python_exit_code
 from fabric_lite.launch.process_tree import adopt_orphans, descendants, die_with_parent, end_descendants
 from fabric_lite.run_config import RunConfig
 
@@ -27,6 +29,8 @@ __all__ = ["RankTraceback", "StartMethod", "run_function"]
 
 StartMethod = Literal["spawn", "fork", "forkserver"]
 _GRACE_SECONDS = 5.0
+# How long after a failure another rank may still turn out to have caused it, by ending without a word.
+_SILENT_END_SECONDS = 0.1
 
 
 class RankTraceback(Exception):
@@ -42,13 +46,19 @@ class _Answer:
 
     Args:
         value: The function's value; with a trace, its exception, or None for one that cannot be pickled.
-        trace: The traceback as text.
+        trace: The traceback as text; for a rank that exits, too.
+        exit_code: What the rank exits with, where it has called ``sys.exit``.
         time: When, by the clock that all processes share.
     """
 
     value: Any
     trace: str | None = None
-    time: float = 0.0
+    exit_code: int | None = None
+    time: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def is_failure(self) -> bool:
+        return self.trace is not None and self.exit_code != 0
 
 
 def run_function(
@@ -94,8 +104,13 @@ def run_function(
             theirs.close()
             started.append((process, ours))
         # Only now, because the store runs a thread and forking must come before.
-        _store = serve_store(listener)
-        return _collect(started)
+        store = serve_store(listener)
+        try:
+            return _collect(started)
+        finally:
+            # An exception's traceback would keep it, until a process that is forked later collects that as garbage and
+            # crashes in its threads' absence.
+            del store
 
 
 def _check_can_fork() -> None:
@@ -153,6 +168,8 @@ def _run_rank(
     """The life of one rank: ends by exit code 0 and its value in the pipe, or 1 and its exception."""
     import torch
 
+    # What a forked process has inherited is not its garbage: stores and groups crash when their threads are missing.
+    gc.freeze()
     die_with_parent(os.getppid())
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
@@ -161,26 +178,43 @@ def _run_rank(
     run_config.install(config)
     if config.threads_per_rank is not None:
         torch.set_num_threads(config.threads_per_rank)
+    rank = os.getpid()
     try:
         value = function(*args, **kwargs)
-        # Pickled by value: a tensor sent the way torch's queues do would need this process to live on.
-        answer = pickle.dumps(_Answer(value if environment["RANK"] == "0" else None))
-    except SystemExit:
-        raise
+        answer = _pickled_value(value if environment["RANK"] == "0" else None)
     except BaseException as error:
+        if os.getpid() != rank:
+            raise  # a process that the function has forked does not speak for the rank
+        # Now, because gloo's connections close when the process ends, and the others fail by that.
         result.send_bytes(_pickled_error(error))
-        sys.exit(1)
-    result.send_bytes(answer)
+        sys.exit(error.code if isinstance(error, SystemExit) else 1)
+    if os.getpid() == rank:
+        result.send_bytes(answer)
+
+
+def _pickled_value(value: Any) -> bytes:
+    try:
+        # Pickled by value: a tensor sent the way torch's queues do would need this process to live on.
+        return pickle.dumps(_Answer(value))
+    except Exception as error:
+        raise LaunchError(
+            "The function's return value cannot be pickled, so it cannot come back from rank 0.",
+            given=f"a value of type {type(value).__qualname__}: {error}",
+            fix="return numbers, tensors, state dicts or nothing; save the rest to a file",
+        ) from error
 
 
 def _pickled_error(error: BaseException) -> bytes:
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    if isinstance(error, SystemExit):
+        return pickle.dumps(_Answer(None, text, python_exit_code(error)))
+    answer = _Answer(error, text)
     try:
-        packed = pickle.dumps(_Answer(error, text, time.monotonic()))
+        packed = pickle.dumps(answer)
         pickle.loads(packed)
     except Exception:
         # An exception may need arguments that it does not keep, or hold what cannot be pickled: its words travel.
-        return pickle.dumps(_Answer(None, text, time.monotonic()))
+        return pickle.dumps(dataclasses.replace(answer, value=None))
     return packed
 
 
@@ -192,22 +226,56 @@ def _collect(started: list[tuple[BaseProcess, Connection]]) -> Any:
         while waiting:
             pipes = [pipe for _, pipe in waiting.values() if not pipe.closed]
             multiprocessing.connection.wait([*pipes, *(process.sentinel for process, _ in waiting.values())])
-            killed = [rank for rank, (process, _) in waiting.items() if (process.exitcode or 0) < 0]
-            answers |= {rank: answer for rank, (_, pipe) in waiting.items() if (answer := _receive(pipe)) is not None}
-            # A rank that left by itself can make gloo abort the others; one that was killed makes them raise; of
-            # several that raise, the first is why.
-            left = [
-                rank for rank, (process, _) in waiting.items() if rank not in answers and (process.exitcode or 0) > 0
-            ]
-            for rank in [*left, *killed]:
-                _raise_exit(rank, waiting[rank][0].exitcode)
-            if failed := [rank for rank, answer in answers.items() if answer.trace is not None]:
-                _raise_error(*min(((rank, answers[rank]) for rank in failed), key=lambda pair: pair[1].time))
-            for rank in [rank for rank, (process, _) in waiting.items() if process.exitcode is not None]:
-                _raise_exit(rank, waiting.pop(rank)[0].exitcode)
+            ended = _look(waiting, answers)
+            for rank, exit_code in ended.items():
+                if exit_code == 0:
+                    # One that leaves with 0 and without a word has no value to give.
+                    answers.setdefault(rank, _Answer(None, time=0.0))
+            _raise_first_failure(ended, answers)
+            for rank in ended:
+                del waiting[rank]
     finally:
         _end([process for process, _ in started])
-    return answers[0].value if 0 in answers else None
+    return answers[0].value
+
+
+def _look(waiting: Mapping[int, tuple[BaseProcess, Connection]], answers: dict[int, _Answer]) -> dict[int, int]:
+    """Add what ranks have said to ``answers`` and return the exit codes of those that have ended.
+
+    A rank that ends makes the others fail, and both may be here at once. Hence looks until one finds nothing new; an
+    end that came before a word is then never missing, nor a word that came before an end.
+    """
+    while True:
+        for process, _ in waiting.values():
+            if multiprocessing.connection.wait([process.sentinel], timeout=0):
+                # It is ending: the system closes what a process has open a moment before it reports the end.
+                process.join()
+        ended = {rank: process.exitcode for rank, (process, _) in waiting.items() if process.exitcode is not None}
+        said = {rank: answer for rank, (_, pipe) in waiting.items() if (answer := _receive(pipe)) is not None}
+        answers |= said
+        has_failure = any(ended.values()) or any(answer.is_failure for answer in answers.values())
+        others = [process.sentinel for rank, (process, _) in waiting.items() if rank not in {*ended, *answers}]
+        if not said and not (has_failure and multiprocessing.connection.wait(others, _SILENT_END_SECONDS)):
+            return ended
+
+
+def _raise_first_failure(ended: Mapping[int, int], answers: Mapping[int, _Answer]) -> None:
+    """Raise if a rank has failed: of several, for the one that made the others fail."""
+    failed = sorted((rank for rank in answers if answers[rank].is_failure), key=lambda rank: answers[rank].time)
+    silent = {rank: code for rank, code in ended.items() if code != 0 and rank not in answers}
+    for rank, code in silent.items():
+        if code > 0:
+            _raise_exit(rank, code, answers)
+    # A rank that leaves by itself can make gloo abort the others; one that is killed makes them raise.
+    if failed and answers[failed[0]].exit_code is not None:
+        _raise_failure(failed[0], answers)
+    for rank, code in ended.items():
+        if code < 0:
+            _raise_exit(rank, code, answers)
+    if failed:
+        _raise_failure(failed[0], answers)
+    for rank, code in ended.items():
+        _raise_exit(rank, code, answers)
 
 
 def _receive(pipe: Connection) -> _Answer | None:
@@ -220,22 +288,37 @@ def _receive(pipe: Connection) -> _Answer | None:
         return None
 
 
-def _raise_error(rank: int, answer: _Answer) -> NoReturn:
+def _raise_failure(rank: int, answers: Mapping[int, _Answer]) -> NoReturn:
+    answer = answers[rank]
     text = answer.trace or ""
     error = answer.value
+    if answer.exit_code is not None:
+        _raise_exit(rank, answer.exit_code, answers, RankTraceback(rank, text))
     if error is None:
         error = LaunchError(
             f"Rank {rank} failed: {text.strip().splitlines()[-1]}", fix="see its traceback, the cause of this error"
         )
-    raise error from RankTraceback(rank, text)
+    raise error from RankTraceback(rank, "\n".join([text.rstrip("\n"), *_departures(answers, answer.time)]))
 
 
-def _raise_exit(rank: int, exit_code: int | None) -> None:
+def _raise_exit(
+    rank: int, exit_code: int | None, answers: Mapping[int, _Answer], cause: RankTraceback | None = None
+) -> None:
     if exit_code is not None and exit_code < 0:
         what = f"Rank {rank} was killed by {signal.Signals(-exit_code).name}."
-        raise LaunchError(what, fix="see the system's log: the machine may have run out of memory")
+        given = " ".join(_departures(answers, time.monotonic())) or None
+        raise LaunchError(what, given=given, fix="see the system's log: the machine may have run out of memory")
     if exit_code:
-        raise LaunchError(f"Rank {rank} exited with code {exit_code}.", fix="return from the function instead")
+        given = None if cause is None else str(cause).strip().splitlines()[-1]
+        raise LaunchError(
+            f"Rank {rank} exited with code {exit_code}.", given=given, fix="return from the function instead"
+        ) from cause
+
+
+def _departures(answers: Mapping[int, _Answer], before: float) -> list[str]:
+    """Who was missing when the others still waited: the likely reason for an error inside a collective."""
+    left = [rank for rank, answer in answers.items() if not answer.is_failure and answer.time <= before]
+    return [f"Before it, rank {rank} had left without a failure." for rank in sorted(left)]
 
 
 def _end(processes: list[BaseProcess]) -> None:

@@ -23,7 +23,7 @@ from typing import NoReturn, TextIO
 
 from fabric_lite import run_config
 from fabric_lite.errors import LaunchError
-from fabric_lite.launch.failure import describe_exception, user_traceback, write_error_file
+from fabric_lite.launch.failure import describe_exception, python_exit_code, user_traceback, write_error_file
 from fabric_lite.launch.messages import Channel, RankFailed, RankLeft, StartRank, Verdict
 
 __all__ = ["ScriptCall", "run_rank"]
@@ -61,7 +61,7 @@ def run_rank(script: ScriptCall, request: StartRank, server: Channel) -> None:
             _announce_exit(error, request, server)
             raise
         _report(error, request, server)
-        sys.exit(_exit_code(error))
+        sys.exit(python_exit_code(error))
     else:
         if os.getpid() != rank:
             _leave_fork(None)
@@ -86,22 +86,12 @@ def _leave_fork(error: BaseException | None) -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0 if error is None else _exit_code(error))
-
-
-def _exit_code(error: BaseException) -> int:
-    """Return what Python exits with."""
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    if not isinstance(error, SystemExit):
-        return 1
-    # What is not a number is printed, and counts as a failure; of a number the system keeps the lowest byte.
-    return int(error.code) & 0xFF if isinstance(error.code, int) else int(error.code is not None)
+    os._exit(0 if error is None else python_exit_code(error))
 
 
 def _announce_exit(error: SystemExit, request: StartRank, server: Channel) -> None:
     details = describe_exception(error)
-    code, now = _exit_code(error), time.monotonic()
+    code, now = python_exit_code(error), time.monotonic()
     if code == 0:
         location = details["message"]["extraInfo"]["location"]
         server.send(RankLeft(request.local_rank, location, now))
@@ -195,7 +185,7 @@ def _report(error: BaseException, request: StartRank, server: Channel) -> None:
     error.__traceback__ = trace
     details = describe_exception(error)
     write_error_file(os.environ["TORCHELASTIC_ERROR_FILE"], details)
-    server.send(RankFailed(request.local_rank, details, _exit_code(error), now))
+    server.send(RankFailed(request.local_rank, details, python_exit_code(error), now))
     with _traceback_output(request, is_first=_ask_verdict(server)) as output, contextlib.redirect_stderr(output):
         sys.excepthook(type(error), error, trace)
 

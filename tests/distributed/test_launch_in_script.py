@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,14 @@ def test_without_a_script_launch_names_the_function_form(tmp_path: Path) -> None
     assert "fabric.launch(function)" in done.stderr
 
 
+def test_script_from_a_pipe_is_no_script_to_run_again(tmp_path: Path) -> None:
+    code = "from fabric_lite.launch import in_script; in_script.supervise_script(in_script.RunConfig())"
+    done = run(["sh", "-c", f'echo "{code}" | "{sys.executable}" -'], cwd=tmp_path)
+    assert done.returncode == 1
+    assert "LaunchError" in done.stderr
+    assert "fabric.launch(function)" in done.stderr
+
+
 def test_script_arguments_are_found_behind_pythons_own() -> None:
     for command in ("s.py a -m", "-u s.py a -m", "-X dev -W error s.py a -m", "-m s a -m", "-Im s a -m", "-ms a -m"):
         assert _script_arguments(["python", *command.split()]) == ("a", "-m"), command
@@ -92,12 +101,18 @@ def fail_on_rank_1(how: str) -> None:
             raise Picky(1, 2)
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "silent":
+            os._exit(4)
+        if how == "leave":
+            sys.exit(0)
+        if how == "leave silently":
+            os._exit(0)
         sys.exit(3)
     dist.barrier()
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_function_runs_on_every_rank_and_rank_0s_value_comes_back(method: str) -> None:
+def test_function_runs_on_every_rank_and_rank_0s_value_comes_back(method: Any) -> None:
     total, devices, to = run_function(
         sum_of_ranks, (3,), {"to": "you"}, ranks=2, start_method=method, config=RunConfig(devices="2")
     )
@@ -110,7 +125,8 @@ def test_function_runs_on_every_rank_and_rank_0s_value_comes_back(method: str) -
         ("raise", ValueError, "from rank 1"),
         ("picky", LaunchError, "Rank 1 failed: .*Picky: 12"),
         ("kill", LaunchError, "Rank 1 was killed by SIGKILL"),
-        ("exit", LaunchError, "Rank 1 exited with code 3"),
+        ("exit", LaunchError, "Rank 1 exited with code 3(?s:.*)Given: SystemExit: 3"),
+        ("silent", LaunchError, "Rank 1 exited with code 4"),
     ],
 )
 def test_first_failing_ranks_exception_is_raised_here(how: str, kind: type[Exception], message: str) -> None:
@@ -119,6 +135,35 @@ def test_first_failing_ranks_exception_is_raised_here(how: str, kind: type[Excep
     if how in ("raise", "picky"):
         assert isinstance(caught.value.__cause__, RankTraceback)
         assert "in fail_on_rank_1" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("how", ["leave", "leave silently"])
+def test_rank_that_leaves_with_0_is_named_beside_the_error_of_those_that_wait_for_it(how: str) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        run_function(fail_on_rank_1, (how,), {}, ranks=2, start_method="fork", config=RunConfig())
+    assert "Before it, rank 1 had left without a failure." in f"{caught.value}{caught.value.__cause__}"
+
+
+def return_a_closure() -> object:
+    return lambda: None
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_value_that_cannot_be_pickled_is_said_to_be_the_return_value(method: Any) -> None:
+    with pytest.raises(LaunchError, match=r"return value cannot be pickled(?s:.*)type function(?s:.*)Try:"):
+        run_function(return_a_closure, (), {}, ranks=2, start_method=method, config=RunConfig())
+
+
+def fork_a_child_that_fails() -> int:
+    child = os.fork()
+    if child == 0:
+        raise ValueError("of the child")
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_forked_child_of_a_function_rank_ends_for_itself() -> None:
+    code = run_function(fork_a_child_that_fails, (), {}, ranks=1, start_method="fork", config=RunConfig())
+    assert code == 1
 
 
 def test_fork_is_refused_once_cuda_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
