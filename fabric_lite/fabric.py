@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -321,6 +324,9 @@ class Fabric:
     def close(self) -> None:
         """Release everything and leave the process group, if it was made here; the Fabric cannot be used any more."""
         self._set_up.release_all()
+        if self.world_size > 1:
+            # What DDP leaves in reference cycles holds the process group: alive at the interpreter's end, gloo aborts.
+            gc.collect()
         self._placement, self._is_closed = None, True
         if self._owns_group:
             leave()
@@ -545,6 +551,8 @@ class Fabric:
         axes = self.strategy.mesh_axes(self.world_size)
         if self.world_size > 1 or axes:
             self._owns_group = join(self._run.topology, self.device)
+        if self._owns_group:
+            atexit.register(_close_at_exit, weakref.ref(self))
         self._placement = Placement(self.device, self.precision, self.world_size, build_mesh(self.device, axes))
         for notice in self._run.notices:
             rank_zero_info(notice)
@@ -579,6 +587,12 @@ class Fabric:
         guard = SynchronisationGuard(self._set_up.modules) if self.world_size > 1 else None
         extend_optimizer(optimizer, self, self._scaler, guard, engine_step, after_step if wanted else None)
         self._set_up.add(optimizer)
+
+
+def _close_at_exit(reference: weakref.ref[Fabric]) -> None:
+    fabric = reference()
+    if fabric is not None and not fabric._is_closed:
+        fabric.close()
 
 
 def _call_with_fabric(

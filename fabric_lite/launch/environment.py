@@ -7,8 +7,9 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
+from fabric_lite.run_config import RUN_ID_PREFIX
+
 __all__ = [
-    "RUN_ID_PREFIX",
     "chosen_threads",
     "cores",
     "listen_on",
@@ -16,8 +17,6 @@ __all__ = [
     "serve_store",
     "server_environment",
 ]
-
-RUN_ID_PREFIX = "fabric_run_"
 
 
 def cores() -> int:
