@@ -23,18 +23,15 @@ from fabric_lite.collectives import Collectives
 from fabric_lite.data import check_loaders, extend_loader, move_to_device
 from fabric_lite.device import Accelerator
 from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
+from fabric_lite.extension import ModuleExtension
+from fabric_lite.guards import SynchronisationGuard
 from fabric_lite.init import place, tensors_on
 from fabric_lite.mesh import build_mesh, join, leave
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.optim import LossScaler, check_belongs, extend_optimizer, parameters_of, repoint
 from fabric_lite.precision import Precision
 from fabric_lite.registry import Registry, release_from_others
-from fabric_lite.route import (
-    ModuleExtension,
-    SynchronisationGuard,
-    check_module,
-    extend_module,
-)
+from fabric_lite.route import check_module, extend_module
 from fabric_lite.run import Arguments, resolve
 from fabric_lite.strategies import Placement, Strategy
 

@@ -1,0 +1,147 @@
+"""What ``setup`` adds to a module, and how a call goes through it: precision, engine, the user's own ``forward``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from fabric_lite.errors import FabricRuntimeError, StrategyError
+from fabric_lite.precision import Precision
+from fabric_lite.trees import map_leaves
+
+__all__ = ["ModuleExtension", "in_backward"]
+
+
+@dataclasses.dataclass(eq=False)
+class ModuleExtension:
+    """All that ``setup`` adds to a module.
+
+    Args:
+        owner: The Fabric that set the module up.
+        device_type: Device type of autocast.
+        precision: What ``forward`` runs in.
+        engine: Its ``forward`` is called instead of the module's where gradients are on; None: the module is enough.
+        hooked: Whether the engine is made of the module's own forward hooks (``fully_shard``), so that a call of
+            ``model.forward(x)`` by hand must go through ``__call__``.
+        handles: Hooks that are removed on release.
+    """
+
+    owner: Any
+    device_type: str
+    precision: Precision
+    engine: nn.Module | None = None
+    hooked: bool = False
+    handles: list[Any] = dataclasses.field(default_factory=list)
+    # Plain attributes, since a threading.local breaks torch.compile: whether the engine is calling back, what it is to
+    # run, and the thread in which it does.
+    is_inside: bool = False
+    target: Callable[..., Any] | None = None
+    thread: int = 0
+    compiled: Callable[..., Any] | None = None
+    marked_methods: set[str] = dataclasses.field(default_factory=set)
+    watched_calls: dict[str, int] = dataclasses.field(default_factory=dict)
+    entries: int = 0
+    frozen: list[nn.Parameter] = dataclasses.field(default_factory=list)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What the engine calls back."""
+        assert self.target is not None
+        return self.target(*args, **kwargs)
+
+    def enter(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run ``target`` in the run's precision, through the engine where gradients are to be synchronised."""
+        precision = self.precision
+        if precision.compute_dtype is not None:
+            with torch.autocast(self.device_type, precision.compute_dtype):
+                output = self._through_engine(target, args, kwargs)
+        else:
+            if precision.param_dtype is not None:
+                args, kwargs = map_leaves(self._cast_input, args), map_leaves(self._cast_input, kwargs)
+            output = self._through_engine(target, args, kwargs)
+        if precision.output_dtype is not None:
+            return (
+                self._cast_output(output) if isinstance(output, torch.Tensor) else map_leaves(self._cast_output, output)
+            )
+        return output
+
+    def inside(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run ``target`` with the mark set: what it calls of this module goes straight to the user's ``forward``."""
+        if not torch.compiler.is_compiling():
+            self.thread = threading.get_ident()
+        self.is_inside = True
+        try:
+            return target(*args, **kwargs)
+        finally:
+            self.is_inside = False
+
+    def check_thread(self) -> None:
+        """Raise when the mark was set by another thread."""
+        if not torch.compiler.is_compiling() and self.thread != threading.get_ident():
+            raise FabricRuntimeError(
+                "One set-up model was called from two threads at once.",
+                given="a call from a second thread while the engine runs the first",
+                fix="call it from one thread, or set up one copy per thread",
+            )
+
+    def _through_engine(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        # Without gradients nothing is communicated: rank 0 may evaluate alone. Inside backward (recomputation by
+        # activation checkpointing) the engine has had its forward already.
+        engine = self.engine
+        if engine is None or not torch.is_grad_enabled() or _recomputes():
+            return target(*args, **kwargs)
+        if not torch.compiler.is_compiling():  # a counter would compile each call anew
+            self.entries += 1
+            self._check_frozen()
+        self.target = target
+        try:
+            # Not engine(...): the hooks of a call are the user's module's, and they run once, outside.
+            return self.inside(engine.forward, args, kwargs)
+        finally:
+            self.target = None
+
+    def _check_frozen(self) -> None:
+        if any(parameter.requires_grad for parameter in self.frozen):
+            raise StrategyError(
+                "Parameters were unfrozen after setup, so their gradients would not be synchronised.",
+                given=f"{sum(parameter.requires_grad for parameter in self.frozen)} that were frozen at setup",
+                fix="unfreeze before setup, or fabric.release(model) and fabric.setup(model) again",
+            )
+
+    def _cast_input(self, leaf: Any) -> Any:
+        """Float tensors in the dtype of the parameters (pure precisions)."""
+        return (
+            leaf.to(self.precision.param_dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+        )
+
+    def _cast_output(self, leaf: Any) -> Any:
+        """Half-precision outputs in ``output_dtype``; what the user made float64 stays float64."""
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.itemsize < 4:
+            return leaf.to(self.precision.output_dtype)
+        return leaf
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _recomputes() -> bool:
+    """Whether this forward is a recomputation inside backward, whose first run went through the engine.
+
+    Not so under torch's reentrant checkpoint: there the first run had no gradients, and this is the one that counts.
+    """
+    if torch.compiler.is_compiling() or not in_backward():
+        return False
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.backward.__code__:
+            return False
+        frame = frame.f_back
+    return True
