@@ -32,7 +32,7 @@ class AveragedByHooks(Strategy):
     waiting: set[int] = dataclasses.field(default_factory=set, compare=False)
     hooks: list = dataclasses.field(default_factory=list, compare=False)
 
-    def mesh_axes(self, world_size):
+    def mesh_axes(self, world_size, local_world_size):
         return {"data": world_size}
 
     def wrap(self, module, optimizers, run, placement):

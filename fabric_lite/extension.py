@@ -30,6 +30,7 @@ class ModuleExtension:
         engine: Its ``forward`` is called instead of the module's where gradients are on; None: the module is enough.
         hooked: Whether the engine is made of the module's own forward hooks (``fully_shard``), so that a call of
             ``model.forward(x)`` by hand must go through ``__call__``.
+        reset: Called before each forward from outside, see ``Engine``.
         handles: Hooks that are removed on release.
     """
 
@@ -38,6 +39,7 @@ class ModuleExtension:
     precision: Precision
     engine: nn.Module | None = None
     hooked: bool = False
+    reset: Callable[[], None] | None = None
     handles: list[Any] = dataclasses.field(default_factory=list)
     # Plain attributes, since a threading.local breaks torch.compile: whether the engine is calling back, what it is to
     # run, and the thread in which it does.
@@ -57,6 +59,8 @@ class ModuleExtension:
 
     def enter(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run ``target`` in the run's precision, through the engine where gradients are to be synchronised."""
+        if self.reset is not None and not torch.compiler.is_compiling() and not in_backward():
+            self.reset()
         precision = self.precision
         if precision.compute_dtype is not None:
             with torch.autocast(self.device_type, precision.compute_dtype):

@@ -26,7 +26,7 @@ from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueE
 from fabric_lite.extension import ModuleExtension
 from fabric_lite.guards import SynchronisationGuard
 from fabric_lite.init import place, tensors_on
-from fabric_lite.mesh import build_mesh, join, leave
+from fabric_lite.mesh import build_mesh, data_share, join, leave
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.optim import LossScaler, check_belongs, extend_optimizer, parameters_of, repoint
 from fabric_lite.precision import Precision
@@ -122,6 +122,11 @@ class Fabric:
     def strategy(self) -> Strategy:
         """The layout of models over the ranks."""
         return self._run.strategy
+
+    @property
+    def device_mesh(self) -> Any:
+        """The ``DeviceMesh`` of the strategy's axes (``"shard"``, ``"tensor_parallel"``, ...); None without axes."""
+        return self._launched().mesh
 
     @property
     def precision(self) -> Precision:
@@ -226,7 +231,7 @@ class Fabric:
         extension = ModuleExtension(self, self.device.type, self.precision)
         names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
         engine = self.strategy.wrap(module, _optimizers, extension.run, placement)
-        extension.engine, extension.hooked = engine.module, engine.hooked
+        extension.engine, extension.hooked, extension.reset = engine.module, engine.hooked, engine.reset
         extension.frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
         extend_module(module, extension)
         for optimizer in _optimizers:
@@ -274,12 +279,12 @@ class Fabric:
         Returns:
             The loader, or a list of several.
         """
-        self._launched()
+        placement = self._launched()
         if not dataloaders:
             raise FabricValueError("setup_dataloaders() needs at least one loader.", fix="setup_dataloaders(loader)")
         check_loaders(
             dataloaders,
-            world_size=self.world_size,
+            world_size=placement.data_world_size,
             shard=use_distributed_sampler,
             pad=pad,
             uneven=uneven,
@@ -289,8 +294,8 @@ class Fabric:
         extended = [
             extend_loader(
                 loader,
-                rank=self.global_rank,
-                world_size=self.world_size,
+                rank=placement.data_rank,
+                world_size=placement.data_world_size,
                 device=self.device if move_to_device else None,
                 shard=use_distributed_sampler,
                 pad=pad,
@@ -301,9 +306,9 @@ class Fabric:
         ]
         for loader in extended:
             self._set_up.add(loader)
-        if self.world_size > 1 and use_distributed_sampler:
+        if placement.data_world_size > 1 and use_distributed_sampler:
             for loader in dataloaders:
-                self._say_global_batch(getattr(loader, "batch_size", None))
+                self._say_global_batch(getattr(loader, "batch_size", None), placement.data_world_size)
         return extended[0] if len(extended) == 1 else extended
 
     def release(self, *objects: Any) -> Any:
@@ -401,7 +406,9 @@ class Fabric:
             with self.strategy.no_sync(module, extension.engine):
                 yield
         except BaseException:
-            self.strategy.drop_gradients(module)
+            for parameter in module.parameters():
+                parameter.grad = None
+            self.strategy.forget_unsynchronised(module)
             raise
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -545,19 +552,21 @@ class Fabric:
         """Join the other ranks and take this rank's device; the first thing that communicates."""
         if self.device.index is not None:
             torch.accelerator.set_device_index(self.device.index)
-        axes = self.strategy.mesh_axes(self.world_size)
+        axes = self.strategy.mesh_axes(self.world_size, self._run.topology.local_world_size)
         if self.world_size > 1 or axes:
             self._owns_group = join(self._run.topology, self.device)
         if self._owns_group:
             atexit.register(_close_at_exit, weakref.ref(self))
-        self._placement = Placement(self.device, self.precision, self.world_size, build_mesh(self.device, axes))
+        mesh = build_mesh(self.device, axes)
+        share = data_share(mesh, self.strategy.data_axes, (self.global_rank, self.world_size))
+        self._placement = Placement(self.device, self.precision, self.world_size, mesh, *share)
         for notice in self._run.notices:
             rank_zero_info(notice)
 
-    def _say_global_batch(self, batch_size: int | None) -> None:
+    @staticmethod
+    def _say_global_batch(batch_size: int | None, ranks: int) -> None:
         if batch_size is not None:
-            total = batch_size * self.world_size
-            rank_zero_info(f"batch_size={batch_size} on each of {self.world_size} ranks: {total} samples a step")
+            rank_zero_info(f"batch_size={batch_size} on each of {ranks} ranks: {batch_size * ranks} samples a step")
 
     def _launched(self) -> Placement:
         if self._is_closed:

@@ -19,7 +19,7 @@ from fabric_lite.topology import Topology
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["build_mesh", "existing_group", "join", "leave"]
+__all__ = ["build_mesh", "data_share", "existing_group", "join", "leave"]
 
 
 def join(topology: Topology, device: torch.device, timeout_seconds: float | None = None) -> bool:
@@ -84,6 +84,23 @@ def build_mesh(device: torch.device, axes: Mapping[str, int]) -> DeviceMesh | No
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+
+def data_share(mesh: DeviceMesh | None, axes: tuple[str, ...] | None, ranks: tuple[int, int]) -> tuple[int, int]:
+    """Return which share of the data this rank gets, and of how many.
+
+    Args:
+        mesh: The mesh of all ranks.
+        axes: Those along which ranks get different data, the slowest first; None is all.
+        ranks: This rank and the number of ranks: the answer where all get different data.
+    """
+    if mesh is None or axes is None:
+        return ranks
+    share, shares = 0, 1
+    for axis in axes:
+        size = mesh[axis].size()
+        share, shares = share * size + mesh.get_local_rank(axis), shares * size
+    return share, shares
 
 
 @dataclasses.dataclass

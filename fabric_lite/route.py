@@ -75,7 +75,7 @@ def release_module(module: nn.Module) -> None:
     for handle in extension.handles:
         handle.remove()
     # The engine holds the module and the module its engine: cut, so that memory goes without the collector.
-    extension.engine = extension.target = extension.compiled = None
+    extension.engine = extension.target = extension.compiled = extension.reset = None
 
 
 def compiled_from(module: Any) -> nn.Module | None:

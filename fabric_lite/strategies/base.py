@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,12 +30,16 @@ class Placement:
         precision: The run's dtypes.
         world_size: The number of ranks.
         mesh: All ranks, with the axes that :meth:`Strategy.mesh_axes` asked for; None where it asked for none.
+        data_rank: Which share of the data this rank gets.
+        data_world_size: Into how many shares the data is dealt; ranks of one tensor-parallel group get the same share.
     """
 
     device: torch.device
     precision: Precision
     world_size: int = 1
     mesh: DeviceMesh | None = None
+    data_rank: int = 0
+    data_world_size: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +50,12 @@ class Engine:
         module: Its ``forward`` is called instead of the user's where gradients are on, and must call the ``run`` that
             ``wrap`` was given. None where the user's module itself is called.
         hooked: Whether the work is done by forward hooks on the user's module (as ``fully_shard`` does).
+        reset: Called before a forward from outside; makes hooks usable again that an exception has interrupted.
     """
 
     module: nn.Module | None = None
     hooked: bool = False
+    reset: Callable[[], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +81,27 @@ class Strategy:
         """Whether more than one rank can take part."""
         return True
 
-    def mesh_axes(self, world_size: int) -> Mapping[str, int]:
-        """Return the mesh's axes, name to size, whose product is ``world_size``; empty: no mesh is needed."""
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are spread over the ranks.
+
+        Then ``init_module(empty_init=True)`` makes modules on the meta device, ``wrap`` is given them so, their values
+        are filled in after it, and checkpoints are folders unless ``state_dict_type`` says otherwise.
+        """
+        return False
+
+    @property
+    def data_axes(self) -> tuple[str, ...] | None:
+        """The axes of the mesh along which ranks get different data; None: all ranks do."""
+        return None
+
+    def mesh_axes(self, world_size: int, local_world_size: int) -> Mapping[str, int]:
+        """Return the mesh's axes, name to size, whose product is ``world_size``; empty: no mesh is needed.
+
+        Args:
+            world_size: The number of ranks.
+            local_world_size: How many of them are on this node.
+        """
         return {}
 
     def materialize(self, module: nn.Module, placement: Placement) -> None:
@@ -136,7 +161,10 @@ class Strategy:
         """
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
 
-    def drop_gradients(self, module: nn.Module) -> None:
-        """Forget all gradients of ``module``, also those that wait to be synchronised."""
-        for parameter in module.parameters():
-            parameter.grad = None
+    def forget_unsynchronised(self, module: nn.Module, parameters: Container[int] | None = None) -> None:
+        """Forget gradients that wait to be synchronised and that ``parameter.grad`` does not show.
+
+        Args:
+            module: Set up under this strategy.
+            parameters: The ``id`` of each parameter it is about; None is all.
+        """

@@ -28,7 +28,11 @@ class FSDPStrategy(Strategy):
     auto_wrap_policy: frozenset[type[nn.Module]] = frozenset()
     reshard_after_forward: bool = True
 
-    def mesh_axes(self, world_size: int) -> Mapping[str, int]:
+    @property
+    def is_sharded(self) -> bool:
+        return True
+
+    def mesh_axes(self, world_size: int, local_world_size: int) -> Mapping[str, int]:
         return {"shard": world_size}
 
     def wrap(
