@@ -1,4 +1,4 @@
-"""Optimizers as they are: loss scaling on torch's step hooks, parameters re-pointed after sharding.
+"""Optimizers as they are: followed by torch's step hooks, parameters re-pointed after sharding.
 
 No class is changed and no method replaced, so schedulers, closures and pickling stay torch's own.
 """
@@ -6,22 +6,18 @@ No class is changed and no method replaced, so schedulers, closures and pickling
 from __future__ import annotations
 
 import dataclasses
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from fabric_lite.adopt import HOLDER
-from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
+from fabric_lite.errors import FabricValueError
+from fabric_lite.loss_scaling import Hidden, LossScaler
+from fabric_lite.parameters import parameters_of
 
 __all__ = ["LossScaler", "check_belongs", "extend_optimizer", "parameters_of", "release_optimizer", "repoint"]
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Return all parameters of ``optimizer``, group by group."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def check_belongs(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
@@ -110,12 +106,12 @@ def extend_optimizer(
 
 def _replace_step(optimizer: torch.optim.Optimizer, engine_step: Callable[[torch.optim.Optimizer], None]) -> list[Any]:
     """By hooks, since a scheduler made earlier would go around an exchanged method."""
-    hidden: list[_Hidden] = []
+    hidden: list[Hidden] = []
 
     def before(*_: Any) -> None:
         if any(parameter.grad is not None for parameter in parameters_of(optimizer)):
             hidden.clear()  # left by a step that raised; nested steps find no gradients
-        hidden.append(_Hidden.of(optimizer))
+        hidden.append(Hidden.of(optimizer))
 
     def after(*_: Any) -> None:
         hidden.pop().restore(optimizer)
@@ -132,228 +128,3 @@ def release_optimizer(optimizer: torch.optim.Optimizer, scaler: LossScaler | Non
         handle.remove()
     if scaler is not None:
         scaler.detach(optimizer)
-
-
-class LossScaler:
-    """One ``torch.amp.GradScaler`` for all optimizers of a run, driven by their step hooks.
-
-    The user writes ``fabric.backward(loss)`` and ``optimizer.step()``. Gradients are unscaled before the step or
-    before clipping, whichever comes first; a step on overflowed gradients does nothing. The scale changes only at
-    the start of a backward at which no optimizer still holds scaled gradients that it has neither stepped on nor
-    cleared, so two optimizers with one iteration between them make one update.
-
-    Args:
-        device_type: Device type of the gradients.
-    """
-
-    def __init__(self, device_type: str) -> None:
-        self._scaler = torch.amp.GradScaler(device_type)
-        self._watches: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Watch] = weakref.WeakKeyDictionary()
-        self._in_backward = False
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let ``optimizer.step()`` unscale, check for overflow, and skip."""
-        watch = self._watches[optimizer] = _Watch(weakref.ref(optimizer))
-        watch.handles = [
-            optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before_step(watch, args, kwargs)),
-            optimizer.register_step_post_hook(lambda *_: watch.after_step()),
-        ]
-
-    def detach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the hooks off again."""
-        for handle in self._watches.pop(optimizer).handles:
-            handle.remove()
-
-    def backward(self, loss: torch.Tensor, run: Callable[[torch.Tensor], None]) -> None:
-        """Call ``run`` with ``loss`` times the scale, after the update that is due.
-
-        Raises:
-            FabricRuntimeError: It added scaled gradients onto those that were unscaled for clipping.
-        """
-        self._update_if_due()
-        unscaled = {watch: watch.versions() for watch in self._watches.values() if watch.unscaled}
-        self._in_backward = True
-        try:
-            run(self._scaler.scale(loss))
-        finally:
-            self._in_backward = False
-        if any(watch.versions() != before for watch, before in unscaled.items()):
-            raise FabricRuntimeError(
-                "Gradients were added to gradients that are clipped already.",
-                given="fabric.clip_gradients(), then another fabric.backward() before optimizer.step()",
-                fix="clip once, after the last backward of the window; zero_grad() gives a window up",
-            )
-
-    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients by the scale, once per step; for clipping.
-
-        Raises:
-            FabricValueError: The optimizer was not set up, so its step would know nothing of the scale.
-        """
-        watch = self._watches.get(optimizer)
-        if watch is None:
-            raise FabricValueError(
-                f"This {type(optimizer).__name__} was not set up, and the precision scales the loss.",
-                given="clip_gradients() in precision 16-mixed",
-                fix="model, optimizer = fabric.setup(model, optimizer)",
-            )
-        if not watch.unscaled and watch.holds_gradients():
-            self._scaler.unscale_(watch.fresh_recorder())  # type: ignore[arg-type]
-            watch.unscaled = True
-
-    def check_plain_backward(self, _: torch.Tensor) -> None:
-        """A hook for parameters that have just received a gradient: raises when the loss was not scaled."""
-        if not self._in_backward:
-            raise FabricRuntimeError(
-                "loss.backward() was called in a precision that scales the loss, so gradients would be wrong.",
-                given="precision 16-mixed",
-                fix="fabric.backward(loss)",
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The scale and its growth counter, after the update that is due."""
-        self._update_if_due()
-        return self._scaler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a scale; what was going on until now makes no update of it."""
-        for watch in self._watches.values():
-            watch.begin_anew()
-        self._scaler.load_state_dict(state)
-
-    def _before_step(self, watch: _Watch, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        if kwargs.get("closure") is not None or any(callable(argument) for argument in args[1:]):
-            raise FabricTypeError(
-                "A closure cannot be used with loss scaling: it would run backward on an unscaled loss.",
-                given=f"{type(args[0]).__name__}.step(closure) in precision 16-mixed",
-                fix="call fabric.backward(loss) and optimizer.step() without a closure, or use bf16-mixed",
-            )
-        watch.depth += 1
-        if watch.depth > 1 or not watch.holds_gradients():
-            return
-        recorder = watch.recorder if watch.unscaled else watch.fresh_recorder()
-        self._scaler.step(recorder)  # type: ignore[arg-type]
-        watch.stepped = True
-        if not recorder.may_step:
-            watch.overflowed = True
-            watch.hidden = _Hidden.of(args[0])
-
-    def _update_if_due(self) -> None:
-        watches = list(self._watches.values())
-        for watch in watches:
-            watch.recover()
-        stepped = {id(parameter) for watch in watches if watch.stepped for parameter in watch.parameters()}
-        waiting = [gradient for watch in watches if not watch.stepped for gradient in watch.waiting(stepped)]
-        overflowed = any(watch.overflowed for watch in watches)
-        if not stepped or (waiting and not overflowed):
-            return
-        before = self._scaler.get_scale()
-        self._scaler.update()
-        for gradient in waiting:
-            # Else one optimizer that is not stepped on for long would keep a scale at which nothing trains.
-            gradient.mul_(self._scaler.get_scale() / before)
-        for watch in watches:
-            if watch.stepped or not watch.unscaled:
-                watch.begin_anew()
-
-
-class _StepRecorder:
-    """Stands for the optimizer in ``GradScaler.step``, which calls ``step`` only if all gradients are finite."""
-
-    def __init__(self, optimizer: weakref.ref[torch.optim.Optimizer]) -> None:
-        self._optimizer = optimizer
-        self.may_step = False
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        optimizer = self._optimizer()
-        return [] if optimizer is None else optimizer.param_groups
-
-    def step(self) -> None:
-        self.may_step = True
-
-
-@dataclasses.dataclass(eq=False)
-class _Watch:
-    """Where one optimizer stands between two updates of the scale."""
-
-    optimizer: weakref.ref[torch.optim.Optimizer]
-    handles: list[Any] = dataclasses.field(default_factory=list)
-    # GradScaler knows optimizers by id: used recorders stay alive until the update.
-    recorders: list[_StepRecorder] = dataclasses.field(default_factory=list)
-    depth: int = 0  # a subclass that calls super().step() fires the hooks twice
-    stepped: bool = False
-    overflowed: bool = False
-    unscaled: bool = False
-    hidden: _Hidden | None = None
-
-    @property
-    def recorder(self) -> _StepRecorder:
-        return self.recorders[-1]
-
-    def fresh_recorder(self) -> _StepRecorder:
-        """A stand-in that GradScaler has not seen: it allows each of them one step between two updates."""
-        self.recorders.append(_StepRecorder(self.optimizer))
-        return self.recorder
-
-    def begin_anew(self) -> None:
-        self.recorders.clear()
-        self.stepped = self.overflowed = self.unscaled = False
-
-    def parameters(self) -> list[torch.Tensor]:
-        optimizer = self.optimizer()
-        return [] if optimizer is None else parameters_of(optimizer)
-
-    def holds_gradients(self) -> bool:
-        return any(parameter.grad is not None for parameter in self.parameters())
-
-    def waiting(self, stepped: set[int]) -> list[torch.Tensor]:
-        """The scaled gradients that were neither stepped on nor cleared; zeros are cleared ones."""
-        if self.unscaled:
-            return []
-        return [p.grad for p in self.parameters() if p.grad is not None and id(p) not in stepped and p.grad.any()]
-
-    def versions(self) -> list[int]:
-        """A number for each gradient that changes when something is added to it."""
-        return [-1 if parameter.grad is None else parameter.grad._version for parameter in self.parameters()]
-
-    def after_step(self) -> None:
-        self.depth -= 1
-        optimizer = self.optimizer()
-        if self.depth == 0 and optimizer is not None:
-            self.unscaled = False
-            if self.hidden is not None:
-                self.hidden.restore(optimizer)
-            self.hidden = None
-
-    def recover(self) -> None:
-        """Before a backward: forget a step that raised, and a window that was given up after clipping."""
-        self.depth = 0
-        self.hidden = None  # its gradients overflowed
-        if self.unscaled and not any(p.grad is not None and p.grad.any() for p in self.parameters()):
-            self.unscaled = False
-
-
-@dataclasses.dataclass(frozen=True)
-class _Hidden:
-    """What a skipped step may not see or change: gradients, and the counters that some optimizers keep in groups."""
-
-    gradients: list[tuple[torch.Tensor, torch.Tensor | None]]
-    groups: list[dict[str, Any]]
-
-    @staticmethod
-    def of(optimizer: torch.optim.Optimizer) -> _Hidden:
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        parameters = parameters_of(optimizer)
-        gradients = [(parameter, parameter.grad) for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        return _Hidden(gradients, groups)
-
-    def restore(self, optimizer: torch.optim.Optimizer) -> None:
-        for parameter, gradient in self.gradients:
-            parameter.grad = gradient
-        for group, options in zip(optimizer.param_groups, self.groups, strict=True):
-            parameters = group["params"]
-            group.clear()
-            group.update({"params": parameters, **options})

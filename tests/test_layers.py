@@ -14,8 +14,8 @@ import fabric_lite
 PACKAGE = Path(fabric_lite.__file__).parent
 LAYERS = [
     {"errors", "trees", "attribute_dict"},
-    {"precision", "topology", "run_config"},
-    {"adopt", "mesh", "collectives", "device", "init", "seed", "callbacks"},
+    {"precision", "topology", "run_config", "parameters"},
+    {"adopt", "mesh", "collectives", "device", "init", "seed", "callbacks", "loss_scaling", "clipping"},
     {"extension", "optim", "notices"},
     {"guards"},
     {"route"},
