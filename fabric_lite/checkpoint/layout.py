@@ -10,13 +10,25 @@ import torch
 from fabric_lite.collectives import broadcast_object, gather_objects, rank
 from fabric_lite.errors import CheckpointError
 
-__all__ = ["full_tensors", "is_sharded", "laid_out_like"]
+__all__ = ["full_tensors", "is_sharded", "laid_out_like", "local_box"]
 
 
 def is_sharded(value: Any) -> bool:
     """Whether ``value`` is a DTensor; asks without importing torch.distributed.tensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
+
+
+def local_box(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offset and shape of the box of the whole tensor that a DTensor holds on this rank; nothing is communicated.
+
+    The shape has a 0 where the rank holds nothing. No placement may be partial.
+    """
+    # Private, and the only function that knows uneven shards and the strided ones of FSDP over tensor parallel.
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(offset), tuple(shape)
 
 
 def full_tensors(sharded: dict[str, Any]) -> dict[str, torch.Tensor | None]:
