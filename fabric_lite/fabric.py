@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from fabric_lite import checkpoint, collectives, run_config
 from fabric_lite import seed as random_seed
 from fabric_lite.adopt import extension_of
 from fabric_lite.callbacks import call_hook, has_hook
+from fabric_lite.clearing import extend_zero_grad
 from fabric_lite.collectives import Collectives
 from fabric_lite.data import check_loaders, extend_loader, move_to_device
 from fabric_lite.device import Accelerator
@@ -225,12 +227,18 @@ class Fabric:
         placement = self._launched()
         self._set_up.check_new([module], nn.Module)
         check_module(module)
-        if move_to_device:
-            self.strategy.materialize(module, placement)
-        place(module, self.device if move_to_device else None, self.precision.param_dtype)
+        is_sharded = self.strategy.is_sharded
+        values: Any = None
+        fill = None if values is None else functools.partial(values.fill, module)
+        if move_to_device and (not is_sharded or fill is None):
+            self.strategy.materialize(module, placement, fill)
+        # A sharded model comes to its device in wrap, block by block: it need not fit there as a whole.
+        place(module, self.device if move_to_device and not is_sharded else None, self.precision.param_dtype)
         extension = ModuleExtension(self, self.device.type, self.precision)
         names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
         engine = self.strategy.wrap(module, _optimizers, extension.run, placement)
+        if is_sharded and fill is not None:
+            self.strategy.materialize(module, placement, fill)
         extension.engine, extension.hooked, extension.reset = engine.module, engine.hooked, engine.reset
         extension.frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
         extend_module(module, extension)
@@ -430,7 +438,9 @@ class Fabric:
         """A context in which a module is made in place and dtype.
 
         Args:
-            empty_init: True leaves parameters uninitialised, for a model whose weights are loaded next.
+            empty_init: True leaves parameters uninitialised, for a model whose weights are loaded next. Under a sharded
+                strategy it makes them on the meta device instead: ``setup`` shards the model before any rank holds it
+                whole, and fills in the values that the same construction has otherwise.
         """
         return tensors_on(self.device, self.precision.param_dtype, skip_initialisation=bool(empty_init))
 
@@ -592,7 +602,13 @@ class Fabric:
         # With several ranks, gradients that no engine has seen would let the ranks drift apart.
         guard = SynchronisationGuard(self._set_up.modules) if self.world_size > 1 else None
         extend_optimizer(optimizer, self, self._scaler, guard, engine_step, after_step if wanted else None)
+        if self.strategy.is_sharded:
+            extension_of(optimizer).handles.append(extend_zero_grad(optimizer, self._forget_unsynchronised))
         self._set_up.add(optimizer)
+
+    def _forget_unsynchronised(self, parameters: Container[int]) -> None:
+        for module in self._set_up.modules():
+            self.strategy.forget_unsynchronised(module, parameters)
 
 
 def _close_at_exit(reference: weakref.ref[Fabric]) -> None:

@@ -15,7 +15,7 @@ PACKAGE = Path(fabric_lite.__file__).parent
 LAYERS = [
     {"errors", "trees", "attribute_dict"},
     {"precision", "topology", "run_config", "parameters"},
-    {"adopt", "mesh", "collectives", "device", "init", "seed", "callbacks", "loss_scaling", "clipping"},
+    {"adopt", "mesh", "collectives", "device", "init", "seed", "callbacks", "clearing", "loss_scaling", "clipping"},
     {"extension", "optim", "notices"},
     {"guards"},
     {"route"},

@@ -30,6 +30,8 @@ STRATEGY_REGISTRY: dict[str, Callable[[], Strategy]] = {
     "ddp_fork": lambda: DDPStrategy(start_method="fork"),
     "ddp_notebook": lambda: DDPStrategy(start_method="fork"),
     "fsdp": FSDPStrategy,
+    "fsdp_cpu_offload": lambda: FSDPStrategy(cpu_offload=True),
+    "hsdp": lambda: FSDPStrategy(replicas="auto"),
 }
 
 

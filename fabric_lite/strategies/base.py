@@ -91,6 +91,11 @@ class Strategy:
         return False
 
     @property
+    def state_dict_type(self) -> str:
+        """What ``Fabric.save`` writes by default: "full", one file, or "sharded", a folder written by all ranks."""
+        return "sharded" if self.is_sharded else "full"
+
+    @property
     def data_axes(self) -> tuple[str, ...] | None:
         """The axes of the mesh along which ranks get different data; None: all ranks do."""
         return None
@@ -104,12 +109,21 @@ class Strategy:
         """
         return {}
 
-    def materialize(self, module: nn.Module, placement: Placement) -> None:
-        """Give a module that was made on the meta device its values on ``placement.device``.
+    def materialize(self, module: nn.Module, placement: Placement, fill: Callable[[torch.device], None] | None) -> None:
+        """Give a module that was made on the meta device its memory and its values.
+
+        Args:
+            module: Laid out by :meth:`wrap` before, where the strategy is sharded.
+            placement: Device, precision and mesh.
+            fill: Gives it the values of an ordinary construction, on a device. None: it was not made in
+                ``fabric.init_module()``, so nobody knows its values.
 
         Raises:
-            StrategyError: By default, for a module with parameters or buffers on the meta device.
+            StrategyError: ``fill`` is None, and the module has parameters or buffers on the meta device.
         """
+        if fill is not None:
+            fill(placement.device)
+            return
         on_meta = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
         if on_meta:
             raise StrategyError(

@@ -24,7 +24,7 @@ from tests.models import batches, make_net
 STRATEGIES = {
     "single_device": (1, "single_device"),
     "ddp": (2, "ddp"),
-    "fsdp": (2, FSDPStrategy(auto_wrap_policy=frozenset({nn.Linear}))),
+    "fsdp": (2, FSDPStrategy(auto_wrap_policy={nn.Linear})),
 }
 
 

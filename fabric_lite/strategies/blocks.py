@@ -1,0 +1,127 @@
+"""Which parts of a model are sharded by themselves: gathered just before they run and freed after."""
+
+from __future__ import annotations
+
+import collections
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from fabric_lite.errors import FabricTypeError, StrategyError
+
+__all__ = ["WrapPolicy", "check_policy", "choose_blocks"]
+
+WrapPolicy: TypeAlias = Collection[type[nn.Module]] | type[nn.Module] | Callable[..., bool]
+
+# Layers of one kind are worth a collective of their own if together they hold this share of the parameters.
+_WORTH_SHARE = 0.1
+# They have no forward of their own, so nothing would gather what they hold.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def choose_blocks(module: nn.Module, policy: WrapPolicy | None, option: str = "auto_wrap_policy") -> list[nn.Module]:
+    """Return the submodules to shard by themselves, inner ones first; ``module`` itself is never among them.
+
+    Submodules whose parameters are shared with modules outside them (tied weights) are left to the root's group.
+
+    Args:
+        module: The whole model.
+        policy: Classes, or one, whose instances are blocks (subclasses too); or a function ``f(module) -> bool``; or
+            one of torch's policies, ``f(module, recurse, nonwrapped_numel) -> bool``. None finds repeated layers.
+        option: The policy's name in errors.
+
+    Raises:
+        StrategyError: The classes occur nowhere in the model.
+    """
+    if policy is None:
+        wanted = _repeated_layers(module)
+    elif callable(policy) and not isinstance(policy, type):
+        wanted = [child for child in _inner_first(module) if _asks_for(policy, child)]
+    else:
+        classes = (policy,) if isinstance(policy, type) else tuple(policy)
+        wanted = [child for child in _inner_first(module) if isinstance(child, classes)]
+        if classes and not wanted and not isinstance(module, classes):
+            raise _found_nothing(module, classes, option)
+    candidates = [child for child in wanted if child is not module and not isinstance(child, _CONTAINERS)]
+    is_tied = _tied_outside(module)
+    return [child for child in candidates if not is_tied(child)]
+
+
+def check_policy(policy: Any, option: str) -> None:
+    """Raise FabricTypeError unless ``policy`` is None, classes of modules, or a function."""
+    if policy is None or (callable(policy) and not isinstance(policy, type)):
+        return
+    classes = [policy] if isinstance(policy, type) else policy
+    is_classes = isinstance(classes, Collection) and not isinstance(classes, str)
+    if not is_classes or not all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in classes):
+        raise FabricTypeError(
+            f"{option} must be classes of modules or a function.",
+            given=f"{option}={policy!r:.80}",
+            fix=f"{option}={{Block}}, {option}=lambda module: ..., or leave it out",
+        )
+
+
+def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
+    return reversed(list(module.modules()))
+
+
+def _repeated_layers(root: nn.Module) -> list[nn.Module]:
+    """The outermost layers of which a container holds several of one class, if they are a good part of the model."""
+    enough = _WORTH_SHARE * sum(parameter.numel() for parameter in root.parameters())
+    layers: list[nn.Module] = []
+    todo = [root]
+    while todo:
+        module = todo.pop()
+        found = _alike(module, enough) if isinstance(module, (nn.Sequential, *_CONTAINERS)) else []
+        layers += found
+        todo += [child for child in module.children() if not any(child is layer for layer in found)]
+    return layers
+
+
+def _alike(container: nn.Module, enough: float) -> list[nn.Module]:
+    """The children of one class that occurs several times and has ``enough`` parameters in all."""
+    by_class: dict[type, list[nn.Module]] = collections.defaultdict(list)
+    for child in container.children():
+        if not isinstance(child, _CONTAINERS):
+            by_class[type(child)].append(child)
+    return [
+        layer
+        for alike in by_class.values()
+        if len(alike) > 1 and sum(p.numel() for layer in alike for p in layer.parameters()) >= max(enough, 1)
+        for layer in alike
+    ]
+
+
+def _asks_for(policy: Callable[..., bool], module: nn.Module) -> bool:
+    """Torch's policies are asked with ``recurse=False``: whether to shard this module by itself."""
+    if next(module.parameters(), None) is None:
+        return False
+    if "recurse" in inspect.signature(policy).parameters:
+        return bool(policy(module, recurse=False, nonwrapped_numel=sum(p.numel() for p in module.parameters())))
+    return bool(policy(module))
+
+
+def _tied_outside(root: nn.Module) -> Callable[[nn.Module], bool]:
+    """Return whether a module shares a parameter with one outside it; torch keeps tied ones tied in one group only."""
+    owners: dict[int, list[nn.Module]] = collections.defaultdict(list)
+    for module in root.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].append(module)
+
+    def is_tied(block: nn.Module) -> bool:
+        inside = set(block.modules())
+        return any(owner not in inside for parameter in block.parameters() for owner in owners[id(parameter)])
+
+    return is_tied
+
+
+def _found_nothing(module: nn.Module, classes: tuple[type, ...], option: str) -> StrategyError:
+    names = ", ".join(sorted(kind.__name__ for kind in classes))
+    present = sorted({type(child).__name__ for child in module.modules() if child is not module})
+    return StrategyError(
+        f"{option}={{{names}}} found no {names} in the model, so nothing would be sharded per block.",
+        given=f"{type(module).__name__} made of {', '.join(present)}",
+        fix=f"one of these classes in {option}, or leave it out to choose the blocks automatically",
+    )

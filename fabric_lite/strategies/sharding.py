@@ -1,0 +1,165 @@
+"""``fully_shard`` (FSDP2) as the sharded strategies use it; every touch of its private state is in this module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Container, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fabric_lite.errors import StrategyError
+from fabric_lite.strategies.base import Engine, Placement
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["follow_rank_zero", "forget_unsynchronised", "no_sync", "shard_module"]
+
+
+def shard_module(
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    mesh: DeviceMesh | None,
+    placement: Placement,
+    *,
+    reshard_after_forward: bool | int | None = None,
+    cpu_offload: bool = False,
+) -> Engine:
+    """Shard each of ``blocks``, then what is left of ``module``, over ``mesh``; parts that are sharded already stay.
+
+    Every rank calls it. Parameters become DTensors, shards of dimension 0, on the mesh's device. At no time more than
+    one block is whole on that device.
+
+    Args:
+        module: The whole model, also one on the meta device.
+        blocks: Submodules that are gathered and freed one by one, inner ones first.
+        mesh: One axis (shard), or two (replicate, shard).
+        placement: Device and precision. Under a mixed precision parameters are gathered in its compute dtype and
+            gradients are reduced in its reduce dtype; the parameters themselves keep theirs.
+        reshard_after_forward: Whether parameters are freed after forward and gathered again for backward, or to how
+            many ranks. None: those of blocks are, those of the root are not, since backward needs them at once.
+        cpu_offload: Whether shards, gradients and optimizer state stay in the host's memory.
+
+    Raises:
+        StrategyError: A parameter is a scalar, or a class cannot be sharded.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    _check(module)
+    precision = placement.precision
+    options = {
+        "mesh": mesh,
+        "reshard_after_forward": reshard_after_forward,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=precision.compute_dtype, reduce_dtype=precision.reduce_dtype),
+        "offload_policy": (
+            CPUOffloadPolicy(pin_memory=placement.device.type != "cpu") if cpu_offload else OffloadPolicy()
+        ),
+    }
+    for part in [*blocks, module]:
+        if isinstance(part, FSDPModule):  # by the user's own hand
+            continue
+        kind = type(part)
+        try:
+            fully_shard(part, **options)  # type: ignore[arg-type]
+        except TypeError as error:
+            if "layout differs" not in str(error):
+                raise
+            raise StrategyError(
+                f"torch cannot shard a {kind.__name__}: it changes the class of the object, which this one forbids.",
+                given=f"{kind.__name__}({', '.join(base.__name__ for base in kind.__bases__)})",
+                fix=f"class {kind.__name__}(nn.Module, ...) with nn.Module as the first base",
+            ) from error
+        # Programs look models up by the name of their class and print it; torch writes FSDP before it.
+        type(part).__name__, type(part).__qualname__ = kind.__name__, kind.__qualname__
+    return Engine(hooked=True, reset=lambda: _reset(module))
+
+
+@torch.no_grad()
+def follow_rank_zero(module: nn.Module, device: torch.device) -> None:
+    """Give ``module`` rank 0's parameters and buffers, one at a time; every rank calls it.
+
+    Each rank keeps a shard of its own copy, so copies that differ (a script that sets no seed) would be mixed up.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.is_meta or hasattr(tensor, "placements"):  # DTensors are alike already
+            continue
+        sent = tensor.detach().to(device).contiguous()
+        dist.broadcast(sent, 0)
+        if sent.data_ptr() != tensor.data_ptr():
+            tensor.copy_(sent)
+
+
+@contextlib.contextmanager
+def no_sync(module: Any) -> Iterator[None]:
+    """A context in which the gradients of ``module``'s sharded parts add up on their rank."""
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)
+
+
+def forget_unsynchronised(module: nn.Module, parameters: Container[int] | None = None) -> None:
+    """Drop the unsharded gradients that wait for a backward that synchronises.
+
+    Neither ``module.zero_grad()`` nor the optimizer's reaches them, so that without this an accumulation that was given
+    up would be added to the next step's gradients.
+
+    Args:
+        module: A sharded module.
+        parameters: The ``id`` of each parameter it is about; None is all.
+    """
+    for group in _parameter_groups(module):
+        if parameters is None:
+            group._partial_reduce_output = None
+        for held in group.fsdp_params:
+            if parameters is None or id(held.sharded_param) in parameters:
+                held.unsharded_accumulated_grad = None
+                if hasattr(held, "_unsharded_param"):  # there from the first forward on
+                    held._unsharded_param.grad = None
+
+
+def is_synchronising(module: nn.Module) -> bool:
+    """Whether the next backward reduces gradients: False within :func:`no_sync`."""
+    return all(group.reduce_grads for group in _parameter_groups(module))
+
+
+def _reset(module: Any) -> None:
+    """Before a forward from outside: clean up after one, or a backward, that an exception has cut short."""
+    state = module._get_fsdp_state()
+    context = state._state_ctx
+    is_stale = context.iter_forward_root is not None or context.post_backward_final_callback_queued
+    if is_stale and state._is_root and hasattr(module, "reset_iter_state"):  # since torch 2.13
+        module.reset_iter_state()
+
+
+def _parameter_groups(module: nn.Module) -> Iterator[Any]:
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            state: Any = part._get_fsdp_state()
+            # Before torch 2.13 there was one group, or none, to a module.
+            groups = getattr(state, "_fsdp_param_groups", None)
+            yield from [state._fsdp_param_group] if groups is None and state._fsdp_param_group else groups or []
+
+
+def _check(module: nn.Module) -> None:
+    scalars = [name for name, parameter in module.named_parameters() if parameter.dim() == 0]
+    if scalars:
+        raise StrategyError(
+            "A parameter without dimensions cannot be sharded.",
+            given=f"{', '.join(scalars)} in {type(module).__name__}",
+            fix="nn.Parameter(torch.ones(1)) in the place of nn.Parameter(torch.tensor(1.0))",
+        )
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        raise StrategyError(
+            f"A {type(module).__name__} has no forward, so nothing would gather its parameters.",
+            given=f"setup({type(module).__name__})",
+            fix="a module with a forward that holds it, or setup() of each of its modules",
+        )
