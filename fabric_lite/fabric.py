@@ -8,7 +8,7 @@ import functools
 import gc
 import os
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -242,6 +242,8 @@ class Fabric:
         extension.engine, extension.hooked, extension.reset = engine.module, engine.hooked, engine.reset
         extension.frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
         extend_module(module, extension)
+        if engine.hooked:
+            extension.handles.append(extend_zero_grad(module, self.strategy.forget_unsynchronised))
         for optimizer in _optimizers:
             repoint(optimizer, names, module)
         if self._scaler is not None:
@@ -603,10 +605,11 @@ class Fabric:
         guard = SynchronisationGuard(self._set_up.modules) if self.world_size > 1 else None
         extend_optimizer(optimizer, self, self._scaler, guard, engine_step, after_step if wanted else None)
         if self.strategy.is_sharded:
-            extension_of(optimizer).handles.append(extend_zero_grad(optimizer, self._forget_unsynchronised))
+            extension_of(optimizer).handles.append(extend_zero_grad(optimizer, self._forget_unsynchronised_of))
         self._set_up.add(optimizer)
 
-    def _forget_unsynchronised(self, parameters: Container[int]) -> None:
+    def _forget_unsynchronised_of(self, optimizer: Optimizer) -> None:
+        parameters = {id(parameter) for parameter in parameters_of(optimizer)}
         for module in self._set_up.modules():
             self.strategy.forget_unsynchronised(module, parameters)
 

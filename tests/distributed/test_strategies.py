@@ -19,17 +19,13 @@ from torch.optim import Optimizer
 from fabric_lite import Fabric, Strategy, StrategyError
 from fabric_lite.strategies import Engine, FSDPStrategy, Placement
 from fabric_lite.testing import RankPool
-from tests.models import batches, make_net
+from tests.models import batches, full, make_net
 
 STRATEGIES = {
     "single_device": (1, "single_device"),
     "ddp": (2, "ddp"),
     "fsdp": (2, FSDPStrategy(auto_wrap_policy={nn.Linear})),
 }
-
-
-def full(tensor: Any) -> torch.Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
 def train_and_save(name: str, path: str, start: str | None, steps: int) -> Any:
