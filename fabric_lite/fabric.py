@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import gc
 import os
 import weakref
@@ -19,22 +18,23 @@ from torch.optim import Optimizer
 from fabric_lite import checkpoint, collectives, run_config
 from fabric_lite import seed as random_seed
 from fabric_lite.adopt import extension_of
-from fabric_lite.callbacks import call_hook, has_hook
-from fabric_lite.clearing import extend_zero_grad
+from fabric_lite.callbacks import call_hook
 from fabric_lite.collectives import Collectives
 from fabric_lite.data import check_loaders, extend_loader, move_to_device
 from fabric_lite.device import Accelerator
 from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
 from fabric_lite.extension import ModuleExtension
-from fabric_lite.guards import SynchronisationGuard
-from fabric_lite.init import place, tensors_on
+from fabric_lite.identity import Identity
+from fabric_lite.init import tensors_on
+from fabric_lite.loss_scaling import LossScaler
 from fabric_lite.mesh import build_mesh, data_share, join, leave
 from fabric_lite.notices import rank_zero_info
-from fabric_lite.optim import LossScaler, check_belongs, extend_optimizer, parameters_of, repoint
+from fabric_lite.optim import check_belongs
+from fabric_lite.parameters import parameters_of
 from fabric_lite.precision import Precision
 from fabric_lite.registry import Registry, release_from_others
-from fabric_lite.route import check_module, extend_module
 from fabric_lite.run import Arguments, resolve
+from fabric_lite.setting_up import Setup
 from fabric_lite.strategies import Placement, Strategy
 
 __all__ = ["Fabric"]
@@ -42,7 +42,7 @@ __all__ = ["Fabric"]
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Fabric:
+class Fabric(Identity):
     """Your loop on any hardware: devices, processes, precision, data and checkpoints behind a few calls.
 
     Args:
@@ -84,71 +84,15 @@ class Fabric:
         self._owns_group = False
         self._placement: Placement | None = None
         self._set_up = Registry(self, self.strategy, self._scaler)
+        self._setup = Setup(self, self._run, self._scaler, self._callbacks, self._set_up)
         self._is_closed = False
         if not self._run.needs_launch:
             self._connect()
-
-    # --- who and where am I -------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """This rank's device."""
-        return self._run.device
-
-    @property
-    def global_rank(self) -> int:
-        """0 to world_size - 1."""
-        return self._run.topology.rank
-
-    @property
-    def local_rank(self) -> int:
-        """The rank among the processes of this node."""
-        return self._run.topology.local_rank
-
-    @property
-    def node_rank(self) -> int:
-        """Which node this is."""
-        return self._run.topology.node_rank
-
-    @property
-    def world_size(self) -> int:
-        """The number of processes over all nodes."""
-        return self._run.topology.world_size
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this is rank 0."""
-        return self.global_rank == 0
-
-    @property
-    def strategy(self) -> Strategy:
-        """The layout of models over the ranks."""
-        return self._run.strategy
 
     @property
     def device_mesh(self) -> Any:
         """The ``DeviceMesh`` of the strategy's axes (``"shard"``, ``"tensor_parallel"``, ...); None without axes."""
         return self._launched().mesh
-
-    @property
-    def precision(self) -> Precision:
-        """The dtypes of this run."""
-        return self._run.precision
-
-    @property
-    def accelerator(self) -> Accelerator:
-        """The kind of device."""
-        return self._run.accelerator
-
-    @property
-    def loggers(self) -> list[Any]:
-        """All loggers."""
-        return self._loggers
-
-    @property
-    def logger(self) -> Any:
-        """The first logger, or None."""
-        return self._loggers[0] if self._loggers else None
 
     # --- launch -------------------------------------------------------------------------------------------------
 
@@ -216,7 +160,7 @@ class Fabric:
             check_belongs(optimizer, module)
         self.setup_module(module, move_to_device=move_to_device, _optimizers=optimizers)
         for optimizer in optimizers:
-            self._attach(optimizer)
+            self._setup.attach(optimizer)
         given = (module, *optimizers) if scheduler is None else (module, *optimizers, scheduler)
         return given if len(given) > 1 else module
 
@@ -226,32 +170,7 @@ class Fabric:
         """:meth:`setup` of a model alone."""
         placement = self._launched()
         self._set_up.check_new([module], nn.Module)
-        check_module(module)
-        is_sharded = self.strategy.is_sharded
-        values: Any = None
-        fill = None if values is None else functools.partial(values.fill, module)
-        if move_to_device and (not is_sharded or fill is None):
-            self.strategy.materialize(module, placement, fill)
-        # A sharded model comes to its device in wrap, block by block: it need not fit there as a whole.
-        place(module, self.device if move_to_device and not is_sharded else None, self.precision.param_dtype)
-        extension = ModuleExtension(self, self.device.type, self.precision)
-        names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
-        engine = self.strategy.wrap(module, _optimizers, extension.run, placement)
-        if is_sharded and fill is not None:
-            self.strategy.materialize(module, placement, fill)
-        extension.engine, extension.hooked, extension.reset = engine.module, engine.hooked, engine.reset
-        extension.frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
-        extend_module(module, extension)
-        if engine.hooked:
-            extension.handles.append(extend_zero_grad(module, self.strategy.forget_unsynchronised))
-        for optimizer in _optimizers:
-            repoint(optimizer, names, module)
-        if self._scaler is not None:
-            trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            check = self._scaler.check_plain_backward
-            extension.handles += [parameter.register_post_accumulate_grad_hook(check) for parameter in trainable]
-        self._set_up.add(module)
-        call_hook(self._callbacks, "on_after_setup", fabric=self, module=module)
+        self._setup.lay_out(module, _optimizers, placement, move_to_device)
         return module
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
@@ -263,7 +182,7 @@ class Fabric:
             )
         self._set_up.check_new(optimizers, Optimizer)
         for optimizer in optimizers:
-            self._attach(optimizer)
+            self._setup.attach(optimizer)
         return optimizers[0] if len(optimizers) == 1 else optimizers
 
     def setup_dataloaders(
@@ -594,24 +513,6 @@ class Fabric:
                 fix="fabric.launch() right after Fabric(...), or fabric-run --devices N script.py",
             )
         return self._placement
-
-    def _attach(self, optimizer: Optimizer) -> None:
-        def after_step(stepped: Optimizer, *_: Any) -> None:
-            call_hook(self._callbacks, "on_after_optimizer_step", strategy=self.strategy, optimizer=stepped)
-
-        wanted = has_hook(self._callbacks, "on_after_optimizer_step")
-        engine_step = self.strategy.step if self.strategy.owns_step else None
-        # With several ranks, gradients that no engine has seen would let the ranks drift apart.
-        guard = SynchronisationGuard(self._set_up.modules) if self.world_size > 1 else None
-        extend_optimizer(optimizer, self, self._scaler, guard, engine_step, after_step if wanted else None)
-        if self.strategy.is_sharded:
-            extension_of(optimizer).handles.append(extend_zero_grad(optimizer, self._forget_unsynchronised_of))
-        self._set_up.add(optimizer)
-
-    def _forget_unsynchronised_of(self, optimizer: Optimizer) -> None:
-        parameters = {id(parameter) for parameter in parameters_of(optimizer)}
-        for module in self._set_up.modules():
-            self.strategy.forget_unsynchronised(module, parameters)
 
 
 def _close_at_exit(reference: weakref.ref[Fabric]) -> None:

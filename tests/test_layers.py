@@ -21,6 +21,7 @@ LAYERS = [
     {"route"},
     {"strategies", "checkpoint", "data", "launch"},
     {"run", "registry"},
+    {"identity", "setting_up"},
     {"fabric"},
     {"testing", "__main__"},
 ]

@@ -1,0 +1,105 @@
+"""What ``setup`` does: lays models out as the strategy says, and lets others follow the steps of optimizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_lite.adopt import extension_of
+from fabric_lite.callbacks import call_hook, has_hook
+from fabric_lite.clearing import extend_zero_grad
+from fabric_lite.extension import ModuleExtension
+from fabric_lite.guards import SynchronisationGuard
+from fabric_lite.init import place
+from fabric_lite.loss_scaling import LossScaler
+from fabric_lite.optim import extend_optimizer, repoint
+from fabric_lite.parameters import parameters_of
+from fabric_lite.registry import Registry
+from fabric_lite.route import check_module, extend_module
+from fabric_lite.run import Run
+from fabric_lite.strategies import Placement
+
+__all__ = ["Setup"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """One Fabric's way of setting things up; each call checks all before it changes anything.
+
+    Args:
+        owner: The Fabric, as it stands in the extension of each object.
+        run: Device, precision and strategy.
+        scaler: Of a precision that scales the loss.
+        callbacks: Told of every module that was set up and of every step.
+        registry: Remembers what was set up.
+    """
+
+    owner: Any
+    run: Run
+    scaler: LossScaler | None
+    callbacks: tuple[Any, ...]
+    registry: Registry
+
+    def lay_out(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], placement: Placement, move_to_device: bool
+    ) -> None:
+        """Lay ``module`` out over the ranks, extend it in place, and point its optimizers at its new parameters."""
+        check_module(module)
+        strategy, precision = self.run.strategy, self.run.precision
+        values: Any = None
+        fill = None if values is None else functools.partial(values.fill, module)
+        if move_to_device and (not strategy.is_sharded or fill is None):
+            strategy.materialize(module, placement, fill)
+        # A sharded model comes to its device in wrap, block by block: it need not fit there as a whole.
+        moves = move_to_device and not strategy.is_sharded
+        place(module, placement.device if moves else None, precision.param_dtype)
+        extension = ModuleExtension(self.owner, placement.device.type, precision)
+        names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
+        engine = strategy.wrap(module, optimizers, extension.run, placement)
+        if strategy.is_sharded and fill is not None:
+            strategy.materialize(module, placement, fill)
+        extension.engine, extension.hooked, extension.reset = engine.module, engine.hooked, engine.reset
+        extension.frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+        extend_module(module, extension)
+        for optimizer in optimizers:
+            repoint(optimizer, names, module)
+        extension.handles += self._hooks(module, engine.hooked)
+        self.registry.add(module)
+        call_hook(self.callbacks, "on_after_setup", fabric=self.owner, module=module)
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Let the scaler, the guards, the engine and the callbacks follow the optimizer's steps."""
+
+        def after_step(stepped: Optimizer, *_: Any) -> None:
+            call_hook(self.callbacks, "on_after_optimizer_step", strategy=self.run.strategy, optimizer=stepped)
+
+        wanted = has_hook(self.callbacks, "on_after_optimizer_step")
+        strategy = self.run.strategy
+        engine_step = strategy.step if strategy.owns_step else None
+        # With several ranks, gradients that no engine has seen would let the ranks drift apart.
+        guard = SynchronisationGuard(self.registry.modules) if self.run.topology.world_size > 1 else None
+        extend_optimizer(optimizer, self.owner, self.scaler, guard, engine_step, after_step if wanted else None)
+        if strategy.is_sharded:
+            extension_of(optimizer).handles.append(extend_zero_grad(optimizer, self._forget_unsynchronised))
+        self.registry.add(optimizer)
+
+    def _hooks(self, module: nn.Module, hooked: bool) -> list[Any]:
+        """What is removed again when the module is released."""
+        handles: list[Any] = []
+        if hooked:
+            handles.append(extend_zero_grad(module, self.run.strategy.forget_unsynchronised))
+        if self.scaler is not None:
+            check = self.scaler.check_plain_backward
+            trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            handles += [parameter.register_post_accumulate_grad_hook(check) for parameter in trainable]
+        return handles
+
+    def _forget_unsynchronised(self, optimizer: Optimizer) -> None:
+        parameters = {id(parameter) for parameter in parameters_of(optimizer)}
+        for module in self.registry.modules():
+            self.run.strategy.forget_unsynchronised(module, parameters)
