@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
-from fabric_lite.parameters import parameters_of
+from fabric_lite.parameters import local_part, local_stand_ins, mesh_of, parameters_of, reduced
 
 __all__ = ["Hidden", "LossScaler"]
 
@@ -22,6 +24,9 @@ class LossScaler:
     before clipping, whichever comes first; a step on overflowed gradients does nothing. The scale changes only at
     the start of a backward at which no optimizer still holds scaled gradients that it has neither stepped on nor
     cleared, so two optimizers with one iteration between them make one update.
+
+    With DTensors among the parameters, an overflow on one rank skips the step on all, whatever the layouts; every rank
+    then calls ``step``, ``unscale`` and ``backward``.
 
     Args:
         device_type: Device type of the gradients.
@@ -114,6 +119,9 @@ class LossScaler:
             return
         recorder = watch.recorder if watch.unscaled else watch.fresh_recorder()
         self._scaler.step(recorder)  # type: ignore[arg-type]
+        if watch.is_laid_out():
+            recorder = watch.verdict(recorder)
+            self._scaler.step(recorder)  # type: ignore[arg-type]
         watch.stepped = True
         if not recorder.may_step:
             watch.overflowed = True
@@ -124,34 +132,48 @@ class LossScaler:
         for watch in watches:
             watch.recover()
         stepped = {id(parameter) for watch in watches if watch.stepped for parameter in watch.parameters()}
-        waiting = [gradient for watch in watches if not watch.stepped for gradient in watch.waiting(stepped)]
+        if not stepped:
+            return
+        waiting = [parameter for watch in watches if not watch.stepped for parameter in watch.waiting(stepped)]
         overflowed = any(watch.overflowed for watch in watches)
-        if not stepped or (waiting and not overflowed):
+        if not overflowed and _any_gradient(waiting):
             return
         before = self._scaler.get_scale()
         self._scaler.update()
-        for gradient in waiting:
+        for parameter in waiting:
             # Else one optimizer that is not stepped on for long would keep a scale at which nothing trains.
-            gradient.mul_(self._scaler.get_scale() / before)
+            local_part(parameter.grad).mul_(self._scaler.get_scale() / before)  # type: ignore[arg-type]
         for watch in watches:
             if watch.stepped or not watch.unscaled:
                 watch.begin_anew()
 
 
 class _StepRecorder:
-    """Stands for the optimizer in ``GradScaler.step``, which calls ``step`` only if all gradients are finite."""
+    """Stands for the optimizer in ``GradScaler.step``, which calls ``step`` only if all gradients are finite.
 
-    def __init__(self, optimizer: weakref.ref[torch.optim.Optimizer]) -> None:
-        self._optimizer = optimizer
+    Args:
+        groups: Returns the ``param_groups``.
+    """
+
+    def __init__(self, groups: Callable[[], list[dict[str, Any]]]) -> None:
+        self._groups = groups
         self.may_step = False
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        optimizer = self._optimizer()
-        return [] if optimizer is None else optimizer.param_groups
+        return self._groups()
 
     def step(self) -> None:
         self.may_step = True
+
+
+def _any_gradient(parameters: Sequence[torch.Tensor]) -> bool:
+    """Whether any element of the gradients is not zero, on any rank if any of ``parameters`` is laid out."""
+    found = any(bool(local_part(p.grad).any()) for p in parameters if p.grad is not None)
+    if not any(mesh_of(parameter) is not None for parameter in parameters):
+        return found
+    flag = torch.full((), float(found), device=local_part(parameters[0]).device)
+    return bool(reduced(flag, parameters, dist.ReduceOp.MAX))
 
 
 @dataclasses.dataclass(eq=False)
@@ -174,8 +196,31 @@ class _Watch:
 
     def fresh_recorder(self) -> _StepRecorder:
         """A stand-in that GradScaler has not seen: it allows each of them one step between two updates."""
-        self.recorders.append(_StepRecorder(self.optimizer))
+        self.recorders.append(_StepRecorder(self._groups))
         return self.recorder
+
+    def verdict(self, own: _StepRecorder) -> _StepRecorder:
+        """A stand-in whose one gradient overflows if ``own`` found an overflow on any rank; every rank calls.
+
+        So GradScaler backs off on all of them alike. What it makes of DTensors itself looks only at the layout of the
+        first, and agrees only along that one's mesh.
+        """
+        parameters = self.parameters()
+        flag = torch.full((), 0.0 if own.may_step else math.inf, device=local_part(parameters[0]).device)
+        flag = reduced(flag, parameters, dist.ReduceOp.MAX)
+        stand_in = flag.detach()
+        stand_in.grad = flag
+        self.recorders.append(_StepRecorder(lambda: [{"params": [stand_in]}]))
+        return self.recorder
+
+    def is_laid_out(self) -> bool:
+        return any(mesh_of(parameter) is not None for parameter in self.parameters())
+
+    def _groups(self) -> list[dict[str, Any]]:
+        optimizer = self.optimizer()
+        if optimizer is None or not self.is_laid_out():
+            return [] if optimizer is None else optimizer.param_groups
+        return [{"params": local_stand_ins(self.parameters())}]
 
     def begin_anew(self) -> None:
         self.recorders.clear()
@@ -189,10 +234,10 @@ class _Watch:
         return any(parameter.grad is not None for parameter in self.parameters())
 
     def waiting(self, stepped: set[int]) -> list[torch.Tensor]:
-        """The scaled gradients that were neither stepped on nor cleared; zeros are cleared ones."""
+        """The parameters with scaled gradients that were not stepped on; those that are all zero count as cleared."""
         if self.unscaled:
             return []
-        return [p.grad for p in self.parameters() if p.grad is not None and id(p) not in stepped and p.grad.any()]
+        return [p for p in self.parameters() if p.grad is not None and id(p) not in stepped]
 
     def versions(self) -> list[int]:
         """A number for each gradient that changes when something is added to it."""
@@ -211,7 +256,7 @@ class _Watch:
         """Before a backward: forget a step that raised, and a window that was given up after clipping."""
         self.depth = 0
         self.hidden = None  # its gradients overflowed
-        if self.unscaled and not any(p.grad is not None and p.grad.any() for p in self.parameters()):
+        if self.unscaled and not _any_gradient(self.parameters()):
             self.unscaled = False
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fabric_lite.clipping import clip_grad_norm
 from fabric_lite.errors import StrategyError
 from fabric_lite.precision import Precision
 
@@ -173,7 +174,7 @@ class Strategy:
         Returns:
             The norm before, a plain 0-dim tensor, equal on all ranks.
         """
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+        return clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite)
 
     def forget_unsynchronised(self, module: nn.Module, parameters: Container[int] | None = None) -> None:
         """Forget gradients that wait to be synchronised and that ``parameter.grad`` does not show.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,12 +126,6 @@ class FSDPStrategy(Strategy):
 
     def no_sync(self, module: nn.Module, engine: nn.Module | None) -> contextlib.AbstractContextManager[Any]:
         return sharding.no_sync(module)
-
-    def clip_grad_norm(
-        self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
-    ) -> torch.Tensor:
-        norm: Any = super().clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite)
-        return norm.full_tensor()
 
     def forget_unsynchronised(self, module: nn.Module, parameters: Container[int] | None = None) -> None:
         sharding.forget_unsynchronised(module, parameters)
