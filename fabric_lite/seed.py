@@ -14,7 +14,15 @@ import torch
 
 from fabric_lite.errors import FabricTypeError, FabricValueError
 
-__all__ = ["random_state", "reset_seed", "seed_everything", "set_random_state", "worker_seed_base"]
+__all__ = [
+    "random_state",
+    "reset_seed",
+    "seed_everything",
+    "set_random_state",
+    "set_shared_random_state",
+    "shared_random_state",
+    "worker_seed_base",
+]
 
 MAX_SEED = 2**32 - 1  # numpy takes no more
 
@@ -117,6 +125,24 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         module = accelerator[1]
         for index, device_state in enumerate(state["devices"][: module.device_count()]):
             _set_device_state(module, index, device_state.cpu())
+
+
+def shared_random_state(device: torch.device) -> dict[str, Any]:
+    """Return the state of this process's generators, and of ``device``'s, for a rank that is to draw the same numbers.
+
+    Unlike :func:`random_state` it fits a rank on another device of the same kind.
+    """
+    state = random_state()
+    index = state.pop("accelerator", None) and device.index
+    devices = state.pop("devices", [])
+    return state if index is None else {**state, "device": devices[index]}
+
+
+def set_shared_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Set this process's generators, and ``device``'s, to what :func:`shared_random_state` returned on another rank."""
+    set_random_state(state)
+    if "device" in state:
+        _set_device_state(torch.get_device_module(device), device.index, state["device"])
 
 
 def _checked(seed: Any) -> int:

@@ -8,6 +8,7 @@ from fabric_lite.errors import FabricTypeError, FabricValueError
 from fabric_lite.strategies.base import Engine, Placement, Strategy
 from fabric_lite.strategies.ddp import DDPStrategy
 from fabric_lite.strategies.fsdp import FSDPStrategy
+from fabric_lite.strategies.model_parallel import ModelParallelStrategy
 from fabric_lite.strategies.single import SingleDeviceStrategy
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "DDPStrategy",
     "Engine",
     "FSDPStrategy",
+    "ModelParallelStrategy",
     "Placement",
     "SingleDeviceStrategy",
     "Strategy",
