@@ -19,7 +19,7 @@ from fabric_lite.topology import Topology
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["build_mesh", "data_share", "existing_group", "join", "leave"]
+__all__ = ["backend_for", "build_mesh", "data_share", "existing_group", "join", "leave"]
 
 
 def join(topology: Topology, device: torch.device, timeout_seconds: float | None = None) -> bool:
@@ -43,7 +43,7 @@ def join(topology: Topology, device: torch.device, timeout_seconds: float | None
             )
         return _own.add_user()
     timeout = None if timeout_seconds is None else datetime.timedelta(seconds=timeout_seconds)
-    backend = dist.get_default_backend_for_device(device)
+    backend = backend_for(device)
     try:
         if topology.store_is_hosted:
             dist.init_process_group(backend, init_method="env://", timeout=timeout)
@@ -63,6 +63,15 @@ def join(topology: Topology, device: torch.device, timeout_seconds: float | None
     atexit.register(_own.end)
     _own.group = dist.group.WORLD
     return _own.add_user()
+
+
+def backend_for(device: torch.device) -> str:
+    """Return the backend of the default process group: gloo as well as the device's own, where that is another.
+
+    Parameters that are offloaded to the host's memory, and objects, travel by gloo.
+    """
+    own = dist.get_default_backend_for_device(device)
+    return own if device.type == "cpu" else f"cpu:gloo,{device.type}:{own}"
 
 
 def leave() -> None:

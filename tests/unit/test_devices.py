@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fabric_lite.device import Accelerator, choose_accelerator, parse_devices
+from fabric_lite.mesh import backend_for
 from fabric_lite.topology import Topology
 
 CPU = Accelerator("cpu")
@@ -168,3 +169,8 @@ def test_seeding_and_random_state_reach_the_accelerator() -> None:
         print(any(name == "set_rng_state" for name, _ in Module.calls))
     """)
     assert output.splitlines() == ["True", "True"]
+
+
+def test_the_group_of_an_accelerator_also_carries_what_is_in_the_hosts_memory() -> None:
+    assert backend_for(torch.device("cpu")) == "gloo"
+    assert backend_for(torch.device("cuda", 1)) == "cpu:gloo,cuda:nccl"
