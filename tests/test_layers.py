@@ -14,10 +14,10 @@ import fabric_lite
 PACKAGE = Path(fabric_lite.__file__).parent
 LAYERS = [
     {"errors", "trees", "attribute_dict"},
-    {"precision", "topology", "run_config", "parameters"},
+    {"precision", "topology", "run_config", "parameters", "activation_checkpointing"},
     {"adopt", "mesh", "collectives", "device", "init", "seed", "callbacks", "clearing", "loss_scaling", "clipping"},
     {"extension", "optim", "notices"},
-    {"guards"},
+    {"guards", "hooked", "buffers"},
     {"route"},
     {"strategies", "checkpoint", "data", "launch"},
     {"run", "registry"},
