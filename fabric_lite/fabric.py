@@ -19,6 +19,7 @@ from fabric_lite import checkpoint, collectives, run_config
 from fabric_lite import seed as random_seed
 from fabric_lite.adopt import extension_of
 from fabric_lite.callbacks import call_hook
+from fabric_lite.clipping import clip_grad_value
 from fabric_lite.collectives import Collectives
 from fabric_lite.data import check_loaders, extend_loader, move_to_device
 from fabric_lite.device import Accelerator
@@ -309,7 +310,7 @@ class Fabric(Identity):
             self._scaler.unscale(optimizer)
         parameters = parameters_of(optimizer)
         if clip_val is not None:
-            torch.nn.utils.clip_grad_value_(parameters, clip_val)
+            clip_grad_value(parameters, clip_val)
             return None
         assert max_norm is not None
         strict = error_if_nonfinite and self._scaler is None
@@ -412,14 +413,25 @@ class Fabric(Identity):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def save(
-        self, path: str | Path, state: Mapping[str, Any], filter: dict[str, Callable[[str, Any], bool]] | None = None
+        self,
+        path: str | Path,
+        state: Mapping[str, Any],
+        filter: dict[str, Callable[[str, Any], bool]] | None = None,
+        state_dict_type: str | None = None,
     ) -> None:
-        """Write ``state`` to one file, old or new and never in between; every rank calls.
+        """Write ``state`` to one file or a folder, old or new and never in between; every rank calls.
 
-        See :func:`fabric_lite.checkpoint.save`.
+        ``state_dict_type`` is "full" for a file that plain ``torch.load`` reads, "sharded" for a folder into which
+        every rank writes its own part; None asks the strategy. See :func:`fabric_lite.checkpoint.save`.
         """
         self._launched()
-        checkpoint.save(path, state, filter=filter)
+        checkpoint.save(
+            path,
+            state,
+            filter=filter,
+            state_dict_type=self.strategy.state_dict_type if state_dict_type is None else state_dict_type,
+            origin={"strategy": type(self.strategy).__name__, "precision": self.precision.name},
+        )
 
     def load(
         self,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fabric_lite.activation_checkpointing import checkpoint_activations, release_activations
 from fabric_lite.errors import FabricValueError
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.strategies import sharding
@@ -115,6 +116,8 @@ class FSDPStrategy(Strategy):
         if self.limit_all_gathers is not None:
             rank_zero_info("limit_all_gathers has no effect: FSDP2 always limits them")
         sharding.follow_rank_zero(module, placement.device)
+        if self.activation_checkpointing_policy is not None:
+            checkpoint_activations(module, self.activation_checkpointing_policy)
         return sharding.shard_module(
             module,
             choose_blocks(module, self.auto_wrap_policy),
@@ -123,6 +126,9 @@ class FSDPStrategy(Strategy):
             reshard_after_forward=self.reshard_after_forward,
             cpu_offload=self.cpu_offload,
         )
+
+    def unwrap(self, module: nn.Module) -> None:
+        release_activations(module)
 
     def no_sync(self, module: nn.Module, engine: nn.Module | None) -> contextlib.AbstractContextManager[Any]:
         return sharding.no_sync(module)

@@ -403,3 +403,22 @@ def nan_on_one_rank() -> bool:
 
 def test_a_norm_that_is_not_finite_raises_on_all_ranks_before_anything_changes(ranks: RankPool) -> None:
     assert ranks.run(nan_on_one_rank) == [True, True]
+
+
+def with_checkpointing(policy: Any) -> tuple[list[torch.Tensor], int]:
+    strategy = FSDPStrategy(activation_checkpointing_policy=policy)
+    fabric, model, optimizer = set_up(strategy)
+    kept: list[int] = []
+    for batch in batches(3):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = model(share(fabric, batch)).pow(2).mean()
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [full(parameter) for parameter in model.parameters()], sum(kept)
+
+
+def test_activation_checkpointing_changes_memory_and_nothing_else(ranks: RankPool) -> None:
+    plain, checkpointed = ranks.run(with_checkpointing, None)[0], ranks.run(with_checkpointing, {Block})[0]
+    assert all(torch.equal(one, two) for one, two in zip(plain[0], checkpointed[0], strict=True))
+    assert checkpointed[1] < plain[1] / 2
