@@ -1,4 +1,9 @@
-"""Writing a file so that its name always holds the old content or the new: temporary name, fsync, rename, fsync."""
+"""Writing so that a name always holds the old checkpoint or the new: temporary name, fsync, rename, fsync.
+
+A file and a folder are committed alike. Where something is replaced that a rename can't replace at once, the two
+exchange their names in one step of the system; where the file system has no such step, the old one stands under
+``.fabric-old-NAME`` until the new one is in place, and :func:`recovered` finds it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from fabric_lite.checkpoint.exchange import exchange
+from fabric_lite.checkpoint.manifest import MANIFEST, is_part_name
 from fabric_lite.errors import CheckpointError
 
 try:
@@ -19,9 +26,13 @@ try:
 except ImportError:  # Windows has no advisory locks; there a process id alone tells a live save
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["committed_file", "is_temporary"]
+__all__ = ["committed_file", "committed_folder", "fsync_folder", "is_temporary", "recovered"]
 
 _TEMPORARY = re.compile(r"\.fabric-save-(\d+)-[0-9a-f]{8}\.tmp")
+_KEPT = ".fabric-old-"
+# What torch.distributed.checkpoint and Lightning Fabric put into their folders.
+_DCP_MARK = ".metadata"
+_DCP_FILE = re.compile(r"\.metadata|meta\.pt|[^/]+\.distcp")
 
 
 def is_temporary(name: str) -> bool:
@@ -29,27 +40,27 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
+def recovered(path: Path) -> Path:
+    """Return where the checkpoint ``path`` stands: elsewhere only after a crash in the middle of replacing it."""
+    target = Path(os.path.realpath(path))
+    kept = _kept(target)
+    return kept if not os.path.lexists(target) and os.path.lexists(kept) else path
+
+
 @contextlib.contextmanager
 def committed_file(target: Path) -> Iterator[BinaryIO]:
     """Open a new file for reading and writing that becomes ``target`` when the block ends well.
 
-    Folders above it are created; permissions are those of any new file. Where ``target`` is a link, the file that it
-    points to is the one that is replaced or made, as ``open`` would, and the link stays. A block that raises leaves
-    ``target`` as it was and no file behind. What earlier processes left in the folder when they were killed is removed.
+    Folders above it are created; permissions are those of any new file. Where ``target`` is a link, what it points to
+    is replaced or made, as ``open`` would, and the link stays. A block that raises leaves ``target`` as it was and no
+    file behind. What earlier processes left in the folder when they were killed is removed.
 
     Raises:
-        CheckpointError: ``target`` is there and is no regular file, or is a link that leads back to itself.
+        CheckpointError: ``target`` is there and is neither a regular file nor a checkpoint's folder, or is a link
+            that leads back to itself.
         OSError: The folder or the disk did not allow it.
     """
-    target = Path(os.path.realpath(target))
-    if os.path.lexists(target) and not stat.S_ISREG(os.lstat(target).st_mode):
-        raise CheckpointError(
-            "This name is taken by something that is not a file.", given=target, fix="another name for the checkpoint"
-        )
-    folder = target.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    temporary = folder / f".fabric-save-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    target, temporary = _prepared(target)
     # 0o666 is what open() asks for: the umask decides.
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
@@ -59,16 +70,35 @@ def committed_file(target: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             if os.name != "nt":
-                os.replace(temporary, target)
+                _put_in_place(temporary, target)
         if os.name == "nt":  # there only a closed file can be renamed
-            os.replace(temporary, target)
+            _put_in_place(temporary, target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
-    _fsync_folder(folder)
 
 
-def _fsync_folder(folder: Path) -> None:
+@contextlib.contextmanager
+def committed_folder(target: Path) -> Iterator[Path]:
+    """Make a new folder that becomes ``target`` when the block ends well; one rank alone calls it.
+
+    Who writes into it makes its files durable; the folder itself is made so here. All else is as for
+    :func:`committed_file`.
+    """
+    target, temporary = _prepared(target)
+    temporary.mkdir()
+    try:
+        with _locked_folder(temporary):
+            yield temporary
+            fsync_folder(temporary)
+            _put_in_place(temporary, target)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def fsync_folder(folder: Path) -> None:
+    """Put the names in ``folder`` onto the disk."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -77,6 +107,92 @@ def _fsync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that can't sync a folder
             raise
+    finally:
+        os.close(descriptor)
+
+
+def _prepared(target: Path) -> tuple[Path, Path]:
+    """The name to replace, free or a checkpoint's, and a temporary name beside it."""
+    target = Path(os.path.realpath(target))
+    _check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target.parent)
+    return target, target.parent / f".fabric-save-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
+def _check_replaceable(target: Path) -> None:
+    if not os.path.lexists(target) or stat.S_ISREG(os.lstat(target).st_mode) or _is_checkpoint_folder(target):
+        return
+    raise CheckpointError(
+        "This name is taken by something that is no checkpoint: not a file, nor a folder with a checkpoint's files "
+        "only.",
+        given=target,
+        fix="another name for the checkpoint",
+    )
+
+
+def _is_checkpoint_folder(path: Path) -> bool:
+    """Whether this is a folder that is empty, or has the files of a checkpoint and nothing else."""
+    if not stat.S_ISDIR(os.lstat(path).st_mode):
+        return False
+    with os.scandir(path) as entries:
+        files = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+    if not all(files.values()):
+        return False
+    if all(name == MANIFEST or is_part_name(name) for name in files):
+        return True
+    return _DCP_MARK in files and all(_DCP_FILE.fullmatch(name) for name in files)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Let ``target`` be the new checkpoint in one step, then remove the old one."""
+    _check_replaceable(target)  # again: it has been a while
+    kept = _kept(target)
+    old_is_folder, new_is_folder = target.is_dir(), temporary.is_dir()
+    if not os.path.lexists(target) or not (old_is_folder or new_is_folder):
+        os.replace(temporary, target)
+        fsync_folder(target.parent)
+    elif exchange(temporary, target):
+        fsync_folder(target.parent)
+        _remove(temporary)
+    else:
+        _remove(kept)
+        os.rename(target, kept)
+        try:
+            os.rename(temporary, target)
+        except BaseException:
+            os.rename(kept, target)
+            raise
+        fsync_folder(target.parent)
+    _remove(kept)  # of this save, or of an earlier one that was killed in between
+
+
+def _kept(target: Path) -> Path:
+    return target.parent / f"{_KEPT}{target.name}"
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a checkpoint's folder; a folder that has got other things in it stays."""
+    # What can't be removed is in nobody's way: the checkpoint is in place, or its error is being raised, and the next
+    # save tries again.
+    with contextlib.suppress(OSError):
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            os.unlink(path)
+        elif _is_checkpoint_folder(path):
+            for name in os.listdir(path):
+                os.unlink(path / name)
+            os.rmdir(path)
+
+
+@contextlib.contextmanager
+def _locked_folder(folder: Path) -> Iterator[None]:
+    if os.name == "nt":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor)
+        yield
     finally:
         os.close(descriptor)
 
@@ -93,8 +209,9 @@ def _lock(descriptor: int) -> bool:
 
 
 def _sweep(folder: Path) -> None:
+    """Remove what killed saves left in ``folder``; not what is being written, nor anything that is not ours."""
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if is_temporary(entry.name) and entry.is_file(follow_symlinks=False)]
+        names = [entry.name for entry in entries if is_temporary(entry.name) and not entry.is_symlink()]
     for name in names:
         match = _TEMPORARY.fullmatch(name)
         assert match is not None
@@ -102,10 +219,10 @@ def _sweep(folder: Path) -> None:
             continue
         # Under the same process id, or from another machine or container, the lock tells a live save.
         with contextlib.suppress(OSError):  # swept by somebody else, or not ours to sweep: no harm to this save
-            descriptor = os.open(folder / name, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            descriptor = os.open(folder / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
             try:
                 if _lock(descriptor):
-                    os.unlink(folder / name)
+                    _remove(folder / name)
             finally:
                 os.close(descriptor)
 

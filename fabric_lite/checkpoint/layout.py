@@ -1,16 +1,21 @@
-"""Sharded tensors (DTensors) made full for the file, and full tensors laid out as the run's tensors are."""
+"""Sharded tensors (DTensors): which rank has which part of them, and full tensors laid out as the run's are."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
-from fabric_lite.collectives import broadcast_object, gather_objects, rank
+from fabric_lite.collectives import gather_objects, rank
 from fabric_lite.errors import CheckpointError
 
-__all__ = ["full_tensors", "is_sharded", "laid_out_like", "local_box"]
+__all__ = ["Box", "ShardPlan", "as_boxes", "is_sharded", "laid_out_like", "local_box", "shard_plan"]
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset and shape
 
 
 def is_sharded(value: Any) -> bool:
@@ -19,7 +24,7 @@ def is_sharded(value: Any) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def local_box(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def local_box(tensor: Any) -> Box:
     """Offset and shape of the box of the whole tensor that a DTensor holds on this rank; nothing is communicated.
 
     The shape has a 0 where the rank holds nothing. No placement may be partial.
@@ -31,49 +36,92 @@ def local_box(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(offset), tuple(shape)
 
 
-def full_tensors(sharded: dict[str, Any]) -> dict[str, torch.Tensor | None]:
-    """Return each DTensor in full, on the CPU, on rank 0; None on the other ranks.
+@dataclasses.dataclass(frozen=True)
+class ShardPlan:
+    """How the sharded tensors of all ranks make up the whole ones; the same on every rank.
 
-    Every rank calls it. One tensor at a time is made full, in an order that all ranks share. Tensors that are the
-    same memory on rank 0 (tied weights) stay the same.
+    Args:
+        same_as: Place to place: a tensor that is the memory of an earlier one (tied weights).
+        writers: For every other place its boxes, as offset and shape, each with one rank that has it.
+    """
+
+    same_as: dict[str, str]
+    writers: dict[str, dict[Box, int]]
+
+
+def as_boxes(tensor: Any) -> Any:
+    """Return a DTensor of which every rank holds one box: ``tensor`` itself, or else a copy that is whole everywhere.
+
+    Every rank of its mesh calls it. Sums that were not made yet (Partial) are made.
+    """
+    from torch.distributed.tensor import Replicate
+
+    if all(placement.is_replicate() or _cuts_a_box(tensor, axis) for axis, placement in enumerate(tensor.placements)):
+        return tensor
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+
+
+def shard_plan(sharded: Mapping[str, Any]) -> ShardPlan:
+    """Say who has which part of which tensor. Every rank calls it, with a DTensor of :func:`as_boxes` for each place.
 
     Raises:
         CheckpointError: The ranks hold different DTensors.
     """
     places = sorted(sharded)
-    if any(other != places for other in gather_objects(places)):
+    first: dict[Any, str] = {}
+    mine = [_share(sharded[place], place, first) for place in places]
+    shares = gather_objects((places, mine))
+    whole = [(share.shape, share.dtype) for share in mine]
+    if any(other != places or [(one.shape, one.dtype) for one in held] != whole for other, held in shares):
         raise CheckpointError(
             "The ranks hold different sharded tensors, so they can't be put together.",
             given=f"{len(places)} on rank {rank()}",
             fix="save the same objects on every rank, after the same steps",
         )
-    if not places:
-        return {}
-    same_as = broadcast_object(_aliases(sharded, places))
-    full: dict[str, torch.Tensor | None] = {}
-    for place in places:
-        if place in same_as:
-            full[place] = full[same_as[place]]
+    plan = ShardPlan({}, {})
+    for index, place in enumerate(places):
+        held = [share[index] for _, share in shares]
+        # A rank that holds nothing of a tensor can't tell whose memory it is.
+        owners = {share.same_as for share in held if share.box is not None}
+        if len(owners) == 1 and owners != {place}:
+            plan.same_as[place] = owners.pop()
             continue
-        whole = sharded[place].full_tensor()
-        full[place] = whole.cpu() if rank() == 0 else None
-    return full
+        writers = plan.writers[place] = {}
+        for number, share in enumerate(held):
+            if share.box is not None:
+                writers.setdefault(share.box, number)
+    return plan
 
 
-def _aliases(sharded: dict[str, Any], places: list[str]) -> dict[str, str]:
-    """The places whose tensor is that of an earlier place, by this rank's memory."""
-    first: dict[Any, str] = {}
-    aliases: dict[str, str] = {}
-    for place in places:
-        tensor = sharded[place]
-        local = tensor.to_local()
-        if local.numel() == 0:
-            continue
-        identity = (local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape, tensor.placements)
-        if identity in first:
-            aliases[place] = first[identity]
-        first.setdefault(identity, place)
-    return aliases
+class _Share(NamedTuple):
+    """What one rank holds of a tensor: the box, None where it is empty; the first place with this memory."""
+
+    box: Box | None
+    same_as: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _share(tensor: Any, place: str, first: dict[Any, str]) -> _Share:
+    local, shape = tensor.to_local(), tuple(tensor.shape)
+    if local.numel() == 0:
+        return _Share(None, place, shape, str(tensor.dtype))
+    identity = (local.data_ptr(), local.dtype, local.shape, local.stride(), shape, tensor.placements)
+    return _Share(local_box(tensor), first.setdefault(identity, place), shape, str(tensor.dtype))
+
+
+def _cuts_a_box(tensor: Any, axis: int) -> bool:
+    """Whether a rank's part along this axis of the mesh is in one piece."""
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    placement = tensor.placements[axis]
+    if not isinstance(placement, _StridedShard):
+        return isinstance(placement, Shard)
+    # Cut first by the later axes, as FSDP over tensor parallel does it: those put its strips side by side again.
+    later = range(axis + 1, len(tensor.placements))
+    cuts = [tensor.device_mesh.size(other) for other in later if tensor.placements[other].is_shard(placement.dim)]
+    return math.prod(cuts) == placement.split_factor
 
 
 def laid_out_like(full: torch.Tensor, current: Any) -> torch.Tensor:

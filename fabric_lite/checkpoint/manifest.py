@@ -128,10 +128,10 @@ class TensorEntry:
             fault(f"{value['dtype']!r:.80} is no dtype")
         chunks = tuple(Chunk.from_json(chunk, fault) for chunk in _list(value["chunks"], fault))
         entry = cls(value["dtype"], _counts(value["shape"], fault), chunks)
-        entry._check(fault)
+        entry.check(fault)
         return entry
 
-    def _check(self, fault: Fault) -> None:
+    def check(self, fault: Fault) -> None:
         """Each chunk lies inside and has the bytes of its box; together they have each element once."""
         itemsize, dims = DTYPES[self.dtype].itemsize, len(self.shape)
         for chunk in self.chunks:
@@ -244,9 +244,7 @@ class Manifest:
             CheckpointError: It is damaged, or is of a newer format.
         """
 
-        def fault(what: str) -> NoReturn:
-            raise _damaged(path, what)
-
+        fault = _fault_in(path)
         if not isinstance(value, dict) or type(value.get("format")) is not int:
             fault("it has no format")
         if value["format"] > FORMAT:
@@ -268,10 +266,17 @@ class Manifest:
         body["tensors"] = tuple(TensorEntry.from_json(entry, fault) for entry in _list(body["tensors"], fault))
         body["parts"] = {name: Part.from_json(part, fault) for name, part in body["parts"].items()}
         manifest = Manifest(**body)
-        manifest._check(fault)
+        manifest._check_parts(fault)
         return manifest
 
-    def _check(self, fault: Fault) -> None:
+    def check(self, path: Path) -> None:
+        """Check that tensors and parts fit together; ``path`` is for the CheckpointError."""
+        fault = _fault_in(path)
+        for entry in self.tensors:
+            entry.check(fault)
+        self._check_parts(fault)
+
+    def _check_parts(self, fault: Fault) -> None:
         for name in self.parts:
             if not is_part_name(name):
                 fault(f"{name!r:.80} is no name of a part")
@@ -335,6 +340,13 @@ def _overlap(chunks: tuple[Chunk, ...], dims: int) -> bool:
 def _share(one: Chunk, other: Chunk) -> bool:
     spans = zip(one.offset, one.shape, other.offset, other.shape, strict=True)
     return all(begin < start + length and start < begin + size for begin, size, start, length in spans)
+
+
+def _fault_in(path: Path) -> Fault:
+    def fault(what: str) -> NoReturn:
+        raise _damaged(path, what)
+
+    return fault
 
 
 def _damaged(path: Path, where: str) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""``save``: state -> plain values -> one file, on all ranks or not at all."""
+"""``save``: state -> plain values -> one file or a folder, on all ranks or not at all."""
 
 from __future__ import annotations
 
@@ -6,65 +6,71 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 
-from fabric_lite.checkpoint.archive import write_archive
-from fabric_lite.checkpoint.commit import committed_file
-from fabric_lite.checkpoint.layout import full_tensors, is_sharded
-from fabric_lite.checkpoint.packing import packed
+from fabric_lite.checkpoint.file_writing import write_file
+from fabric_lite.checkpoint.folder_writing import write_folder
+from fabric_lite.checkpoint.layout import is_sharded
 from fabric_lite.checkpoint.plain import Place, plain, stateful_objects, tensors_in
-from fabric_lite.collectives import gather_objects, raise_together, rank
+from fabric_lite.checkpoint.together import lost_ranks_explained, on_every_rank
+from fabric_lite.collectives import gather_objects, rank
 from fabric_lite.errors import CheckpointError, FabricTypeError, FabricValueError
 from fabric_lite.notices import says_that_it_waits
-from fabric_lite.trees import map_leaves
 
 __all__ = ["checked_path", "compare_objects", "on_every_rank", "own_keys", "save", "state_of", "uncompiled"]
 
 _COMPILED = "_orig_mod."
+_KINDS = ("full", "sharded")
 
-Result = TypeVar("Result")
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
 
-def save(path: str | os.PathLike[str], state: Mapping[str, Any], *, filter: Filter | None = None) -> None:
-    """Write ``state`` into one file that plain ``torch.load(path, weights_only=True)`` reads.
+def save(
+    path: str | os.PathLike[str],
+    state: Mapping[str, Any],
+    *,
+    filter: Filter | None = None,
+    state_dict_type: str = "full",
+    origin: Mapping[str, str | None] | None = None,
+) -> None:
+    """Write ``state`` into one file that plain ``torch.load(path, weights_only=True)`` reads, or into a folder.
 
-    Every rank calls it, with the same objects; rank 0 writes, and its plain values are the ones in the file. When it
-    returns, the file is on the disk. When it raises, it raises on every rank, and an earlier file is as it was.
+    Every rank calls it, with the same objects. Rank 0's plain values are the ones that are written. When it returns,
+    all is on the disk. When it raises, it raises on every rank, and an earlier checkpoint is as it was.
 
     Args:
-        path: A local file. Folders above it are created; an earlier file of this name is replaced at once.
+        path: A local path. Folders above it are created; an earlier checkpoint of this name, file or folder, is
+            replaced at once. A folder with anything but a checkpoint in it is never touched.
         state: A dict of any nesting of modules, optimizers, schedulers, loaders, the fabric, any object with
-            ``state_dict`` and ``load_state_dict``, tensors and plain values. Sharded tensors are written in full.
+            ``state_dict`` and ``load_state_dict``, tensors and plain values.
         filter: For some of the top keys a function ``(key, value) -> bool`` that chooses what is written of them;
             every rank must choose the same.
+        state_dict_type: "full": rank 0 writes one file, sharded tensors in full, one after the other in memory.
+            "sharded": a folder, into which every rank writes its own part of the sharded tensors.
+        origin: Names of the "strategy" and of the "precision", for who looks at the checkpoint later.
 
     Raises:
         FabricTypeError: Something could only be read back by running code, or an argument has the wrong type.
-        FabricValueError: ``filter`` names a key that ``state`` has not.
-        CheckpointError: The file could not be written, or another rank failed.
+        FabricValueError: ``filter`` names a key that ``state`` has not, or ``state_dict_type`` is neither.
+        CheckpointError: The checkpoint could not be written, or another rank failed or has ended.
     """
     with says_that_it_waits("fabric.save()"):
-        target = on_every_rank("save()", _checked, path, state, filter)
+        target = on_every_rank("save()", _checked, path, state, filter, state_dict_type)
+    if set(gather_objects(state_dict_type)) != {state_dict_type}:
+        raise CheckpointError(
+            "The ranks ask save() for different kinds of checkpoint.",
+            given=f"state_dict_type={state_dict_type!r} on rank {rank()}",
+            fix="the same state_dict_type on every rank",
+        )
     state = dict(state)
     compare_objects(list(stateful_objects(state, Place())), "save()")
     content = on_every_rank("save()", _filtered, _collected(state), filter or {})
     sharded = {str(place): tensor for place, tensor in tensors_in(content, Place()) if is_sharded(tensor)}
-    full = on_every_rank("save()", full_tensors, sharded)
-    on_every_rank("save()", _write, target, content, full)
-
-
-def on_every_rank(what: str, function: Callable[..., Result], *args: Any) -> Result:
-    """Call ``function`` and raise on every rank if it raised on any. Every rank calls it."""
-    error: Exception | None = None
-    try:
-        result = function(*args)
-    except Exception as exception:
-        error = exception
-    raise_together(error, what, CheckpointError)
-    return result
+    write = write_file if state_dict_type == "full" else write_folder
+    with lost_ranks_explained(target):
+        write(target, content, sharded, dict(origin or {}))
 
 
 def checked_path(path: Any) -> Path:
@@ -113,7 +119,13 @@ def own_keys(state: Any) -> Any:
     return renamed
 
 
-def _checked(path: Any, state: Any, filter: Any) -> Path:
+def _checked(path: Any, state: Any, filter: Any, state_dict_type: Any) -> Path:
+    if state_dict_type not in _KINDS:
+        raise FabricValueError(
+            "This kind of checkpoint does not exist.",
+            given=f"state_dict_type={state_dict_type!r:.80}",
+            fix='"full" for one file, or "sharded" for a folder',
+        )
     if not isinstance(state, Mapping):
         raise FabricTypeError(
             "save() takes a dict, so that each part has a name.",
@@ -166,37 +178,3 @@ def _filtered(content: dict[str, Any], filter: Filter) -> dict[str, Any]:
             for key in [key for key, value in content[name].items() if not chosen(key, value)]:
                 del content[name][key]
     return content
-
-
-def _write(target: Path, content: dict[str, Any], full: Mapping[str, torch.Tensor | None]) -> None:
-    if rank() != 0:
-        return
-    if full:
-        content = _with_full_tensors(content, full)
-    written = packed([tensor for _, tensor in tensors_in(content, Place())])
-    content = map_leaves(lambda leaf: written[id(leaf)] if isinstance(leaf, torch.Tensor) else leaf, content)
-    try:
-        with committed_file(target) as file:
-            write_archive(file, content)
-    except (OSError, RuntimeError) as error:  # torch.save has both for a disk that is full
-        if isinstance(error, CheckpointError):
-            raise
-        cause = _cause(error)
-        raise CheckpointError(
-            "The checkpoint could not be written; what was there before is as it was.",
-            given=f"{target}: {type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause) else ''}",
-            fix="a folder that can be written to, on a disk with room for a second copy",
-        ) from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The system's word behind an error: torch.save hides a full disk under "unexpected pos 704 vs 598"."""
-    link: BaseException | None = error
-    while link is not None and not isinstance(link, OSError):
-        link = link.__context__
-    return link or error
-
-
-def _with_full_tensors(content: dict[str, Any], full: Mapping[str, torch.Tensor | None]) -> dict[str, Any]:
-    by_identity = {id(tensor): full[str(place)] for place, tensor in tensors_in(content, Place()) if str(place) in full}
-    return map_leaves(lambda leaf: by_identity.get(id(leaf), leaf) if isinstance(leaf, torch.Tensor) else leaf, content)

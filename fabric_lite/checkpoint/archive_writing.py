@@ -1,0 +1,167 @@
+"""Writing the file: ``torch.save``'s zip and a manifest, at once or with its large tensors one after the other."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import struct
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO
+
+import torch
+from torch.utils.serialization import config
+
+from fabric_lite.checkpoint.archive import FORMAT, MANIFEST
+from fabric_lite.checkpoint.packing import storages
+from fabric_lite.checkpoint.part_writing import Blocks, write_data
+from fabric_lite.checkpoint.plain import Place, tensors_in
+from fabric_lite.collectives import world_size
+from fabric_lite.errors import CheckpointError
+
+__all__ = ["Origin", "StreamedArchive", "own_version", "placeholder", "write_archive"]
+
+_LOCAL_HEADER = 30  # bytes of a zip record's fixed header; its last four are the lengths of name and extra field
+
+# Each record's storage, and the tensors that live in it.
+_Records = dict[str, tuple[torch.UntypedStorage, list[dict[str, Any]]]]
+# Names of the run for the manifest: its strategy and its precision, where they are known.
+Origin = dict[str, str | None]
+
+
+def write_archive(file: BinaryIO, content: Any, origin: Origin) -> None:
+    """Write packed plain data into an empty file that is open for reading and writing.
+
+    The checksums are computed in a thread beside the writing, by zlib instead of torch's slower CRC-32, and also put
+    into the zip's directory, so that any zip tool can check the file.
+    """
+    records = _storage_records(content)
+    with ThreadPoolExecutor(1) as thread:
+        checksums = thread.submit(lambda: {name: _crc32_of(storage) for name, (storage, _) in records.items()})
+        with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
+            torch.save(content, file)
+        crc_by_name = checksums.result()
+    _finish(file, records, crc_by_name, origin)
+
+
+def placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A CPU tensor without memory, for a tensor that :meth:`StreamedArchive.put` brings later."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.empty(shape, dtype=dtype)
+
+
+class StreamedArchive:
+    """A file like that of :func:`write_archive` whose frame is written first and whose tensors are put in one by one.
+
+    Args:
+        file: Empty, open for reading and writing.
+        content: Packed plain data, with a :func:`placeholder` for each tensor that is put in later.
+    """
+
+    def __init__(self, file: BinaryIO, content: Any) -> None:
+        self._file = file
+        self._records = _storage_records(content)
+        self._crc_by_name: dict[str, int] = {}
+        self._blocks = Blocks()
+        # What the records hold is skipped, their places are kept.
+        with (
+            torch.serialization.skip_data(materialize_fake_tensors=True),
+            config.patch({"save.compute_crc32": False}),  # type: ignore[attr-defined]
+        ):
+            torch.save(content, file)
+        with zipfile.ZipFile(file) as archive:
+            infos = {info.filename.split("/", 1)[1]: info for info in archive.infolist()}
+        self._starts = {name: _start(file, infos[name]) for name in self._records}
+        self._names = {storage._cdata: name for name, (storage, _) in self._records.items()}
+
+    def put(self, place: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Write ``tensor``, on any device, where its placeholder ``place`` is."""
+        self._fill(self._names[place.untyped_storage()._cdata], tensor)
+
+    def finish(self, origin: Origin) -> None:
+        """Write the tensors that are in memory, and the manifest."""
+        for name, (storage, _) in self._records.items():
+            if name not in self._crc_by_name:
+                self._fill(name, torch.empty(0, dtype=torch.uint8).set_(storage))
+        _finish(self._file, self._records, self._crc_by_name, origin)
+
+    def _fill(self, name: str, tensor: torch.Tensor) -> None:
+        self._file.seek(self._starts[name])
+        with ThreadPoolExecutor(1) as thread:
+            self._crc_by_name[name] = write_data(self._file, tensor, self._blocks, thread)
+
+
+def _finish(file: BinaryIO, records: _Records, crc_by_name: dict[str, int], origin: Origin) -> None:
+    with zipfile.ZipFile(file, "a", zipfile.ZIP_STORED) as archive:
+        described = _describe(archive, file, records, crc_by_name)
+        folder = archive.infolist()[0].filename.split("/", 1)[0]
+        archive.writestr(zipfile.ZipInfo(f"{folder}/{MANIFEST}"), json.dumps(_manifest(described, origin)))
+
+
+def _storage_records(content: Any) -> _Records:
+    """Each storage under the record name that ``torch.save`` gives it, with a description of its tensors."""
+    names: dict[int, str] = {}
+    records: _Records = {}
+    for place, tensor in tensors_in(content, Place()):
+        for storage in storages(tensor):
+            name = names.setdefault(storage._cdata, f"data/{len(names)}")
+            _, tensors = records.setdefault(name, (storage, []))
+            tensors.append({"key": str(place), "dtype": str(tensor.dtype)[6:], "shape": list(tensor.shape)})
+    return records
+
+
+def _describe(
+    archive: zipfile.ZipFile, file: BinaryIO, records: _Records, crc_by_name: dict[str, int]
+) -> dict[str, dict[str, Any]]:
+    """Put the checksums into the zip's directory and return the manifest's entry of each record."""
+    described: dict[str, dict[str, Any]] = {}
+    for info in archive.infolist():
+        name = info.filename.split("/", 1)[1]
+        info.CRC = crc_by_name[name] if name in crc_by_name else _crc32_in_file(file, info)
+        described[name] = {"bytes": info.file_size, "crc32": info.CRC}
+        if name in records:
+            described[name]["tensors"] = records[name][1]
+    sizes = {name: record["bytes"] for name, record in described.items() if name.startswith("data/")}
+    if sizes != {name: storage.nbytes() for name, (storage, _) in records.items()}:
+        raise CheckpointError("This torch names the parts of its files in another way.", given=torch.__version__)
+    return described
+
+
+def _manifest(records: dict[str, Any], origin: Origin) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "fabric_lite": own_version(),
+        "torch": str(torch.__version__),
+        "world_size": world_size(),
+        "strategy": origin.get("strategy"),
+        "precision": origin.get("precision"),
+        "records": records,
+    }
+
+
+@functools.cache
+def own_version() -> str | None:
+    """The version of fabric_lite; None in a checkout that is not installed."""
+    try:
+        return importlib.metadata.version("fabric-lite")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Where a record's data begins in the file."""
+    file.seek(info.header_offset + _LOCAL_HEADER - 4)
+    return info.header_offset + _LOCAL_HEADER + sum(struct.unpack("<HH", file.read(4)))
+
+
+def _crc32_in_file(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    file.seek(_start(file, info))
+    return zlib.crc32(file.read(info.file_size))
+
+
+def _crc32_of(storage: torch.UntypedStorage) -> int:
+    return zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data) if storage.nbytes() else 0

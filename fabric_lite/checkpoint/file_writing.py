@@ -1,0 +1,101 @@
+"""Writing one file: by rank 0, of tensors that it has, or of sharded ones that are made full one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fabric_lite.checkpoint.archive_writing import Origin, StreamedArchive, placeholder, write_archive
+from fabric_lite.checkpoint.commit import committed_file
+from fabric_lite.checkpoint.layout import ShardPlan, shard_plan
+from fabric_lite.checkpoint.packing import packed
+from fabric_lite.checkpoint.plain import Place, tensors_in
+from fabric_lite.checkpoint.together import on_every_rank, system_errors_explained
+from fabric_lite.collectives import rank
+from fabric_lite.trees import map_leaves
+
+__all__ = ["write_file"]
+
+
+def write_file(target: Path, content: Any, sharded: Mapping[str, Any], origin: Origin) -> None:
+    """Write a checkpoint file; every rank calls it, rank 0 writes.
+
+    No rank needs more memory than the largest sharded tensor and one staging buffer.
+
+    Args:
+        target: The file's name; rank 0's counts.
+        content: Plain data; rank 0's is written.
+        sharded: This rank's DTensors in it, by ``str`` of their place.
+        origin: Names for the manifest.
+
+    Raises:
+        CheckpointError: The ranks hold different sharded tensors, or the file could not be written.
+    """
+    plan = shard_plan(sharded)
+    if not plan.writers:
+        on_every_rank("save()", _write_at_once, target, content, origin)
+        return
+    with contextlib.ExitStack() as stack:
+        streamed = on_every_rank("save()", _opened, stack, target, content, plan, sharded)
+        error: Exception | None = None
+        for place in plan.writers:
+            # On every rank, and in the same order, also when rank 0 can't write any more.
+            full = sharded[place].full_tensor()
+            if streamed is not None and error is None:
+                try:
+                    streamed.put(place, full)
+                except Exception as exception:
+                    error = exception
+            del full
+        on_every_rank("save()", _commit, stack, target, streamed, error, origin)
+
+
+class _Streamed:
+    """The file that is being written, and the placeholders in it by the places of their tensors."""
+
+    def __init__(self, archive: StreamedArchive, placeholders: Mapping[str, torch.Tensor]) -> None:
+        self.archive, self._placeholders = archive, placeholders
+
+    def put(self, place: str, full: torch.Tensor) -> None:
+        self.archive.put(self._placeholders[place], full)
+
+
+def _write_at_once(target: Path, content: Any, origin: Origin) -> None:
+    if rank() != 0:
+        return
+    written = packed([tensor for _, tensor in tensors_in(content, Place())])
+    content = map_leaves(lambda leaf: written[id(leaf)] if isinstance(leaf, torch.Tensor) else leaf, content)
+    with system_errors_explained(target), committed_file(target) as file:
+        write_archive(file, content, origin)
+
+
+def _opened(
+    stack: contextlib.ExitStack, target: Path, content: Any, plan: ShardPlan, sharded: Mapping[str, Any]
+) -> _Streamed | None:
+    if rank() != 0:
+        return None
+    leaves = [(str(place), tensor) for place, tensor in tensors_in(content, Place())]
+    placeholders = {place: placeholder(tuple(sharded[place].shape), sharded[place].dtype) for place in plan.writers}
+    written = packed([tensor for place, tensor in leaves if place not in sharded])
+    for place, tensor in leaves:
+        if place in sharded:
+            written[id(tensor)] = placeholders[plan.same_as.get(place, place)]
+    content = map_leaves(lambda leaf: written[id(leaf)] if isinstance(leaf, torch.Tensor) else leaf, content)
+    with system_errors_explained(target):
+        return _Streamed(StreamedArchive(stack.enter_context(committed_file(target)), content), placeholders)
+
+
+def _commit(
+    stack: contextlib.ExitStack, target: Path, streamed: _Streamed | None, error: Exception | None, origin: Origin
+) -> None:
+    if streamed is None:
+        return
+    with system_errors_explained(target):
+        if error is not None:
+            raise error
+        streamed.archive.finish(origin)
+        stack.close()

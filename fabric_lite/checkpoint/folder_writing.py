@@ -1,0 +1,265 @@
+"""Writing a folder: every rank writes its own shards, rank 0 the plain tensors and, last, the manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fabric_lite.checkpoint.archive_writing import Origin, own_version
+from fabric_lite.checkpoint.commit import committed_folder
+from fabric_lite.checkpoint.layout import ShardPlan, as_boxes, shard_plan
+from fabric_lite.checkpoint.manifest import FORMAT, MANIFEST, Chunk, Manifest, Part, TensorEntry, part_name
+from fabric_lite.checkpoint.part_writing import Piece, dtype_name, write_part
+from fabric_lite.checkpoint.plain import Place, values_where
+from fabric_lite.checkpoint.plain_json import encode
+from fabric_lite.checkpoint.together import on_every_rank, system_errors_explained
+from fabric_lite.collectives import broadcast_object, gather_objects, rank, world_size
+from fabric_lite.errors import CheckpointError
+
+__all__ = ["Contents", "Numbered", "dotted", "manifest_of", "write_folder"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered:
+    """One tensor of the checkpoint: its name in the parts, its dtype and whole shape, and what stands in the state."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    value: Any
+
+
+class Contents:
+    """The state as rank 0 describes it: encoded, its tensors numbered; tied ones have one number.
+
+    Args:
+        content: Plain data; its tensors, or what stands for them, have ``shape`` and ``dtype``.
+        sharded: By ``str`` of its place, the place of the sharded tensor whose number to take: itself or an earlier.
+
+    Raises:
+        FabricTypeError: A tensor is of a kind that a folder can't hold.
+    """
+
+    def __init__(self, content: Any, sharded: Mapping[str, str]) -> None:
+        self.tensors: list[Numbered] = []
+        self._sharded = sharded
+        self._place_of = {id(tensor): place for place, tensor in _leaves(content)}
+        self._number_of: dict[Any, int] = {}
+        self._number_at: dict[str, int] = {}
+        self._names: set[str] = set()
+        self.encoded = encode(content, self._number)
+
+    @property
+    def sharded_numbers(self) -> set[int]:
+        """The numbers of the sharded tensors."""
+        return set(self._number_at.values())
+
+    def numbers_and_names(self) -> dict[str, tuple[int, str]]:
+        """Number and name of each sharded tensor, by its place."""
+        return {at: (number, self.tensors[number].name) for at, number in self._number_at.items()}
+
+    def _number(self, tensor: Any) -> int:
+        place = self._place_of.get(id(tensor))
+        at = self._sharded.get(str(place))
+        identity = _identity(tensor) if at is None else at
+        if identity in self._number_of:
+            return self._number_of[identity]
+        number = self._number_of[identity] = len(self.tensors)
+        if at is not None:
+            self._number_at[at] = number
+        # The parts of a sparse tensor have no place of their own.
+        name = dotted(place) if place is not None else f"part.{number}"
+        what = str(place) if place is not None else "A part of a tensor"
+        self.tensors.append(
+            Numbered(self._free_name(name), dtype_name(tensor.dtype, what), tuple(tensor.shape), tensor)
+        )
+        return number
+
+    def _free_name(self, name: str) -> str:
+        name = name.encode("utf-8", "backslashreplace").decode()
+        free, count = name, 1
+        while free in self._names or free == "__metadata__":
+            free, count = f"{name}~{count}", count + 1
+        self._names.add(free)
+        return free
+
+
+def dotted(place: Place) -> str:
+    """The keys of a place, joined: ``model.0.weight`` for ``state["model"]["0.weight"]``."""
+    if place.parent is None or place.parent.parent is None:
+        return "state" if place.parent is None else str(place.key)
+    return f"{dotted(place.parent)}.{place.key}"
+
+
+def write_folder(target: Path, content: Any, sharded: Mapping[str, Any], origin: Origin) -> None:
+    """Write a checkpoint folder; every rank calls it.
+
+    A rank needs no more memory than one staging buffer: it writes from the tensors' own memory where that is in order.
+
+    Args:
+        target: The folder's name; rank 0's counts.
+        content: Plain data; rank 0's is written.
+        sharded: This rank's DTensors in it, by ``str`` of their place.
+        origin: Names for the manifest.
+
+    Raises:
+        FabricTypeError: A tensor is of a kind that a folder can't hold; nothing was written.
+        CheckpointError: The ranks hold different sharded tensors, or the folder could not be written.
+    """
+    sharded = {place: as_boxes(sharded[place]) for place in sorted(sharded)}
+    plan = shard_plan(sharded)
+    contents = on_every_rank("save()", _contents, content, plan)
+    numbers = broadcast_object(contents and contents.numbers_and_names())
+    own = _own_shards(sharded, plan, numbers)
+    if contents is not None:
+        own += _plain_tensors(contents)
+    with contextlib.ExitStack() as stack:
+        folder = broadcast_object(on_every_rank("save()", _opened, stack, target))
+        written = on_every_rank("save()", _write_own_part, folder, own, target)
+        parts = gather_objects(written)
+        on_every_rank("save()", _commit, stack, folder, contents, parts, origin, target)
+
+
+def manifest_of(
+    contents: Contents, parts: Mapping[str, Part], chunks: list[tuple[int, Chunk]], origin: Origin
+) -> Manifest:
+    """Put together what is written last.
+
+    Raises:
+        CheckpointError: The chunks are not exactly the tensors.
+    """
+    by_number: list[list[Chunk]] = [[] for _ in contents.tensors]
+    for number, chunk in chunks:
+        by_number[number].append(chunk)
+    entries = [
+        TensorEntry(tensor.dtype, tensor.shape, tuple(held))
+        for tensor, held in zip(contents.tensors, by_number, strict=True)
+    ]
+    manifest = Manifest(
+        format=FORMAT,
+        fabric_lite=own_version(),
+        torch=str(torch.__version__),
+        world_size=world_size(),
+        strategy=origin.get("strategy"),
+        precision=origin.get("precision"),
+        content=contents.encoded,
+        tensors=tuple(entries),
+        parts=dict(parts),
+    )
+    # As a reader would: boxes that leave a gap or overlap are found now, while the old checkpoint is still there.
+    manifest.check(Path(MANIFEST))
+    return manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class _Own:
+    """One box that this rank writes: of which tensor, from which element on, and the data."""
+
+    number: int
+    offset: tuple[int, ...]
+    piece: Piece
+
+
+@dataclasses.dataclass(frozen=True)
+class _WrittenPart:
+    """What one rank wrote; None where it had nothing to write."""
+
+    name: str
+    part: Part
+    chunks: list[tuple[int, Chunk]]
+
+
+def _contents(content: Any, plan: ShardPlan) -> Contents | None:
+    if rank() != 0:
+        return None
+    return Contents(content, {place: place for place in plan.writers} | plan.same_as)
+
+
+def _own_shards(sharded: Mapping[str, Any], plan: ShardPlan, numbers: Mapping[str, tuple[int, str]]) -> list[_Own]:
+    own = []
+    for place, writers in plan.writers.items():
+        number, name = numbers[place]
+        for (offset, shape), writer in writers.items():
+            if writer == rank():
+                local = sharded[place].to_local()
+                own.append(_Own(number, offset, Piece(name, local.dtype, shape, functools.partial(_itself, local))))
+    return own
+
+
+def _plain_tensors(contents: Contents) -> list[_Own]:
+    own = []
+    for number, tensor in enumerate(contents.tensors):
+        if number not in contents.sharded_numbers and tensor.value.numel() > 0:
+            piece = Piece(tensor.name, tensor.value.dtype, tensor.shape, functools.partial(_itself, tensor.value))
+            own.append(_Own(number, (0,) * len(tensor.shape), piece))
+    return own
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _opened(stack: contextlib.ExitStack, target: Path) -> Path | None:
+    if rank() != 0:
+        return None
+    with system_errors_explained(target):
+        return stack.enter_context(committed_folder(target))
+
+
+def _write_own_part(folder: Path, own: list[_Own], target: Path) -> _WrittenPart | None:
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"Rank {rank()} does not see the folder that rank 0 has made.",
+            given=folder,
+            fix='a folder on a file system that all nodes share, or state_dict_type="full"',
+        )
+    if not own:
+        return None
+    name = part_name(rank())
+    with system_errors_explained(target), (folder / name).open("xb") as file:
+        header, written = write_part(file, [one.piece for one in own])
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    chunks = [
+        (one.number, Chunk(name, one.piece.name, one.offset, one.piece.shape, data.begin, data.end, data.crc32))
+        for one, data in zip(own, written, strict=True)
+    ]
+    return _WrittenPart(name, Part(size, header), chunks)
+
+
+def _commit(
+    stack: contextlib.ExitStack,
+    folder: Path,
+    contents: Contents | None,
+    parts: list[_WrittenPart | None],
+    origin: Origin,
+    target: Path,
+) -> None:
+    if contents is None:
+        return
+    written = [part for part in parts if part is not None]
+    chunks = [chunk for part in written for chunk in part.chunks]
+    with system_errors_explained(target):
+        manifest_of(contents, {part.name: part.part for part in written}, chunks, origin).write(folder)
+        stack.close()
+
+
+def _leaves(content: Any) -> Iterator[tuple[Place, Any]]:
+    """The tensors of plain data, or what stands for them, with their places."""
+    return values_where(lambda leaf: isinstance(leaf, torch.Tensor) or "full" in dir(type(leaf)), content, Place())
+
+
+def _identity(tensor: Any) -> Any:
+    """Equal for tensors that are the same elements of the same memory."""
+    if not isinstance(tensor, torch.Tensor):
+        return id(tensor)
+    view = tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    return tensor.untyped_storage()._cdata, *view, tensor.is_conj(), tensor.is_neg()

@@ -1,0 +1,188 @@
+"""Writing one file in the safetensors format: header, then all data in one pass, checksums computed on the way.
+
+The format is 8 bytes of header length (little-endian), a JSON header, and the raw little-endian data without gaps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO
+
+import torch
+
+from fabric_lite.checkpoint.manifest import DTYPES
+from fabric_lite.errors import FabricTypeError
+
+__all__ = ["STAGING_BYTES", "Blocks", "Piece", "Written", "dtype_name", "write_data", "write_part"]
+
+STAGING_BYTES = 16 << 20
+_ALIGNMENT = 8
+_SAFETENSORS = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "uint32": "U32",
+    "int32": "I32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One box of a tensor, to be written.
+
+    Args:
+        name: Its name in the file; no other piece of the file has it.
+        dtype: A dtype in ``DTYPES``.
+        shape: The box's shape.
+        load: Returns the tensor of that dtype and shape, on any device; called when its turn has come, and let go of
+            after it.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What was written: its first byte in the file, one past its last, and their checksum."""
+
+    begin: int
+    end: int
+    crc32: int
+
+
+def dtype_name(dtype: torch.dtype, what: str) -> str:
+    """The name of ``dtype`` in a manifest; FabricTypeError, which names ``what``, if it can't be in one."""
+    name = str(dtype)[6:]
+    if name not in DTYPES:
+        raise FabricTypeError(
+            f"{what} has a dtype that a checkpoint folder can't hold.",
+            given=dtype,
+            fix='another dtype, or state_dict_type="full"',
+        )
+    return name
+
+
+def write_part(
+    file: BinaryIO, pieces: Sequence[Piece], metadata: dict[str, str] | None = None
+) -> tuple[int, list[Written]]:
+    """Write ``pieces`` into an empty file.
+
+    No more than one staging buffer of ``STAGING_BYTES`` is needed beside what ``load`` returns.
+
+    Args:
+        file: Open for writing, at its start.
+        pieces: What to write; larger elements come first in the file, so that all data is aligned.
+        metadata: Strings for the header, under ``__metadata__``.
+
+    Returns:
+        The checksum of the header, and what was written of each piece, in the order of ``pieces``.
+    """
+    order = sorted(range(len(pieces)), key=lambda index: -pieces[index].dtype.itemsize)
+    start = _start([pieces[index] for index in order], metadata)
+    file.write(start)
+    written: dict[int, Written] = {}
+    position, staging = len(start), Blocks()
+    with ThreadPoolExecutor(1) as thread:
+        for index in order:
+            checksum = write_data(file, pieces[index].load(), staging, thread)
+            written[index] = Written(position, position + pieces[index].nbytes, checksum)
+            position = written[index].end
+    return zlib.crc32(start), [written[index] for index in range(len(pieces))]
+
+
+def _start(pieces: Sequence[Piece], metadata: dict[str, str] | None) -> bytes:
+    """All that stands before the data, as long as its alignment asks for."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    end = 0
+    for piece in pieces:
+        begin, end = end, end + piece.nbytes
+        header[piece.name] = _described(piece) | {"data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_data(file: BinaryIO, tensor: torch.Tensor, blocks: Blocks, thread: ThreadPoolExecutor) -> int:
+    """Write a tensor's elements in row-major order at the file's position; return their checksum."""
+    checksum = 0
+    for block in blocks.of(tensor):
+        following = thread.submit(zlib.crc32, block, checksum)  # beside the writing: both release the lock
+        file.write(block)
+        checksum = following.result()
+    return checksum
+
+
+def _described(piece: Piece) -> dict[str, Any]:
+    """Dtype and shape for the header. A dtype that safetensors lacks is bytes, with one more dim for those of one."""
+    name = str(piece.dtype)[6:]
+    if name in _SAFETENSORS:
+        return {"dtype": _SAFETENSORS[name], "shape": list(piece.shape)}
+    return {"dtype": "U8", "shape": [*piece.shape, piece.dtype.itemsize]}
+
+
+class Blocks:
+    """A tensor's bytes in row-major order, block after block; the memory itself where it is in that order already.
+
+    One staging buffer, made when it is first needed, serves all other tensors.
+    """
+
+    def __init__(self) -> None:
+        self._staging: torch.Tensor | None = None
+
+    def of(self, tensor: torch.Tensor) -> Iterator[memoryview]:
+        """Yield the blocks, each of at most ``STAGING_BYTES``; a block is used before the next one is asked for."""
+        if tensor.numel() == 0:
+            return
+        tensor = tensor.detach()
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+            memory = _bytes_of(tensor)
+            for start in range(0, len(memory), STAGING_BYTES):
+                yield memory[start : start + STAGING_BYTES]
+            return
+        if self._staging is None:
+            self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
+        for box in _boxes(tensor, STAGING_BYTES // tensor.itemsize):
+            staged = self._staging.view(tensor.dtype)[: box.numel()].view(box.shape)
+            staged.copy_(box)
+            yield _bytes_of(staged)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor; not by ``view``, which not all dtypes and shapes have."""
+    flat = torch.empty(0, dtype=torch.uint8)
+    begin = tensor.storage_offset() * tensor.itemsize
+    flat.set_(tensor.untyped_storage(), begin, (tensor.numel() * tensor.itemsize,), (1,))
+    return flat.numpy().data
+
+
+def _boxes(tensor: torch.Tensor, elements: int) -> Iterator[torch.Tensor]:
+    """Cut a tensor into boxes of at most ``elements``, in row-major order."""
+    if tensor.numel() <= elements:
+        yield tensor
+        return
+    row = tensor.numel() // len(tensor)
+    if row > elements:
+        for inner in tensor:
+            yield from _boxes(inner, elements)
+        return
+    yield from tensor.split(elements // row)
