@@ -9,9 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-import pickle
 import struct
-import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +21,10 @@ from torch.utils.serialization import config
 
 from fabric_lite.checkpoint.packing import storages
 from fabric_lite.checkpoint.plain import Place, tensors_in
-from fabric_lite.collectives import rank, world_size
+from fabric_lite.collectives import world_size
 from fabric_lite.errors import CheckpointError
 
-__all__ = ["FORMAT", "MANIFEST", "CheckpointNotFoundError", "read_archive", "read_manifest", "write_archive"]
+__all__ = ["FORMAT", "MANIFEST", "CheckpointNotFoundError", "damaged", "manifest_of", "read_manifest", "write_archive"]
 
 FORMAT = 1
 MANIFEST = "fabric_lite.json"
@@ -69,48 +67,9 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
             return None
         try:
             with zipfile.ZipFile(file) as archive:
-                return _manifest_in(archive, path)
+                return manifest_of(archive, path)
         except zipfile.BadZipFile as error:
-            raise _damaged(path, str(error)) from error
-
-
-def read_archive(path: Path, weights_only: bool | None) -> Any:
-    """Return what a checkpoint file holds, after its checksums were compared; tensors are mapped, not read.
-
-    Files of plain ``torch.save`` and of Lightning Fabric have no manifest: they are read unchecked.
-
-    Args:
-        path: The file.
-        weights_only: None and True run no code of the file. False lets it run any, and warns.
-
-    Raises:
-        CheckpointNotFoundError: There is no such file.
-        CheckpointError: It is damaged, or no checkpoint, or can't be read without running code.
-    """
-    if path.is_dir():
-        raise CheckpointError("This checkpoint is a folder, not a file.", given=path, fix="the path of a file")
-    if weights_only is False and rank() == 0:
-        warnings.warn(
-            f"weights_only=False lets {path} run any code while it is loaded; only do this with files you trust.",
-            stacklevel=2,
-        )
-    try:
-        mapped = _verify(path)
-        return torch.load(path, map_location="cpu", weights_only=weights_only is not False, mmap=mapped)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointNotFoundError(
-            "There is no checkpoint of this name.",
-            given=f"{path}, seen from {Path.cwd()}",
-            fix="the path that was given to fabric.save(); on several nodes, one that all of them see",
-        ) from error
-    except OSError as error:
-        raise CheckpointError("This checkpoint could not be read.", given=f"{path}: {error}") from error
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise _needs_code(path, error) from error
-    except Exception as error:  # torch.load raises any type for a file that is cut short or is something else
-        raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
+            raise damaged(path, str(error)) from error
 
 
 def _storage_records(content: Any) -> _Records:
@@ -160,20 +119,8 @@ def _own_version() -> str | None:
         return None
 
 
-def _verify(path: Path) -> bool:
-    """Compare the file with its manifest, if it has one; return whether its tensors can be mapped into memory."""
-    with path.open("rb") as file:
-        if file.read(2) != b"PK":
-            return False  # the format of torch before 1.6, or no checkpoint: torch.load tells
-        with zipfile.ZipFile(file) as archive:
-            manifest = _manifest_in(archive, path)
-            infos = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
-            if manifest is not None:
-                _compare(path, file, infos, manifest)
-            return all(info.compress_type == zipfile.ZIP_STORED for info in infos.values())
-
-
-def _manifest_in(archive: zipfile.ZipFile, path: Path) -> dict[str, Any] | None:
+def manifest_of(archive: zipfile.ZipFile, path: Path) -> dict[str, Any] | None:
+    """Return the manifest in an open file; None if it has none. CheckpointError if it is of a newer format."""
     found = [info for info in archive.infolist() if info.filename.split("/", 1)[-1] == MANIFEST]
     if not found:
         return None
@@ -185,17 +132,6 @@ def _manifest_in(archive: zipfile.ZipFile, path: Path) -> dict[str, Any] | None:
             fix="a newer fabric_lite, or plain torch.load(path, weights_only=True)",
         )
     return manifest
-
-
-def _compare(path: Path, file: BinaryIO, infos: dict[str, zipfile.ZipInfo], manifest: dict[str, Any]) -> None:
-    unlisted = set(infos) - set(manifest["records"]) - {MANIFEST}
-    if unlisted:
-        raise _damaged(path, f"record {min(unlisted)} is not in the manifest")
-    for name, record in manifest["records"].items():
-        info = infos.get(name)
-        if info is None or info.file_size != record["bytes"] or _crc32_in_file(file, info) != record["crc32"]:
-            tensors = [tensor["key"] for tensor in record.get("tensors", [])]
-            raise _damaged(path, ", ".join(tensors) if tensors else f"record {name}")
 
 
 def _crc32_in_file(file: BinaryIO, info: zipfile.ZipInfo) -> int:
@@ -218,21 +154,8 @@ def _crc32_of(storage: torch.UntypedStorage) -> int:
     return zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data) if storage.nbytes() else 0
 
 
-def _damaged(path: Path, where: str) -> CheckpointError:
+def damaged(path: Path, where: str) -> CheckpointError:
+    """The error for a file that is not as it was written."""
     return CheckpointError(
         "This file is damaged, or is no checkpoint.", given=f"{path}: {where}", fix="an earlier checkpoint"
     )
-
-
-def _needs_code(path: Path, error: Exception) -> CheckpointError:
-    # torch's message goes on with advice on its own functions
-    reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
-    return CheckpointError(
-        "This file can't be read without running code from it, or it is damaged.",
-        given=f"{path}: {reason}",
-        fix="load(..., weights_only=False) if you trust whoever wrote it",
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -7,17 +7,20 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from fabric_lite.checkpoint.archive import read_archive
-from fabric_lite.checkpoint.layout import is_sharded, laid_out_like
-from fabric_lite.checkpoint.packing import copied
+from fabric_lite.checkpoint.formats import StoredCheckpoint, opened
+from fabric_lite.checkpoint.layout import is_sharded
+from fabric_lite.checkpoint.placing import check_part, copy_into, laid_out_like
 from fabric_lite.checkpoint.plain import Place, is_stateful, stateful_objects, values_where
 from fabric_lite.checkpoint.restore import Restore, prepare
-from fabric_lite.checkpoint.saving import checked_path, compare_objects, on_every_rank
-from fabric_lite.collectives import rank
+from fabric_lite.checkpoint.restore_optimizer import parameter_names
+from fabric_lite.checkpoint.saving import checked_path, compare_objects
+from fabric_lite.checkpoint.stored import StoredTensor, is_tensor, materialized
+from fabric_lite.checkpoint.together import on_every_rank
+from fabric_lite.collectives import rank, world_size
 from fabric_lite.errors import CheckpointError, FabricKeyError, FabricTypeError, FabricValueError
 from fabric_lite.notices import says_that_it_waits
 
@@ -31,30 +34,36 @@ def load(
     strict: bool = True,
     weights_only: bool | None = None,
 ) -> dict[str, Any]:
-    """Put what a file holds back into ``state``, and return the rest.
+    """Put what a checkpoint holds back into ``state``, and return the rest.
 
     Every rank calls it, with the same objects. Objects are restored in place: parameters keep their memory, their
-    dtype (the file's values are cast) and their layout over the ranks, whichever the file was saved under; so does an
+    dtype (the saved values are cast) and their layout over the ranks, whichever they were saved under; so does an
     ``nn.Parameter`` that ``state`` itself holds. Plain values are replaced in ``state``, plain tensors among them, in
     nested dicts too. Modules are restored last, the others in order. When it
     raises, it raises on every rank, and objects and ``state`` are as they were.
 
+    A rank reads what it keeps: of a sharded tensor its own part, straight into a parameter's memory. Only what is
+    returned, and the states of objects that are neither plain modules nor optimizers, is whole on every rank.
+
     Args:
-        path: A file of :func:`save`, of plain ``torch.save`` or of Lightning Fabric.
+        path: A file or folder of :func:`save`, a file of plain ``torch.save`` or of Lightning Fabric, a
+            ``.safetensors`` file, or a folder of ``torch.distributed.checkpoint``, also as Lightning Fabric writes it.
         state: What to restore. None returns everything.
-        strict: Whether the file must have all that ``state`` asks for, and modules all that the file has. If not,
+        strict: Whether the checkpoint must have all that ``state`` asks for, and modules all that it has. If not,
             what fits is loaded; a tensor of another shape is passed over with a warning.
-        weights_only: None and True: no code of the file runs. False: any does; only for files that you trust.
+        weights_only: None and True: no code of the checkpoint runs. False: any code of a ``torch.save`` file does;
+            only for files that you trust, and for no other kind of checkpoint.
 
     Returns:
-        The file's content under keys that ``state`` has not.
+        The content under keys that ``state`` has not.
 
     Raises:
         FabricKeyError: Something is missing under ``strict``.
         FabricTypeError: ``state`` is not a dict.
         FabricValueError: A shape or the number of parameters differs.
-        CheckpointNotFoundError: There is no such file.
-        CheckpointError: The file is damaged or unsafe, an object refused its state, or another rank failed.
+        CheckpointNotFoundError: There is nothing of this name.
+        CheckpointError: The checkpoint is damaged, unfinished or unsafe, an object refused its state, or another rank
+            failed.
     """
     if state is not None and not isinstance(state, dict):
         raise FabricTypeError(
@@ -68,20 +77,20 @@ def load(
             "This file does not hold a dict.", given=f"{path}: {type(saved).__name__}", fix="load_raw(path, object)"
         )
     if state is None:
-        return copied(saved)
+        return on_every_rank("load()", materialized, saved)
     compare_objects(list(stateful_objects(state, Place())), "load()")
     match = _Match(strict)
     remainder = on_every_rank("load()", match.top, state, saved)
     _restore(match.objects, strict)
-    for assign in match.assignments:
-        assign()
+    on_every_rank("load()", match.assign)
     return remainder
 
 
 def load_raw(path: str | os.PathLike[str], obj: Any, *, strict: bool = True) -> None:
-    """Put a file that is one bare state dict back into a module, an optimizer or any object with ``load_state_dict``.
+    """Put one bare state dict back into a module, an optimizer or any object with ``load_state_dict``.
 
-    Every rank calls it. No code of the file runs. Raises what :func:`load` raises, and leaves ``obj`` as it was then.
+    Every rank calls it. ``path`` may be whatever :func:`load` takes; no code of it runs. Raises what :func:`load`
+    raises, and leaves ``obj`` as it was then.
     """
     if not is_stateful(obj):
         raise FabricTypeError(
@@ -97,12 +106,17 @@ def _read(call: str, path: Any, weights_only: bool | None) -> Any:
     # The ranks meet before they read: one whose disk is slow is no rank that does not call.
     with says_that_it_waits(f"fabric.{call}"):
         file = on_every_rank(call, checked_path, path)
-    return on_every_rank(call, read_archive, file, weights_only)
+    checkpoint: StoredCheckpoint = on_every_rank(call, opened, file, weights_only)
+    on_every_rank(call, checkpoint.verify, (rank(), world_size()))
+    return on_every_rank(call, checkpoint.content)
 
 
 def _restore(objects: list[tuple[Place, Any, Any]], strict: bool) -> None:
     """Restore all objects, or none. Every rank calls it."""
-    prepared = [on_every_rank(f"loading {place}", prepare, place, obj, saved, strict) for place, obj, saved in objects]
+    names = parameter_names([obj for _, obj, _ in objects])
+    prepared = [
+        on_every_rank(f"loading {place}", prepare, place, obj, saved, strict, names) for place, obj, saved in objects
+    ]
     begun: list[Restore] = []
     for restore in sorted(prepared, key=lambda restore: restore.turn):
         begun.append(restore)
@@ -133,11 +147,6 @@ def _kept(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
     return values_where(lambda leaf: is_stateful(leaf) or isinstance(leaf, torch.nn.Parameter), value, place)
 
 
-@torch.no_grad()
-def _copy_into(parameter: torch.nn.Parameter, saved: torch.Tensor) -> None:
-    parameter.copy_(saved)
-
-
 @dataclasses.dataclass
 class _Match:
     """What of a file goes where in the user's state; nothing is changed before all of it is known.
@@ -154,7 +163,7 @@ class _Match:
     objects: list[tuple[Place, Any, Any]] = dataclasses.field(default_factory=list)
     assignments: list[Callable[[], Any]] = dataclasses.field(default_factory=list)
     missing: list[Place] = dataclasses.field(default_factory=list)
-    memo: dict[int, Any] = dataclasses.field(default_factory=dict)
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def top(self, state: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         """Match all of ``state``, and return what of ``saved`` it has no key for."""
@@ -167,6 +176,11 @@ class _Match:
                 fix="take it out of the state, or strict=False",
             )
         return remainder
+
+    def assign(self) -> None:
+        """Put the values into the user's containers, and into the parameters that these hold."""
+        for assignment in self.assignments:
+            assignment()
 
     def _entries(self, current: dict[Any, Any], saved: dict[Any, Any], place: Place) -> dict[Any, Any]:
         remainder = {}
@@ -193,25 +207,31 @@ class _Match:
             return current, {}
         if isinstance(current, (list, tuple)) and next(_kept(current, place), None) is not None:
             return self._sequence(current, saved, place), {}
-        if isinstance(current, torch.Tensor) and isinstance(saved, torch.Tensor):
-            own = self._own(saved)
-            return laid_out_like(own, current) if is_sharded(current) else own.to(current.device), {}
+        if isinstance(current, torch.Tensor) and is_tensor(saved):
+            return self._laid_out(saved, current), {}
         self._refuse_if_objects(current, saved, place)
         return self._own(saved), {}
 
+    def _laid_out(self, saved: Any, current: torch.Tensor) -> torch.Tensor:
+        if not is_sharded(current):
+            return cast(torch.Tensor, self._own(saved).to(current.device))
+        return laid_out_like(saved if isinstance(saved, StoredTensor) else self._own(saved), current)
+
     def _parameter(self, current: torch.nn.Parameter, saved: Any, place: Place) -> None:
         """An optimizer and the user's own variables hold this very parameter: it changes in place."""
-        if isinstance(saved, torch.Tensor) and torch.nn.parameter.is_lazy(current):
+        if is_tensor(saved) and torch.nn.parameter.is_lazy(current):
             self.assignments.append(functools.partial(current.materialize, saved.shape))
-        elif not isinstance(saved, torch.Tensor) or saved.shape != current.shape:
-            found = f"shape {tuple(saved.shape)}" if isinstance(saved, torch.Tensor) else f"no tensor ({saved!r:.80})"
+        elif not is_tensor(saved) or saved.shape != current.shape:
+            found = f"shape {tuple(saved.shape)}" if is_tensor(saved) else f"no tensor ({saved!r:.80})"
             what = f"{place} has {found} in the file and shape {tuple(current.shape)} here."
             if self.strict:
                 raise FabricValueError(what, fix="the parameter as it was saved, or strict=False to pass over it")
             if rank() == 0:
                 warnings.warn(f"Not loaded: {what}", stacklevel=2)
             return
-        self.assignments.append(functools.partial(_copy_into, current, laid_out_like(saved, current)))
+        elif isinstance(saved, StoredTensor):
+            check_part(current, saved)
+        self.assignments.append(functools.partial(copy_into, current, saved))
 
     def _dict(self, current: dict[Any, Any], saved: dict[Any, Any], place: Place) -> dict[Any, Any]:
         remainder = self._entries(current, saved, place)
@@ -248,5 +268,5 @@ class _Match:
             )
 
     def _own(self, value: Any) -> Any:
-        """A copy in memory: what was read is mapped from the file."""
-        return copied(value, self.memo)
+        """A copy in memory: what was read is still in the file, or mapped from it."""
+        return materialized(value, self.memo)

@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from fabric_lite.adopt import user_class
-from fabric_lite.checkpoint.layout import laid_out_like
+from fabric_lite.checkpoint.keys import with_keys_of
+from fabric_lite.checkpoint.layout import is_sharded
 from fabric_lite.checkpoint.packing import copied
+from fabric_lite.checkpoint.placing import check_part, copy_into, laid_out_like
 from fabric_lite.checkpoint.plain import Place
-from fabric_lite.checkpoint.saving import own_keys, uncompiled
+from fabric_lite.checkpoint.restore_optimizer import ParameterNames, fitted_state
+from fabric_lite.checkpoint.saving import uncompiled
+from fabric_lite.checkpoint.stored import StoredTensor, is_tensor, materialized
 from fabric_lite.collectives import rank
 from fabric_lite.errors import CheckpointError, FabricError, FabricKeyError, FabricValueError
 
 __all__ = ["Restore", "prepare"]
 
-_PREFIXES = ("module.", "_orig_mod.", "_forward_module.")
-# LBFGS keeps all parameters in one flat vector, Adafactor rows and columns.
-_OTHER_SHAPES = {"LBFGS", "Adafactor"}
 _IN_ORDER, _OWN_WAY, _CHECKED = range(3)
 
 
@@ -53,52 +53,91 @@ class Restore:
             ) from error
 
 
-def prepare(place: Place, instance: Any, saved: Any, strict: bool) -> Restore:
+def prepare(place: Place, instance: Any, saved: Any, strict: bool, names: ParameterNames) -> Restore:
     """Check a saved state against its object, which stays as it is; every rank calls it for the same object.
+
+    Args:
+        place: Where the object is in the user's state.
+        instance: The object.
+        saved: Its state; tensors may still be in the file.
+        strict: Whether a module's keys and shapes must be the saved ones.
+        names: Of parameters, for the state of an optimizer that was saved by name.
 
     Raises:
         FabricKeyError: Under ``strict`` a module and the file have different keys.
         FabricValueError: Under ``strict`` a tensor's shape differs; or an optimizer has other parameters, or is of
             another kind.
-        CheckpointError: The file has no state there.
+        CheckpointError: The file has no state there, or could not be read.
     """
     if isinstance(instance, torch.nn.Module):
         return _prepare_module(place, uncompiled(instance), saved, strict)
     if isinstance(instance, torch.optim.Optimizer):
-        return _prepare_optimizer(place, instance, saved)
-    state, before = copied(saved), copied(instance.state_dict())
-    return Restore(place, _IN_ORDER, lambda: instance.load_state_dict(state), lambda: instance.load_state_dict(before))
+        return _prepare_optimizer(place, instance, saved, names)
+    before = copied(instance.state_dict())
+    return Restore(
+        place,
+        _IN_ORDER,
+        lambda: instance.load_state_dict(materialized(saved)),
+        lambda: instance.load_state_dict(before),
+    )
 
 
 def _prepare_module(place: Place, module: torch.nn.Module, saved: Any, strict: bool) -> Restore:
     if not isinstance(saved, dict):
         raise _no_state(place, module, saved)
     current = module.state_dict()
-    state = _with_keys_of(current, saved)
-    own_way = _loads_in_its_own_way(module)
-    if own_way:
-        before = copied(current)
-    else:
-        before = None
-        state = _fitting(place, module, current, state, strict)
+    state = with_keys_of(current, saved)
+    live = _live_tensors(module)
+    if _loads_in_its_own_way(module) or live.keys() != current.keys():
+        return _prepare_own_way(place, module, current, state, strict)
+    state = _fitting(place, module, current, state, strict)
     for key, value in state.items():
-        if isinstance(value, torch.Tensor) and key in current:
-            state[key] = laid_out_like(value, current[key])
+        if isinstance(value, StoredTensor):
+            check_part(live[key], value)
 
     def load() -> None:
+        try:
+            for key, value in state.items():
+                copy_into(live[key], value)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{place} has some of its old values and some of its new ones.", given=error, fix="load it again"
+            ) from error
+
+    # What could be checked was; an earlier state to go back to would be a second model in memory.
+    return Restore(place, _CHECKED, load, lambda: None)
+
+
+def _prepare_own_way(
+    place: Place, module: torch.nn.Module, current: dict[str, Any], state: dict[str, Any], strict: bool
+) -> Restore:
+    before = copied(current)
+
+    def load() -> None:
+        memo: dict[Any, Any] = {}
+        for key, value in state.items():
+            laid_out = is_tensor(value) and key in current and is_sharded(current[key])
+            state[key] = laid_out_like(value, current[key]) if laid_out else materialized(value, memo)
         try:
             module.load_state_dict(state) if strict else module.load_state_dict(state, strict=False)
         except RuntimeError as error:
             if "key(s) in state_dict" in str(error):
                 raise FabricKeyError(f"{place}: {error}") from error
             raise
+        state.clear()
 
-    def undo() -> None:
-        # A module that was checked, and loads the way torch does, takes its state as a whole.
-        if before is not None:
-            module.load_state_dict(before)
+    return Restore(place, _OWN_WAY, load, lambda: module.load_state_dict(before))
 
-    return Restore(place, _OWN_WAY if own_way else _CHECKED, load, undo)
+
+def _live_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A module's parameters and saved buffers themselves, by the keys that torch gives them in a state dict."""
+    live: dict[str, torch.Tensor] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        own = {**part._parameters, **part._buffers}
+        for key, value in own.items():
+            if value is not None and key not in part._non_persistent_buffers_set:
+                live[f"{name}.{key}" if name else key] = value
+    return live
 
 
 def _loads_in_its_own_way(module: torch.nn.Module) -> bool:
@@ -106,39 +145,19 @@ def _loads_in_its_own_way(module: torch.nn.Module) -> bool:
     if getattr(module.load_state_dict, "__func__", None) is not torch.nn.Module.load_state_dict:
         return True
     return any(
-        part._load_state_dict_pre_hooks
-        or part._load_state_dict_post_hooks
+        not all(
+            map(_is_of_fsdp, [*part._load_state_dict_pre_hooks.values(), *part._load_state_dict_post_hooks.values()])
+        )
         or type(part).set_extra_state is not torch.nn.Module.set_extra_state
         or not type(part)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
         for part in module.modules()
     )
 
 
-def _with_keys_of(current: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the saved state dict with the module's own keys, whatever wrapped the module that was saved."""
-    metadata = getattr(saved, "_metadata", None)
-    actual = dict(zip(own_keys(current), current, strict=True))
-    state = dict(saved)
-    for prefix in _longest_prefix(actual, state):
-        state = {key[len(prefix) :]: value for key, value in state.items()}
-        metadata = None
-    state = own_keys(state)
-    renamed: Any = type(current)((actual.get(key, key), value) for key, value in state.items())
-    if metadata is not None:
-        renamed._metadata = metadata
-    return renamed
-
-
-def _longest_prefix(current: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    """The prefixes, outermost first, that all saved keys have and none of the module's."""
-    keys, found = list(saved), []
-    while keys:
-        prefix = next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in keys)), None)
-        if prefix is None or any(key.startswith(prefix) for key in current):
-            break
-        found.append(prefix)
-        keys = [key[len(prefix) :] for key in keys]
-    return found
+def _is_of_fsdp(hook: Any) -> bool:
+    """Whether it is one of the hooks with which FSDP puts a sharded parameter back: it stays where it is here."""
+    function = getattr(hook, "hook", hook)  # torch keeps some in an object that calls them
+    return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
 def _fitting(
@@ -179,83 +198,24 @@ def _came_later(key: str, state: Any) -> bool:
 def _same_shape(saved: Any, current: Any) -> bool:
     if torch.nn.parameter.is_lazy(current):
         return True
-    if not isinstance(saved, torch.Tensor) or not isinstance(current, torch.Tensor):
-        return isinstance(saved, torch.Tensor) == isinstance(current, torch.Tensor)
+    if not is_tensor(saved) or not is_tensor(current):
+        return is_tensor(saved) == is_tensor(current)
     # torch takes one element for a scalar
     return saved.shape == current.shape or (current.dim() == 0 and saved.shape == (1,))
 
 
 def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else f"of no tensor ({type(value).__name__})"
+    return str(tuple(value.shape)) if is_tensor(value) else f"of no tensor ({type(value).__name__})"
 
 
-def _prepare_optimizer(place: Place, optimizer: torch.optim.Optimizer, saved: Any) -> Restore:
+def _prepare_optimizer(place: Place, optimizer: torch.optim.Optimizer, saved: Any, names: ParameterNames) -> Restore:
     if not isinstance(saved, dict):
         raise _no_state(place, optimizer, saved)
+    state = fitted_state(place, optimizer, saved, names)
     before = optimizer.state_dict()  # torch's optimizers replace their state at loading, so this needs no copy
-    state = copied(saved)
-    if "state" in state and "param_groups" in state:
-        _check_groups(place, optimizer, state["param_groups"])
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        indices = [index for group in state["param_groups"] for index in group["params"]]
-        for index, parameter in zip(indices, parameters, strict=True):
-            entry = state["state"].get(index, {})
-            _check_entry(place, optimizer, index, entry, parameter)
-            for name, value in entry.items():
-                if isinstance(value, torch.Tensor) and value.dim() > 0:
-                    entry[name] = laid_out_like(value, parameter)
     return Restore(
         place, _IN_ORDER, lambda: optimizer.load_state_dict(state), lambda: optimizer.load_state_dict(before)
     )
-
-
-def _check_groups(place: Place, optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
-    here = [len(group["params"]) for group in optimizer.param_groups]
-    there = [len(group["params"]) for group in saved]
-    if here != there:
-        raise FabricValueError(
-            f"{place} has other parameters than in the file.",
-            given=f"groups of {here} parameters here, of {there} in the file",
-            fix="the optimizer as it was built for the run that was saved",
-        )
-
-    if not _is_of_torch(optimizer):
-        return
-    for number, group in enumerate(saved):
-        # Flags (False or None by default) came with later versions of torch, which adds them to older files itself.
-        lacking = [
-            name
-            for name, default in optimizer.defaults.items()
-            if name not in group and default is not None and not isinstance(default, bool)
-        ]
-        if lacking:
-            raise FabricValueError(
-                f"{place} is another kind of optimizer than in the file, where group {number} lacks "
-                f"{', '.join(lacking)}.",
-                given=f"{user_class(type(optimizer)).__name__} here, a group with "
-                f"{', '.join(name for name in group if name != 'params')} in the file",
-                fix="the class of optimizer that was saved",
-            )
-
-
-def _check_entry(place: Place, optimizer: torch.optim.Optimizer, index: Any, entry: Any, parameter: Any) -> None:
-    """Compare the shapes of one parameter's state, for the classes that are known to keep it in the parameter's."""
-    if not _is_of_torch(optimizer) or torch.nn.parameter.is_lazy(parameter):
-        return
-    for name, value in entry.items():
-        if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape != parameter.shape:
-            raise FabricValueError(
-                f'{place}["state"][{index!r}]["{name}"] has shape {tuple(value.shape)} in the file, '
-                f"and the parameter has {tuple(parameter.shape)}.",
-                given=f"{user_class(type(optimizer)).__name__} over parameters in another order or of another model",
-                fix="the model and the optimizer as they were built for the run that was saved",
-            )
-
-
-def _is_of_torch(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this is one of torch's classes whose state tensors have the shape of their parameter, or are scalars."""
-    kind = user_class(type(optimizer))
-    return kind.__module__.startswith("torch.optim.") and kind.__name__ not in _OTHER_SHAPES
 
 
 def _no_state(place: Place, instance: Any, saved: Any) -> CheckpointError:

@@ -1,0 +1,224 @@
+"""Reading the file: checksums first, then what is in it, its tensors left in the file until they are asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import os
+import pickle
+import struct
+import sys
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fabric_lite.checkpoint.archive import MANIFEST, CheckpointNotFoundError, damaged, manifest_of
+from fabric_lite.checkpoint.plain import Place, tensors_in
+from fabric_lite.checkpoint.stored import Located, Piece, Storage, StoredTensor
+from fabric_lite.checkpoint.stored_files import OpenFile, StoredFile, Window, crc32_of, read_bytes
+from fabric_lite.collectives import rank
+from fabric_lite.errors import CheckpointError
+
+__all__ = ["ArchiveFile", "errors_of", "located_tensor", "read_archive"]
+
+_LOCAL_HEADER = 30  # bytes of a zip record's fixed header; its last four are the lengths of name and extra field
+
+
+class ArchiveFile:
+    """A file of :func:`fabric_lite.checkpoint.save`, of plain ``torch.save`` or of Lightning Fabric.
+
+    It is opened now and stays the one that is read, also when its name gets a new content.
+
+    Args:
+        path: The file.
+        weights_only: None and True run no code of the file. False lets it run any, and warns.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        CheckpointError: It could not be opened.
+    """
+
+    def __init__(self, path: Path, weights_only: bool | None = None) -> None:
+        self._path = path
+        self._weights_only = weights_only is not False
+        if not self._weights_only and rank() == 0:
+            warnings.warn(
+                f"weights_only=False lets {path} run any code while it is loaded; only do this with files you trust.",
+                stacklevel=2,
+            )
+        with errors_of(path), path.open("rb") as file:
+            self._file = OpenFile(path, file)
+
+    def verify(self, share: tuple[int, int] = (0, 1)) -> None:
+        """Compare the file with its manifest. Files of others have none and are not checked.
+
+        Args:
+            share: (0, 2) reads the one half of the records, (1, 2) the other: each needs only one rank that reads it.
+
+        Raises:
+            CheckpointError: It is damaged, or is of a newer format.
+        """
+        with errors_of(self._path), self._file.opened() as descriptor:
+            if not _is_zip(descriptor):
+                return  # the format of torch before 1.6, or no checkpoint: torch.load tells
+            with zipfile.ZipFile(self._stream(descriptor)) as archive:
+                manifest = manifest_of(archive, self._path)
+                infos = archive.infolist()
+            if manifest is not None:
+                self._compare(descriptor, {_name(info): info for info in infos}, manifest["records"], share)
+
+    def content(self) -> Any:
+        """Return what is in the file. Plain tensors are left in it; those of other kinds are mapped into memory.
+
+        Raises:
+            CheckpointError: It is damaged, or no checkpoint, or can't be read without running code.
+        """
+        with errors_of(self._path), self._file.opened() as descriptor:
+            in_place = _is_zip(descriptor) and self._is_in_place(descriptor)
+            if in_place and self._weights_only:
+                content = self._left_in_file(descriptor)
+                if content is not None:
+                    return content
+            return torch.load(self._path, map_location="cpu", weights_only=self._weights_only, mmap=in_place)
+
+    def _compare(
+        self, descriptor: int, infos: dict[str, zipfile.ZipInfo], listed: dict[str, Any], share: tuple[int, int]
+    ) -> None:
+        unlisted = set(infos) - set(listed) - {MANIFEST}
+        if unlisted:
+            raise damaged(self._path, f"record {min(unlisted)} is not in the manifest")
+        for number, (name, record) in enumerate(listed.items()):
+            info = infos.get(name)
+            sound = info is not None and info.file_size == record["bytes"]
+            if info is not None and sound and number % share[1] == share[0]:
+                begin = _data_begin(descriptor, self._path, info)
+                sound = crc32_of(descriptor, self._path, begin, begin + info.file_size) == record["crc32"]
+            if not sound:
+                tensors = [tensor["key"] for tensor in record.get("tensors", [])]
+                raise damaged(self._path, ", ".join(tensors) if tensors else f"record {name}")
+
+    def _is_in_place(self, descriptor: int) -> bool:
+        """Whether the bytes of the tensors lie in the file as they lie in memory."""
+        with zipfile.ZipFile(self._stream(descriptor)) as archive:
+            infos = archive.infolist()
+            order = next((archive.read(info).decode() for info in infos if _name(info) == "byteorder"), sys.byteorder)
+        return order == sys.byteorder and all(info.compress_type == zipfile.ZIP_STORED for info in infos)
+
+    def _left_in_file(self, descriptor: int) -> Any:
+        """What is in the file, with a StoredTensor for each tensor; None if it has other kinds of tensors."""
+        with zipfile.ZipFile(self._stream(descriptor)) as archive:
+            infos = [info for info in archive.infolist() if info.file_size]
+        records = {_data_begin(descriptor, self._path, info): info.file_size for info in infos}
+        try:
+            content = torch.load(self._stream(descriptor), map_location="meta", weights_only=True)
+        except NotImplementedError:  # quantized tensors can't be on the meta device
+            return None
+        memo: dict[int, Any] = {}
+        tensors = list(tensors_in(content, Place()))
+        for place, tensor in tensors:
+            storage = _storage_of(tensor, self._file, 0)
+            if storage is None or (storage.bytes and records.get(storage.begin, -1) < storage.bytes):
+                return None
+            if not _fits(tensor, storage):
+                raise damaged(self._path, f"{place} reaches beyond its bytes")
+            memo[id(tensor)] = _stored_as(tensor, storage)
+        return copy.deepcopy(content, memo)
+
+    def _stream(self, descriptor: int) -> io.BufferedReader:
+        return io.BufferedReader(Window(descriptor, self._path, 0, os.fstat(descriptor).st_size))
+
+
+def read_archive(path: Path, weights_only: bool | None = None) -> Any:
+    """Return what a checkpoint file holds after its checksums were compared; its tensors stay in the file.
+
+    Raises what :class:`ArchiveFile` and its methods raise.
+    """
+    archive = ArchiveFile(path, weights_only)
+    archive.verify()
+    return archive.content()
+
+
+def located_tensor(file: StoredFile, begin: int, length: int) -> StoredTensor | None:
+    """Return the one tensor that ``torch.save`` wrote into these bytes of a file; None if it is no plain tensor.
+
+    Raises:
+        CheckpointError: The bytes are damaged, or can't be read without running code.
+    """
+    with errors_of(file.path), file.opened() as descriptor:
+        stream = io.BufferedReader(Window(descriptor, file.path, begin, length))
+        tensor = torch.load(stream, map_location="meta", weights_only=True)
+    storage = _storage_of(tensor, file, begin) if isinstance(tensor, torch.Tensor) else None
+    if storage is None or storage.begin + storage.bytes > begin + length or not _fits(tensor, storage):
+        return None
+    return _stored_as(tensor, storage)
+
+
+def _storage_of(tensor: torch.Tensor, file: StoredFile, begin: int) -> Storage | None:
+    """Where the memory of a tensor that torch has put on the meta device lies; None if it is no plain tensor."""
+    if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_quantized or vars(tensor):
+        return None
+    if tensor.requires_grad or tensor.is_conj() or tensor.is_neg():
+        return None
+    storage = tensor.untyped_storage()
+    offset = getattr(storage, "_checkpoint_offset", None)
+    return None if offset is None else Storage(file, begin + offset, storage.nbytes(), int(tensor.storage_offset()))
+
+
+def _fits(tensor: torch.Tensor, storage: Storage) -> bool:
+    if tensor.numel() == 0:
+        return True
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (storage.offset + reach) * tensor.itemsize <= storage.bytes
+
+
+def _stored_as(tensor: torch.Tensor, storage: Storage) -> StoredTensor:
+    located = Located(storage.file, storage.begin + storage.offset * tensor.itemsize, tensor.stride())
+    piece = Piece.at((0,) * tensor.dim(), tensor.shape, located)
+    return StoredTensor(tensor.dtype, tensor.shape, [piece], tensor.stride(), storage)
+
+
+def _is_zip(descriptor: int) -> bool:
+    return os.fstat(descriptor).st_size > 1 and read_bytes(descriptor, Path(), 0, 2) == b"PK"
+
+
+def _name(info: zipfile.ZipInfo) -> str:
+    return info.filename.split("/", 1)[-1]
+
+
+def _data_begin(descriptor: int, path: Path, info: zipfile.ZipInfo) -> int:
+    header = read_bytes(descriptor, path, info.header_offset, _LOCAL_HEADER)
+    return info.header_offset + _LOCAL_HEADER + sum(struct.unpack("<HH", header[-4:]))
+
+
+@contextlib.contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """What can go wrong while a file is read, as a CheckpointError that names it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointNotFoundError(
+            "There is no checkpoint of this name.",
+            given=f"{path}, seen from {Path.cwd()}",
+            fix="the path that was given to fabric.save(); on several nodes, one that all of them see",
+        ) from error
+    except OSError as error:
+        raise CheckpointError("This checkpoint could not be read.", given=f"{path}: {error}") from error
+    except pickle.UnpicklingError as error:
+        # torch's message goes on with advice on its own functions
+        reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
+        raise CheckpointError(
+            "This file can't be read without running code from it, or it is damaged.",
+            given=f"{path}: {reason}",
+            fix="load(..., weights_only=False) if you trust whoever wrote it",
+        ) from error
+    except Exception as error:  # torch.load raises any type for a file that is cut short or is something else
+        raise damaged(
+            path, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        ) from error
