@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from fabric_lite import adopt
-from fabric_lite.collectives import Collectives
+from fabric_lite.collectives import Collectives, is_distributed
 from fabric_lite.data.iterables import MovedIterable, end_together
 from fabric_lite.data.move import mover
 from fabric_lite.data.progress import Progress
@@ -58,7 +58,9 @@ def extend_loader(
     Args:
         loader: A ``DataLoader`` of any subclass, or any other iterable of batches.
         rank: The rank to deal to; every rank calls this with its own.
-        world_size: Ranks among which the data is dealt out.
+        world_size: Ranks among which the data is dealt out. 1 in a process of several means that all ranks get the same
+            batches (tensor parallelism), so the order is counted there too: one that is drawn from the global generator
+            would differ on a rank that has drawn a number alone.
         device: Where batches come; None leaves them where the loader makes them.
         shard: Whether to deal out. An ``IterableDataset`` never is: it splits itself in its ``__iter__``. A
             ``DistributedSampler`` that is there already deals by itself.
@@ -83,7 +85,7 @@ def extend_loader(
     if not isinstance(loader, DataLoader):
         is_shared = shard and world_size > 1 and rank == 0
         return MovedIterable(loader, move=move, together=ends, is_shared=is_shared, owner=owner)
-    dealer = _dealer_for(loader, rank, world_size, shard, pad)
+    dealer = _dealer_for(loader, rank, world_size, shard, pad, is_counted=shard and is_distributed())
     progress = Progress(dealer, seed=seed, rank=rank, world_size=world_size, generator=loader.generator)
     holder = _Holder(progress, move, ends, {name: loader.__dict__[name] for name in _REPLACED}, owner)
     if dealer is not None:
@@ -247,7 +249,9 @@ def _check_iterable(iterable: Any, pad: bool | None) -> None:
         )
 
 
-def _dealer_for(loader: DataLoader, rank: int, world_size: int, shard: bool, pad: bool | None) -> Dealer | None:
+def _dealer_for(
+    loader: DataLoader, rank: int, world_size: int, shard: bool, pad: bool | None, is_counted: bool = False
+) -> Dealer | None:
     """The dealer of a loader over indices; None for an ``IterableDataset``."""
     if isinstance(loader.dataset, IterableDataset):
         if pad is not None:
@@ -259,9 +263,9 @@ def _dealer_for(loader: DataLoader, rank: int, world_size: int, shard: bool, pad
         return None
     is_custom = loader.batch_size is None and loader.batch_sampler is not None
     sampler: Any = loader.batch_sampler if is_custom else loader.sampler
-    is_distributed = _is_distributed(sampler)
-    is_dealt = shard and not is_distributed
-    if is_distributed and pad is False and world_size > 1:
+    deals_by_itself = _is_distributed(sampler)
+    is_dealt = shard and not deals_by_itself
+    if deals_by_itself and pad is False and world_size > 1:
         raise FabricValueError(
             "A DistributedSampler pads by itself.",
             given="pad=False with a loader that has a DistributedSampler",
@@ -276,6 +280,7 @@ def _dealer_for(loader: DataLoader, rank: int, world_size: int, shard: bool, pad
         rank=rank if is_dealt else 0,
         world_size=world_size if is_dealt else 1,
         pad=pad is not False,
+        is_counted=is_counted and is_dealt,
     )
     if not dealer.pad and dealer.world_size > 1:
         _check_exact(dealer)

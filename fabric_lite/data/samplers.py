@@ -57,6 +57,7 @@ class Dealer:
         rank: The rank that is dealt to.
         world_size: Ranks among which the items are dealt out; 1 leaves the user's order and random draws alone.
         pad: As in :class:`~fabric_lite.data.order.Plan`.
+        is_counted: Whether the order is counted at a ``world_size`` of 1 too.
     """
 
     sampler: Any
@@ -67,6 +68,7 @@ class Dealer:
     rank: int = 0
     world_size: int = 1
     pad: bool = True
+    is_counted: bool = False
 
     def plan(self, total: int, start: int = 0) -> Plan:
         """How ``total`` items are dealt out from item ``start`` on.
@@ -90,7 +92,7 @@ class Dealer:
         current.rewind()
         _set_epoch(self.original, start.epoch)
         current.total = length_of(self.sampler)
-        is_as_drawn = self.world_size == 1 and start.seen == 0 and start.draw is None
+        is_as_drawn = self.world_size == 1 and not self.is_counted and start.seen == 0 and start.draw is None
         # Of a loader that goes round and round, the last two epochs can be in flight.
         current.draws = {epoch: draw for epoch, draw in current.draws.items() if epoch == start.epoch - 1}
         current.draws[start.epoch] = capture(self.sampler) if is_as_drawn else start.draw
