@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from fabric_lite.adopt import HOLDER
-from fabric_lite.errors import FabricValueError
+from fabric_lite.errors import FabricValueError, StrategyError
 from fabric_lite.loss_scaling import Hidden, LossScaler
-from fabric_lite.parameters import parameters_of
+from fabric_lite.parameters import mesh_of, parameters_of
 
 __all__ = ["LossScaler", "check_belongs", "extend_optimizer", "parameters_of", "release_optimizer", "repoint"]
 
@@ -98,10 +98,54 @@ def extend_optimizer(
         scaler.attach(optimizer)
     if engine_step is not None:
         handles += _replace_step(optimizer, engine_step)
+    # The innermost: what stands around a step sees the options as the user gave them.
+    handles += _step_mixtures_one_by_one(optimizer)
     if after_step is not None:
         handles.append(optimizer.register_step_post_hook(after_step))
     # Not pickled: an optimizer's state is its state, its groups and its defaults.
     optimizer.__dict__[HOLDER] = OptimizerExtension(owner, handles)
+
+
+def _step_mixtures_one_by_one(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Let torch's loop step on groups that hold plain tensors and DTensors; return the handles of the hooks.
+
+    Its foreach kernels, which are the default on accelerators, refuse such a mixture; several meshes they take. The
+    option is set for the length of a step, so that neither a checkpoint nor a release carries it away.
+
+    Raises:
+        StrategyError: Such a group was made with ``foreach=True`` or ``fused=True``.
+    """
+    if not any(_is_steppable_mixture(group) for group in optimizer.param_groups):
+        return []
+    changed: list[dict[str, Any]] = []
+
+    def before(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            if _is_steppable_mixture(group) and group["foreach"] is None:
+                group["foreach"] = False
+                changed.append(group)
+
+    def after(*_: Any) -> None:
+        for group in changed:
+            group["foreach"] = None
+        changed.clear()
+
+    return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+
+def _is_steppable_mixture(group: Mapping[str, Any]) -> bool:
+    """Whether the parameters of ``group`` are of two kinds, of which torch's loop can take one after the other."""
+    if "foreach" not in group or len({mesh_of(parameter) is None for parameter in group["params"]}) < 2:
+        return False
+    asked = [name for name in ("foreach", "fused") if group.get(name)]
+    if asked:
+        raise StrategyError(
+            f"{asked[0]}=True steps on all parameters of a group at once, which torch cannot do with plain tensors "
+            "beside DTensors.",
+            given=f"{asked[0]}=True for a group of parameters of which only some are laid out over ranks",
+            fix=f"leave {asked[0]} out, or make one group of parameters for each kind",
+        )
+    return True
 
 
 def _replace_step(optimizer: torch.optim.Optimizer, engine_step: Callable[[torch.optim.Optimizer], None]) -> list[Any]:

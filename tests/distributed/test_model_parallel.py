@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
-from fabric_lite import Fabric
+from fabric_lite import Fabric, FabricTypeError, FabricValueError, StrategyError
 from fabric_lite.strategies import ModelParallelStrategy
 from fabric_lite.testing import RankPool
+from tests.models import full
 
 VOCABULARY, WIDTH = 11, 8
 
@@ -101,9 +106,14 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
-def full(tensor: Any) -> torch.Tensor:
-    whole: torch.Tensor = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-    return whole
+def planned(plan: str, data: int, tensor: int, **options: Any) -> Fabric:
+    strategy = ModelParallelStrategy(PLANS[plan](), data, tensor)
+    return Fabric(accelerator="cpu", devices=data * tensor, strategy=strategy, **options)
+
+
+def share_of(fabric: Fabric, x: torch.Tensor) -> torch.Tensor:
+    axis = fabric.device_mesh["data_parallel"]
+    return x.chunk(axis.size())[axis.get_local_rank()]
 
 
 def train(strategy: ModelParallelStrategy | None, ranks: int, optimizer_name: str, accumulate: int, clip: float) -> Any:
@@ -112,15 +122,12 @@ def train(strategy: ModelParallelStrategy | None, ranks: int, optimizer_name: st
     model = make_model()
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     fabric.setup(model, optimizer)
-    share, shares = 0, 1
-    if strategy is not None:
-        axis = fabric.device_mesh["data_parallel"]
-        share, shares = axis.get_local_rank(), axis.size()
     norms = []
     for step, x in enumerate(tokens(4 * accumulate)):
         last = (step + 1) % accumulate == 0
+        x = x if strategy is None else share_of(fabric, x)
         with fabric.no_backward_sync(model, enabled=not last):
-            fabric.backward(loss_of(model, x.chunk(shares)[share]) / accumulate)
+            fabric.backward(loss_of(model, x) / accumulate)
         if last:
             norms.append(float(fabric.clip_gradients(model, optimizer, max_norm=clip)))
             optimizer.step()
@@ -157,3 +164,302 @@ def test_training_equals_one_process_on_the_global_batch(
         for one, two in zip(found, expected, strict=True):
             # Adam divides by the root of tiny second moments, so the last bits grow.
             torch.testing.assert_close(one, two, rtol=0, atol=1e-12 if optimizer_name == "sgd" else 1e-9)
+
+
+def start_unseeded(data: int, tensor: int) -> Any:
+    fabric = planned("function", data, tensor, precision="64-true")
+    torch.manual_seed(fabric.global_rank)  # as a script that sets no seed
+    model = Model()
+    model.register_buffer("scale", torch.rand(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fabric.setup(model, optimizer)
+    for x in tokens(2):
+        fabric.backward(loss_of(model, share_of(fabric, x)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return [full(tensor) for tensor in [*model.parameters(), *model.buffers()]]
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 2), (2, 2)])
+def test_ranks_that_start_from_different_values_train_rank_zeros_model(ranks: RankPool, data: int, tensor: int) -> None:
+    model = make_model()
+    scale = torch.rand(3).double()
+    model = model.double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x in tokens(2):
+        loss_of(model, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for found in ranks.run(start_unseeded, data, tensor, ranks=data * tensor):
+        for one, two in zip(found, [*model.parameters(), scale], strict=True):
+            torch.testing.assert_close(one, two.detach(), rtol=0, atol=1e-12)
+
+
+def draws_after_setup(data: int, tensor: int) -> Any:
+    fabric = planned("function", data, tensor)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(fabric.global_rank)
+    model = fabric.setup(Model(dropout=0.5))
+    output = model(tokens(1)[0]).detach()
+    return output, random.random(), float(np.random.rand()), float(torch.rand(1))
+
+
+def test_the_ranks_of_a_group_draw_the_same_numbers_and_those_of_other_data_do_not(ranks: RankPool) -> None:
+    draws = ranks.run(draws_after_setup, 2, 2, ranks=4)
+    for one, two in ((0, 1), (2, 3)):
+        torch.testing.assert_close(draws[one][0], draws[two][0], rtol=0, atol=1e-6)  # sums over ranks round alike
+        assert draws[one][1:] == draws[two][1:]
+    assert not torch.allclose(draws[0][0], draws[2][0])
+    assert not set(draws[0][1:]) & set(draws[2][1:])
+
+
+def batches_of(data: int, tensor: int) -> list[list[int]]:
+    fabric = planned("function", data, tensor)
+    loader = DataLoader(TensorDataset(torch.arange(16)), batch_size=2, shuffle=True)
+    fabric.setup_dataloaders(loader)
+    epochs = []
+    for _ in range(2):
+        torch.rand(1 + fabric.global_rank)  # each rank draws for itself, as in logging or augmentation
+        epochs.append([int(index) for (batch,) in loader for index in batch])
+    return epochs
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 2), (2, 2)])
+def test_loaders_are_dealt_out_along_the_data_axis_alone(ranks: RankPool, data: int, tensor: int) -> None:
+    found = ranks.run(batches_of, data, tensor, ranks=data * tensor)
+    groups = [found[start : start + tensor] for start in range(0, data * tensor, tensor)]
+    assert all(one == two for one, two in groups)
+    for epoch in range(2):
+        together = [index for group in groups for index in group[0][epoch]]
+        assert sorted(together) == list(range(16))
+        assert together != sorted(together)
+    assert found[0][0] != found[0][1]
+
+
+def incomplete_sequence_plan(data: int, tensor: int) -> str:
+    strategy = ModelParallelStrategy(along_the_sequence(norms=False), data, tensor)
+    fabric = Fabric(accelerator="cpu", devices=data * tensor, strategy=strategy)
+    model = fabric.setup(make_model())
+    with pytest.raises(
+        StrategyError, match=r"norm\.(weight|bias) differ.*\n.*leaves out.*\n.*SequenceParallel"
+    ) as error:
+        fabric.backward(loss_of(model, share_of(fabric, tokens(1)[0])))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 2), (2, 2)])
+def test_a_norm_that_a_sequence_parallel_plan_forgets_is_named_on_all_ranks(
+    ranks: RankPool, data: int, tensor: int
+) -> None:
+    messages = ranks.run(incomplete_sequence_plan, data, tensor, ranks=data * tensor)
+    assert len({message.split(" of ")[1] for message in messages}) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "world_size", "local_world_size", "expected"),
+    [
+        ("auto", "auto", 16, 8, (2, 8)),
+        ("auto", "auto", 4, 4, (1, 4)),
+        ("auto", 2, 8, 8, (4, 2)),
+        (4, "auto", 8, 8, (4, 2)),
+        (2, 2, 4, 4, (2, 2)),
+        ("auto", "auto", 1, 1, (1, 1)),
+    ],
+)
+def test_the_sizes_of_the_mesh_follow_from_the_ranks(
+    data: Any, tensor: Any, world_size: int, local_world_size: int, expected: tuple[int, int]
+) -> None:
+    axes = ModelParallelStrategy(styles(), data, tensor).mesh_axes(world_size, local_world_size)
+    assert list(axes.items()) == [("data_parallel", expected[0]), ("tensor_parallel", expected[1])]
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "arithmetic"), [(2, 3, "2 x 3 = 6"), ("auto", 3, "1 x 3 = 3"), (8, "auto", "8 x 1 = 8")]
+)
+def test_sizes_that_do_not_multiply_to_the_ranks_are_refused(data: Any, tensor: Any, arithmetic: str) -> None:
+    with pytest.raises(FabricValueError, match=f"4 ranks: {arithmetic}"):
+        ModelParallelStrategy(styles(), data, tensor).mesh_axes(4, 4)
+
+
+@pytest.mark.parametrize("option", ["data_parallel_size", "tensor_parallel_size"])
+@pytest.mark.parametrize("size", [0, True, "all", 2.0])
+def test_a_size_is_a_positive_whole_number_or_auto(option: str, size: Any) -> None:
+    with pytest.raises(FabricValueError, match=option):
+        ModelParallelStrategy(styles(), **{option: size})
+
+
+def test_a_plan_is_a_function_or_a_mapping() -> None:
+    with pytest.raises(FabricTypeError, match="def parallelize"):
+        ModelParallelStrategy("blocks")  # type: ignore[arg-type]
+
+
+def returns_nothing(model: nn.Module, device_mesh: Any) -> None:
+    del model, device_mesh
+
+
+def returns_a_part(model: Any, device_mesh: Any) -> nn.Module:
+    del device_mesh
+    head: nn.Module = model.head
+    return head
+
+
+def wrong_plans() -> None:
+    for plan, message in (
+        (returns_nothing, "returned None"),
+        (returns_a_part, "returned another Linear"),
+        ({"blocks.*.upp": styles()["blocks.*.up"]}, r"blocks\.\*\.upp.*\n.*blocks\.\*\.up"),
+    ):
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=ModelParallelStrategy(plan))  # type: ignore[arg-type]
+        with pytest.raises(StrategyError, match=message):
+            fabric.setup(make_model())
+
+
+def test_a_plan_that_returns_another_model_or_names_no_layer_is_refused(ranks: RankPool) -> None:
+    ranks.run(wrong_plans, ranks=2)
+
+
+def overflow_on_one_rank(data: int, tensor: int, layer: str) -> Any:
+    fabric = planned("function", data, tensor, precision="16-mixed")
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fabric.setup(model, optimizer)
+    planted: Any = dict(model.named_parameters())[layer]
+    moved, scales = [], []
+    for step, x in enumerate(tokens(3)):
+        before = [full(parameter) for parameter in model.parameters()]
+        fabric.backward(loss_of(model, share_of(fabric, x)))
+        if step == 1 and fabric.global_rank == data * tensor - 1:
+            gradient = planted.grad
+            (gradient.to_local() if hasattr(gradient, "to_local") else gradient).fill_(float("inf"))
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        after = [full(parameter) for parameter in model.parameters()]
+        moved.append([not torch.equal(one, two) for one, two in zip(before, after, strict=True)])
+        assert all(bool(parameter.isfinite().all()) for parameter in after)
+        scales.append(fabric.state_dict()["loss_scaler"]["scale"])
+    return [any(step) for step in moved], [scale / scales[0] for scale in scales]
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 2), (2, 2)])
+@pytest.mark.parametrize("layer", ["blocks.0.up.weight", "blocks.0.down.bias", "norm.weight"])
+def test_an_overflow_on_one_rank_of_any_axis_skips_the_step_on_all(
+    ranks: RankPool, data: int, tensor: int, layer: str
+) -> None:
+    for moved, scales in ranks.run(overflow_on_one_rank, data, tensor, layer, ranks=data * tensor):
+        assert moved == [True, False, True]
+        assert scales == [1.0, 0.5, 0.5]
+
+
+class Recording(torch.optim.AdamW):
+    """Remembers with which option each step ran."""
+
+    seen: list[Any]
+
+    def step(self, closure: Any = None) -> Any:
+        self.seen = [*getattr(self, "seen", []), *(group["foreach"] for group in self.param_groups)]
+        return super().step(closure)
+
+
+def kernels(data: int, tensor: int, asked: bool | None) -> Any:
+    fabric = planned("function", data, tensor, precision="16-mixed")
+    model = make_model()
+    optimizer = Recording(model.parameters(), lr=0.01, foreach=asked)
+    fabric.setup(model, optimizer)
+    for step, x in enumerate(tokens(3)):
+        fabric.backward(loss_of(model, share_of(fabric, x)) * (float("inf") if step == 1 else 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+    state = optimizer.state_dict()
+    fabric.release(model, optimizer)
+    return optimizer.seen, state["param_groups"][0]["foreach"], optimizer.param_groups[0]["foreach"]
+
+
+def test_torchs_loop_steps_on_plain_tensors_beside_dtensors_and_the_option_stays_the_users(ranks: RankPool) -> None:
+    for seen, saved, left in ranks.run(kernels, 1, 2, None, ranks=2):
+        assert seen == [False] * 3
+        assert saved is left is None
+    assert ranks.run(kernels, 1, 2, False, ranks=2) == [([False] * 3, False, False)] * 2
+
+
+def test_two_meshes_keep_the_foreach_kernels(ranks: RankPool) -> None:
+    assert ranks.run(kernels, 2, 2, True, ranks=4) == [([True] * 3, True, True)] * 4
+
+
+def fused_on_a_mixture() -> None:
+    fabric = planned("function", 1, 2)
+    for option in ("foreach", "fused"):
+        model = make_model()
+        with pytest.raises(StrategyError, match=f"{option}=True.*plain tensors"):
+            fabric.setup(model, torch.optim.AdamW(model.parameters(), **{option: True}))
+
+
+def test_kernels_that_cannot_take_the_mixture_are_refused_when_asked_for(ranks: RankPool) -> None:
+    ranks.run(fused_on_a_mixture, ranks=2)
+
+
+def step_before_setup(data: int, tensor: int) -> Any:
+    """The optimizer has state already, which has to follow its parameters."""
+    model = make_model().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    first, second = tokens(2)
+    loss_of(model, first).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    fabric = planned("function", data, tensor) if data * tensor > 1 else Fabric(accelerator="cpu", devices=1)
+    fabric.setup(model, optimizer)
+    fabric.backward(loss_of(model, share_of(fabric, second) if data * tensor > 1 else second))
+    optimizer.step()
+    return [full(parameter) for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 2), (2, 2)])
+def test_the_state_of_an_optimizer_follows_its_parameters(ranks: RankPool, data: int, tensor: int) -> None:
+    expected = step_before_setup(1, 1)
+    for found in ranks.run(step_before_setup, data, tensor, ranks=data * tensor):
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+
+
+def give_up_a_window(data: int, tensor: int) -> Any:
+    fabric = planned("function", data, tensor, precision="64-true")
+    model, frozen = make_model(), make_model().requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fabric.setup(model, optimizer)
+    fabric.setup(frozen)
+    first, second = tokens(2)
+    with contextlib.suppress(KeyError), fabric.no_backward_sync(model):
+        fabric.backward(loss_of(model, share_of(fabric, first)))
+        raise KeyError
+    x = share_of(fabric, second)
+    fabric.backward(loss_of(model, x) + functional.mse_loss(model(x), frozen(x)))
+    optimizer.step()
+    return [full(parameter) for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 2), (2, 2)])
+def test_a_window_that_was_given_up_leaves_nothing_and_a_frozen_teacher_works(
+    ranks: RankPool, data: int, tensor: int
+) -> None:
+    model, frozen = make_model().double(), make_model().double()
+    x = tokens(2)[1]
+    (loss_of(model, x) + functional.mse_loss(model(x), frozen(x).detach())).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    for found in ranks.run(give_up_a_window, data, tensor, ranks=data * tensor):
+        for one, two in zip(found, model.parameters(), strict=True):
+            torch.testing.assert_close(one, two.detach(), rtol=0, atol=1e-12)
+
+
+def layouts_of_gradients() -> list[bool]:
+    fabric = planned("sequence", 1, 2)
+    model = fabric.setup(make_model())
+    alike = []
+    for x in tokens(2):  # the second is added to the first
+        fabric.backward(loss_of(model, x))
+        alike += [parameter.grad.placements == parameter.placements for parameter in model.parameters()]
+    return alike
+
+
+def test_gradients_are_laid_out_as_their_parameters(ranks: RankPool) -> None:
+    """Autograd leaves those of norms on sharded activations as parts of sums, which nobody may add up or save."""
+    assert ranks.run(layouts_of_gradients, ranks=2) == [[True] * 34] * 2
