@@ -8,6 +8,7 @@ import json
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -16,7 +17,7 @@ from torch.utils.serialization import config
 
 from fabric_lite.checkpoint.archive import FORMAT, MANIFEST
 from fabric_lite.checkpoint.packing import storages
-from fabric_lite.checkpoint.part_writing import Blocks, write_data
+from fabric_lite.checkpoint.part_writing import Blocks, write_blocks
 from fabric_lite.checkpoint.plain import Place, tensors_in
 from fabric_lite.collectives import world_size
 from fabric_lite.errors import CheckpointError
@@ -66,7 +67,6 @@ class StreamedArchive:
         self._file = file
         self._records = _storage_records(content)
         self._crc_by_name: dict[str, int] = {}
-        self._blocks = Blocks()
         # What the records hold is skipped, their places are kept.
         with (
             torch.serialization.skip_data(materialize_fake_tensors=True),
@@ -78,21 +78,21 @@ class StreamedArchive:
         self._starts = {name: _start(file, infos[name]) for name in self._records}
         self._names = {storage._cdata: name for name, (storage, _) in self._records.items()}
 
-    def put(self, place: torch.Tensor, tensor: torch.Tensor) -> None:
-        """Write ``tensor``, on any device, where its placeholder ``place`` is."""
-        self._fill(self._names[place.untyped_storage()._cdata], tensor)
+    def put(self, place: torch.Tensor, blocks: Iterable[memoryview]) -> None:
+        """Write a tensor's bytes, in row-major order, where its placeholder ``place`` is."""
+        self._fill(self._names[place.untyped_storage()._cdata], blocks)
 
     def finish(self, origin: Origin) -> None:
         """Write the tensors that are in memory, and the manifest."""
         for name, (storage, _) in self._records.items():
             if name not in self._crc_by_name:
-                self._fill(name, torch.empty(0, dtype=torch.uint8).set_(storage))
+                self._fill(name, Blocks().of(torch.empty(0, dtype=torch.uint8).set_(storage)))
         _finish(self._file, self._records, self._crc_by_name, origin)
 
-    def _fill(self, name: str, tensor: torch.Tensor) -> None:
+    def _fill(self, name: str, blocks: Iterable[memoryview]) -> None:
         self._file.seek(self._starts[name])
         with ThreadPoolExecutor(1) as thread:
-            self._crc_by_name[name] = write_data(self._file, tensor, self._blocks, thread)
+            self._crc_by_name[name] = write_blocks(self._file, blocks, thread)
 
 
 def _finish(file: BinaryIO, records: _Records, crc_by_name: dict[str, int], origin: Origin) -> None:

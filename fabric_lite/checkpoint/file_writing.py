@@ -1,9 +1,9 @@
-"""Writing one file: by rank 0, of tensors that it has, or of sharded ones that are made full one after the other."""
+"""Writing one file: by rank 0, of tensors that it has, or of sharded ones that come to it piece by piece."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 
 from fabric_lite.checkpoint.archive_writing import Origin, StreamedArchive, placeholder, write_archive
 from fabric_lite.checkpoint.commit import committed_file
-from fabric_lite.checkpoint.layout import ShardPlan, shard_plan
+from fabric_lite.checkpoint.gathering import Gathering
+from fabric_lite.checkpoint.layout import ShardPlan, as_boxes, shard_plan
 from fabric_lite.checkpoint.packing import packed
 from fabric_lite.checkpoint.plain import Place, tensors_in
 from fabric_lite.checkpoint.together import on_every_rank, system_errors_explained
@@ -24,7 +25,7 @@ __all__ = ["write_file"]
 def write_file(target: Path, content: Any, sharded: Mapping[str, Any], origin: Origin) -> None:
     """Write a checkpoint file; every rank calls it, rank 0 writes.
 
-    No rank needs more memory than the largest sharded tensor and one staging buffer.
+    No rank needs more memory than two staging buffers.
 
     Args:
         target: The file's name; rank 0's counts.
@@ -35,6 +36,7 @@ def write_file(target: Path, content: Any, sharded: Mapping[str, Any], origin: O
     Raises:
         CheckpointError: The ranks hold different sharded tensors, or the file could not be written.
     """
+    sharded = {place: as_boxes(sharded[place]) for place in sorted(sharded)}
     plan = shard_plan(sharded)
     if not plan.writers:
         on_every_rank("save()", _write_at_once, target, content, origin)
@@ -42,15 +44,16 @@ def write_file(target: Path, content: Any, sharded: Mapping[str, Any], origin: O
     with contextlib.ExitStack() as stack:
         streamed = on_every_rank("save()", _opened, stack, target, content, plan, sharded)
         error: Exception | None = None
-        for place in plan.writers:
-            # On every rank, and in the same order, also when rank 0 can't write any more.
-            full = sharded[place].full_tensor()
+        gathering = Gathering()
+        for place, writers in plan.writers.items():
+            blocks = gathering.blocks(sharded[place], writers)
             if streamed is not None and error is None:
                 try:
-                    streamed.put(place, full)
+                    streamed.put(place, blocks)
                 except Exception as exception:
                     error = exception
-            del full
+            for _ in blocks:  # the others send, whether or not it can be written
+                pass
         on_every_rank("save()", _commit, stack, target, streamed, error, origin)
 
 
@@ -60,8 +63,8 @@ class _Streamed:
     def __init__(self, archive: StreamedArchive, placeholders: Mapping[str, torch.Tensor]) -> None:
         self.archive, self._placeholders = archive, placeholders
 
-    def put(self, place: str, full: torch.Tensor) -> None:
-        self.archive.put(self._placeholders[place], full)
+    def put(self, place: str, blocks: Iterable[memoryview]) -> None:
+        self.archive.put(self._placeholders[place], blocks)
 
 
 def _write_at_once(target: Path, content: Any, origin: Origin) -> None:

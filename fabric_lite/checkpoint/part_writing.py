@@ -9,16 +9,27 @@ import dataclasses
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import torch
 
+from fabric_lite.checkpoint.layout import Box
 from fabric_lite.checkpoint.manifest import DTYPES
 from fabric_lite.errors import FabricTypeError
 
-__all__ = ["STAGING_BYTES", "Blocks", "Piece", "Written", "dtype_name", "write_data", "write_part"]
+__all__ = [
+    "STAGING_BYTES",
+    "Blocks",
+    "Piece",
+    "Written",
+    "bytes_of",
+    "dtype_name",
+    "row_major_boxes",
+    "write_blocks",
+    "write_part",
+]
 
 STAGING_BYTES = 16 << 20
 _ALIGNMENT = 8
@@ -104,7 +115,7 @@ def write_part(
     position, staging = len(start), Blocks()
     with ThreadPoolExecutor(1) as thread:
         for index in order:
-            checksum = write_data(file, pieces[index].load(), staging, thread)
+            checksum = write_blocks(file, staging.of(pieces[index].load()), thread)
             written[index] = Written(position, position + pieces[index].nbytes, checksum)
             position = written[index].end
     return zlib.crc32(start), [written[index] for index in range(len(pieces))]
@@ -122,10 +133,10 @@ def _start(pieces: Sequence[Piece], metadata: dict[str, str] | None) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_data(file: BinaryIO, tensor: torch.Tensor, blocks: Blocks, thread: ThreadPoolExecutor) -> int:
-    """Write a tensor's elements in row-major order at the file's position; return their checksum."""
+def write_blocks(file: BinaryIO, blocks: Iterable[memoryview], thread: ThreadPoolExecutor) -> int:
+    """Write blocks at the file's position; return the checksum of all of them."""
     checksum = 0
-    for block in blocks.of(tensor):
+    for block in blocks:
         following = thread.submit(zlib.crc32, block, checksum)  # beside the writing: both release the lock
         file.write(block)
         checksum = following.result()
@@ -155,19 +166,20 @@ class Blocks:
             return
         tensor = tensor.detach()
         if tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
-            memory = _bytes_of(tensor)
+            memory = bytes_of(tensor)
             for start in range(0, len(memory), STAGING_BYTES):
                 yield memory[start : start + STAGING_BYTES]
             return
         if self._staging is None:
             self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
-        for box in _boxes(tensor, STAGING_BYTES // tensor.itemsize):
-            staged = self._staging.view(tensor.dtype)[: box.numel()].view(box.shape)
+        for offset, shape in row_major_boxes(tuple(tensor.shape), STAGING_BYTES // tensor.itemsize):
+            box = tensor[tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))]
+            staged = self._staging.view(tensor.dtype)[: box.numel()].view(shape)
             staged.copy_(box)
-            yield _bytes_of(staged)
+            yield bytes_of(staged)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor; not by ``view``, which not all dtypes and shapes have."""
     flat = torch.empty(0, dtype=torch.uint8)
     begin = tensor.storage_offset() * tensor.itemsize
@@ -175,14 +187,17 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return flat.numpy().data
 
 
-def _boxes(tensor: torch.Tensor, elements: int) -> Iterator[torch.Tensor]:
-    """Cut a tensor into boxes of at most ``elements``, in row-major order."""
-    if tensor.numel() <= elements:
-        yield tensor
+def row_major_boxes(shape: tuple[int, ...], elements: int) -> Iterator[Box]:
+    """Cut a tensor's shape into boxes, offset and shape, of at most ``elements`` that follow each other in memory."""
+    if math.prod(shape) <= elements:
+        yield (0,) * len(shape), shape
         return
-    row = tensor.numel() // len(tensor)
+    row = math.prod(shape[1:])
     if row > elements:
-        for inner in tensor:
-            yield from _boxes(inner, elements)
+        for index in range(shape[0]):
+            for offset, inner in row_major_boxes(shape[1:], elements):
+                yield (index, *offset), (1, *inner)
         return
-    yield from tensor.split(elements // row)
+    rows = elements // row
+    for start in range(0, shape[0], rows):
+        yield (start,) + (0,) * (len(shape) - 1), (min(rows, shape[0] - start), *shape[1:])
