@@ -10,11 +10,15 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fabric_lite.deferred import record
+
 __all__ = ["place", "tensors_on"]
 
 
 @contextlib.contextmanager
-def tensors_on(device: torch.device, dtype: torch.dtype | None, *, skip_initialisation: bool = False) -> Iterator[None]:
+def tensors_on(
+    device: torch.device, dtype: torch.dtype | None, *, skip_initialisation: bool = False, deferred: bool = False
+) -> Iterator[None]:
     """A context in which new tensors are on ``device``, floats in ``dtype``.
 
     The device is that of this thread's new tensors only. The dtype is torch's default dtype, of which the process has
@@ -24,12 +28,14 @@ def tensors_on(device: torch.device, dtype: torch.dtype | None, *, skip_initiali
         device: Where.
         dtype: Default floating-point dtype; None leaves the process's own.
         skip_initialisation: Whether ``torch.nn.init`` does nothing, so that parameters hold whatever memory held.
+        deferred: Whether the tensors get no memory yet: they are on the meta device, and what is done with them is
+            recorded, see :mod:`fabric_lite.deferred`.
     """
     previous = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         if skip_initialisation:
             stack.enter_context(_SkipInitialisation())
-        stack.enter_context(device)
+        stack.enter_context(record(device) if deferred else device)
         try:
             if dtype is not None:
                 torch.set_default_dtype(dtype)

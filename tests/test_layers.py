@@ -14,7 +14,7 @@ import fabric_lite
 PACKAGE = Path(fabric_lite.__file__).parent
 LAYERS = [
     {"errors", "trees", "attribute_dict"},
-    {"precision", "topology", "run_config", "parameters", "activation_checkpointing"},
+    {"precision", "topology", "run_config", "deferred", "parameters", "activation_checkpointing"},
     {"adopt", "mesh", "collectives", "device", "init", "seed", "callbacks", "clearing", "loss_scaling", "clipping"},
     {"extension", "optim", "notices"},
     {"guards", "hooked", "buffers"},
