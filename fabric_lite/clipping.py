@@ -77,7 +77,7 @@ def _norm_over_ranks(parameters: Sequence[torch.Tensor], norm_type: float) -> to
     norm = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     if math.isinf(norm_type):
         # A NaN can get lost in a maximum over ranks, so it travels as a number of its own.
-        pair = torch.stack([norm.nan_to_num(math.inf), norm.isnan().to(wide)])
+        pair = torch.stack([norm.nan_to_num(0.0, posinf=math.inf), norm.isnan().to(wide)])
         largest, is_nan = reduced(pair, parameters, dist.ReduceOp.MAX)
         return torch.where(is_nan > 0, math.nan, largest).to(dtype)
     return reduced(norm.pow(norm_type), parameters, dist.ReduceOp.SUM).pow(1 / norm_type).to(dtype)
