@@ -16,7 +16,7 @@ from fabric_lite.errors import FabricRuntimeError, StrategyError
 from fabric_lite.precision import Precision
 from fabric_lite.trees import map_leaves
 
-__all__ = ["ModuleExtension", "in_backward"]
+__all__ = ["ModuleExtension", "in_backward", "recomputes"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -51,6 +51,12 @@ class ModuleExtension:
     watched_calls: dict[str, int] = dataclasses.field(default_factory=dict)
     entries: int = 0
     frozen: list[nn.Parameter] = dataclasses.field(default_factory=list)
+    # Under hooks: the sharded parts, outer ones first, and whether they have been made ready for a first call; marked
+    # methods with torch's hooks around them; and where compiled calls were changed until release, what was there.
+    sharded: list[Any] = dataclasses.field(default_factory=list)
+    is_prepared: bool = False
+    forward_methods: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    moved: list[tuple[nn.Module, Callable[..., Any] | None]] = dataclasses.field(default_factory=list)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What the engine calls back."""
@@ -98,7 +104,7 @@ class ModuleExtension:
         # Without gradients nothing is communicated: rank 0 may evaluate alone. Inside backward (recomputation by
         # activation checkpointing) the engine has had its forward already.
         engine = self.engine
-        if engine is None or not torch.is_grad_enabled() or _recomputes():
+        if engine is None or not torch.is_grad_enabled() or recomputes():
             return target(*args, **kwargs)
         if not torch.compiler.is_compiling():  # a counter would compile each call anew
             self.entries += 1
@@ -136,7 +142,7 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _recomputes() -> bool:
+def recomputes() -> bool:
     """Whether this forward is a recomputation inside backward, whose first run went through the engine.
 
     Not so under torch's reentrant checkpoint: there the first run had no gradients, and this is the one that counts.

@@ -23,6 +23,9 @@ _WATCHED_CALLS = 3
 class SynchronisationGuard:
     """A pre-hook of ``step`` that raises on gradients that went around the engine, and so stayed on their rank.
 
+    It also frees gathered parameters, which the step would leave behind: torch keeps the root's after a forward without
+    a backward, and would run the next forward on the values before the step.
+
     Args:
         modules: Returns the modules that are set up.
     """
@@ -34,6 +37,8 @@ class SynchronisationGuard:
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for module in self._modules():
             extension: ModuleExtension = extension_of(module)
+            for part in extension.sharded:
+                part.reshard()
             if extension.engine is None:
                 continue
             seen, self._seen[id(extension)] = self._seen.get(id(extension), 0), extension.entries
@@ -57,6 +62,7 @@ def own_methods(kind: type) -> set[str]:
     return {
         name
         for parent in kind.__mro__
+        if not parent.__module__.startswith("torch.distributed.")  # FSDPModule's
         for name, value in parent.__dict__.items()
         if inspect.isfunction(value) and not name.startswith("_") and not hasattr(nn.Module, name)
     }

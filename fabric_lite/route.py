@@ -19,6 +19,16 @@ from fabric_lite.adopt import HOLDER, check_extendable, extend, extension_of, re
 from fabric_lite.errors import FabricTypeError, StrategyError
 from fabric_lite.extension import ModuleExtension
 from fabric_lite.guards import guarded, own_methods
+from fabric_lite.hooked import (
+    call_from_outside,
+    check_not_shared,
+    compile_inside,
+    explained,
+    move_back,
+    move_compiled_call,
+    return_no_views,
+    sharded_parts,
+)
 
 __all__ = ["check_module", "extend_module", "release_module"]
 
@@ -28,6 +38,7 @@ def check_module(module: nn.Module) -> None:
 
     Raises:
         FabricTypeError: A scripted module, a lazy one that is not materialised yet, or a class that takes no extension.
+        StrategyError: A part of it is sharded as a part of another model.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise FabricTypeError(
@@ -42,6 +53,7 @@ def check_module(module: nn.Module) -> None:
                 given=f"{name or 'the module itself'} in {type(module).__name__}",
                 fix="run one forward pass before setup",
             )
+    check_not_shared(module)
     check_extendable(module, _quiet_members)
 
 
@@ -53,15 +65,31 @@ def extend_module(module: nn.Module, extension: ModuleExtension) -> None:
     """
     if extension.engine is None and not extension.hooked and not extension.precision.changes_forward:
         extend(module, _quiet_members, extension)
+    elif extension.hooked:
+        _extend_hooked(module, extension)
     elif (original := compiled_from(module)) is not None:
         # The engine stands around the compiled module; calls of the module inside are routed like any other.
         extend(module, _compiled_module_members, extension)
         extend(original, _routed_members, extension)
     else:
         compiled = module.__dict__.get("_compiled_call_impl")
-        extend(module, _hooked_members if extension.hooked else _routed_members, extension)
+        extend(module, _routed_members, extension)
         if compiled is not None:
             _route_compiled_call(module, extension, compiled)
+
+
+def _extend_hooked(module: Any, extension: ModuleExtension) -> None:
+    """Extend a module that is sharded itself, or whose original is."""
+    original = compiled_from(module)
+    extension.sharded = sharded_parts(module)
+    extension.handles += return_no_views(extension.sharded)
+    if original is None or module in extension.sharded:
+        extend(module, _hooked_members, extension)
+        move_compiled_call(module, extension)
+    else:
+        extend(module, _shell_members, extension)
+        extend(original, _hooked_members, extension)
+        compile_inside(original, module.dynamo_ctx, extension)
 
 
 def release_module(module: nn.Module) -> None:
@@ -72,10 +100,13 @@ def release_module(module: nn.Module) -> None:
         release(original)
     if extension.compiled is not None:
         module.__dict__["_compiled_call_impl"] = extension.compiled
+    move_back(extension)
     for handle in extension.handles:
         handle.remove()
     # The engine holds the module and the module its engine: cut, so that memory goes without the collector.
     extension.engine = extension.target = extension.compiled = extension.reset = None
+    extension.sharded.clear()
+    extension.forward_methods.clear()
 
 
 def compiled_from(module: Any) -> nn.Module | None:
@@ -160,19 +191,32 @@ def _compiled_module_members(kind: type) -> dict[str, Any]:
     return {**_quiet_members(kind), "forward": ForwardRoute(kind, reach)}
 
 
+def _shell_members(kind: type) -> dict[str, Any]:
+    # An OptimizedModule around a sharded module, which is compiled inside its hooks and has the whole way of a call.
+    def reach(module: Any, _: ModuleExtension, __: Any, args: Any, kwargs: Any) -> Any:
+        return module.__dict__["_modules"]["_orig_mod"](*args, **kwargs)
+
+    return {**_quiet_members(kind), **_NO_COPIES, "forward": ForwardRoute(kind, reach)}
+
+
 def _hooked_members(kind: type) -> dict[str, Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        extension = self.__dict__.get(HOLDER)
-        plain_call = functools.partial(kind.__call__, self)
+        extension: ModuleExtension | None = self.__dict__.get(HOLDER)
         if extension is None or extension.is_inside:
-            return plain_call(*args, **kwargs)
-        return extension.enter(functools.partial(extension.inside, plain_call), (args, kwargs), {})
+            return kind.__call__(self, *args, **kwargs)
+        return call_from_outside(extension, functools.partial(kind.__call__, self), args, kwargs)
 
     def reach(module: Any, _: ModuleExtension, __: Any, args: Any, kwargs: Any) -> Any:
         return module(*args, **kwargs)
 
-    copies = {"__deepcopy__": _refuse_copy, "__reduce_ex__": _refuse_copy}
-    return {**_quiet_members(kind), **copies, "__call__": call, "forward": ForwardRoute(kind, reach)}
+    return {
+        **_quiet_members(kind),
+        **{name: explained(kind, name) for name in own_methods(kind)},
+        **_NO_COPIES,
+        "__call__": call,
+        "compile": _compile_hooked,
+        "forward": ForwardRoute(kind, reach),
+    }
 
 
 def _refuse_copy(self: Any, _: Any) -> Any:
@@ -184,6 +228,9 @@ def _refuse_copy(self: Any, _: Any) -> Any:
     )
 
 
+_NO_COPIES = {"__deepcopy__": _refuse_copy, "__reduce_ex__": _refuse_copy}
+
+
 def _compile(self: Any, *args: Any, **kwargs: Any) -> None:
     """Compile this module's forward; the compiled call stands inside the engine."""
     if HOLDER not in self.__dict__:
@@ -191,6 +238,16 @@ def _compile(self: Any, *args: Any, **kwargs: Any) -> None:
         return
     self.__dict__["_compiled_call_impl"] = None
     _route_compiled_call(self, self.__dict__[HOLDER], torch.compile(self._call_impl, *args, **kwargs))
+
+
+def _compile_hooked(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Compile the sharded blocks, or this module's forward where it has none; the hooks stand around."""
+    extension: ModuleExtension | None = self.__dict__.get(HOLDER)
+    if extension is not None:
+        move_back(extension)
+    nn.Module.compile(self, *args, **kwargs)
+    if extension is not None:
+        move_compiled_call(self, extension)
 
 
 def _route_compiled_call(module: nn.Module, extension: ModuleExtension, compiled: Callable[..., Any]) -> None:
@@ -215,6 +272,8 @@ def _mark_forward_method(self: Any, method: Any) -> None:
         FabricTypeError: The class has no such method.
     """
     name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+    if compiled_from(self) is not None:
+        self, method = compiled_from(self), name
     kind = user_class(type(self))
     if not inspect.isfunction(getattr(kind, name, None)) or name in self.__dict__:
         raise FabricTypeError(
@@ -223,10 +282,14 @@ def _mark_forward_method(self: Any, method: Any) -> None:
             fix="a method that the model's class defines, or its name",
         )
     extension: ModuleExtension = self.__dict__[HOLDER]
+    extended = type(self)
+    if "forward" in extended.__dict__ and name not in extended.__dict__:
+        # A private one, or one that nn.Module has as well.
+        setattr(extended, name, explained(kind, name) if extension.hooked else guarded(kind, name))
     if extension.hooked:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
         register_fsdp_forward_method(self, name)
-    elif "forward" in type(self).__dict__ and name not in type(self).__dict__:
-        setattr(type(self), name, guarded(kind, name))  # a private one, or one that nn.Module has as well
+        # Torch puts it into the object; there it would hide the way through the run's precision.
+        extension.forward_methods[name] = self.__dict__.pop(name)
     extension.marked_methods.add(name)
