@@ -306,7 +306,7 @@ def test_a_missing_file_is_also_the_builtin_error(tmp_path: Path) -> None:
         with pytest.raises(CheckpointNotFoundError, match="none") as caught:
             load(missing)
         assert isinstance(caught.value, FileNotFoundError)
-    with pytest.raises(CheckpointError, match="is a folder"):
+    with pytest.raises(CheckpointError, match="This folder is no checkpoint"):
         load(tmp_path)
 
 
