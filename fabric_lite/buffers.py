@@ -30,7 +30,7 @@ def follow_rank_zero(module: nn.Module, group: Any, is_synchronising: Callable[[
     Returns:
         A handle with ``remove()``; None, and no hook at all, if no submodule keeps running statistics.
     """
-    if not any(True for _ in _running_statistics(module)):
+    if not any(_keeps_statistics(child) for child in module.modules()):
         return None
 
     def broadcast(root: nn.Module, *_: Any) -> None:
@@ -41,16 +41,21 @@ def follow_rank_zero(module: nn.Module, group: Any, is_synchronising: Callable[[
     return module.register_forward_hook(torch.compiler.disable(broadcast))
 
 
+def _keeps_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase) and module.track_running_stats
+
+
 def _running_statistics(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Those that a training forward changes; the statistics of a frozen layer are needed as they are in backward."""
     for child in module.modules():
-        if isinstance(child, _NormBase) and child.track_running_stats:
-            yield from (buffer for buffer in child.buffers(recurse=False))
+        if _keeps_statistics(child) and child.training:
+            yield from child.buffers(recurse=False)
 
 
-@torch.no_grad()
 def _broadcast(buffers: list[torch.Tensor], group: Any) -> None:
     for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
-        alike = [buffer for buffer in buffers if buffer.dtype == dtype]
+        # Data, since autograd keeps the statistics for backward (and reads none of them there): it would see a change.
+        alike = [buffer.data for buffer in buffers if buffer.dtype == dtype]
         flat = _flatten_dense_tensors(alike)
         dist.broadcast(flat, group=group, group_src=0)
         for buffer, received in zip(alike, _unflatten_dense_tensors(flat, alike), strict=True):
