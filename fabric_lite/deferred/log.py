@@ -97,6 +97,7 @@ class Facts:
     overwritten: frozenset[str]  # those of them of which nothing old is left, when they are whole storages
     shape_only: bool
     random: bool
+    draws_in_place: bool
     takes_device: bool
     data_dependent: bool
 
@@ -111,11 +112,13 @@ def facts_of(operation: Any) -> Facts:
     if name in _OVERWRITING:
         overwritten |= written
     takes_generator = any("Generator" in str(a.type) for a in schema.arguments)
+    random = takes_generator or torch.Tag.nondeterministic_seeded in operation.tags
     return Facts(
         written=frozenset(written),
         overwritten=frozenset(overwritten),
         shape_only=name in _SHAPED_LIKE,
-        random=takes_generator or torch.Tag.nondeterministic_seeded in operation.tags,
+        random=random,
+        draws_in_place=random and name in _OVERWRITING,
         takes_device=any(a.name == "device" for a in schema.arguments),
         data_dependent=torch.Tag.data_dependent_output in operation.tags,
     )

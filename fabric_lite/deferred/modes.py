@@ -92,7 +92,11 @@ class _Operations(TorchDispatchMode):
         if kwargs.get("generator") is not None:
             options["generator"] = None  # the meta device has no generators
         try:
-            result = func(*tree_map(self._twin, args), **options)
+            if facts_of(func).draws_in_place:
+                # Some of torch's meta kernels for these are Python, and import the compiler.
+                result = args[0]
+            else:
+                result = func(*tree_map(self._twin, args), **options)
         except NotImplementedError:
             # The shape of the result depends on values, or the operation has no meta kernel.
             result = self._shaped_by_values(func, args, kwargs)
