@@ -26,6 +26,7 @@ from fabric_lite.errors import CheckpointError
 
 __all__ = ["ArchiveFile", "errors_of", "located_tensor", "read_archive"]
 
+_TRUST = "load(..., weights_only=False) if you trust whoever wrote it"
 _LOCAL_HEADER = 30  # bytes of a zip record's fixed header; its last four are the lengths of name and extra field
 
 
@@ -63,7 +64,7 @@ class ArchiveFile:
         Raises:
             CheckpointError: It is damaged, or is of a newer format.
         """
-        with errors_of(self._path), self._file.opened() as descriptor:
+        with errors_of(self._path, _TRUST), self._file.opened() as descriptor:
             if not _is_zip(descriptor):
                 return  # the format of torch before 1.6, or no checkpoint: torch.load tells
             with zipfile.ZipFile(self._stream(descriptor)) as archive:
@@ -78,7 +79,7 @@ class ArchiveFile:
         Raises:
             CheckpointError: It is damaged, or no checkpoint, or can't be read without running code.
         """
-        with errors_of(self._path), self._file.opened() as descriptor:
+        with errors_of(self._path, _TRUST), self._file.opened() as descriptor:
             in_place = _is_zip(descriptor) and self._is_in_place(descriptor)
             if in_place and self._weights_only:
                 content = self._left_in_file(descriptor)
@@ -196,8 +197,13 @@ def _data_begin(descriptor: int, path: Path, info: zipfile.ZipInfo) -> int:
 
 
 @contextlib.contextmanager
-def errors_of(path: Path) -> Iterator[None]:
-    """What can go wrong while a file is read, as a CheckpointError that names it."""
+def errors_of(path: Path, way_out: str = "a checkpoint without code in it") -> Iterator[None]:
+    """What can go wrong while a file is read, as a CheckpointError that names it.
+
+    Args:
+        path: The file.
+        way_out: What to do if it holds code.
+    """
     try:
         yield
     except CheckpointError:
@@ -216,7 +222,7 @@ def errors_of(path: Path) -> Iterator[None]:
         raise CheckpointError(
             "This file can't be read without running code from it, or it is damaged.",
             given=f"{path}: {reason}",
-            fix="load(..., weights_only=False) if you trust whoever wrote it",
+            fix=way_out,
         ) from error
     except Exception as error:  # torch.load raises any type for a file that is cut short or is something else
         raise damaged(

@@ -147,6 +147,13 @@ def _kept(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
     return values_where(lambda leaf: is_stateful(leaf) or isinstance(leaf, torch.nn.Parameter), value, place)
 
 
+def _laid_out(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+    """What is restored in place inside ``value``, or as it is laid out, with its place."""
+    return values_where(
+        lambda leaf: is_stateful(leaf) or isinstance(leaf, torch.nn.Parameter) or is_sharded(leaf), value, place
+    )
+
+
 @dataclasses.dataclass
 class _Match:
     """What of a file goes where in the user's state; nothing is changed before all of it is known.
@@ -205,7 +212,7 @@ class _Match:
         if isinstance(current, torch.nn.Parameter):
             self._parameter(current, saved, place)
             return current, {}
-        if isinstance(current, (list, tuple)) and next(_kept(current, place), None) is not None:
+        if isinstance(current, (list, tuple)) and next(_laid_out(current, place), None) is not None:
             return self._sequence(current, saved, place), {}
         if isinstance(current, torch.Tensor) and is_tensor(saved):
             return self._laid_out(saved, current), {}

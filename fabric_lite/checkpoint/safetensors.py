@@ -94,7 +94,7 @@ class SafetensorsFile:
         """First byte and one past the last of a tensor, counted from where the data begins."""
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
             self._fault(f"{name!r:.80} is not described by dtype, shape and data_offsets")
-        if entry["dtype"] not in _DTYPES:
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
             self._fault(f"{name!r:.80} has the dtype {entry['dtype']!r:.80}")
         numbers = [entry["shape"], entry["data_offsets"]]
         if not all(isinstance(each, list) and all(type(one) is int and one >= 0 for one in each) for each in numbers):
