@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from fabric_lite.activation_checkpointing import checkpoint_activations, release_activations
 from fabric_lite.collectives import gather_objects
 from fabric_lite.errors import FabricTypeError, FabricValueError, StrategyError
 from fabric_lite.parameters import local_part, mesh_of, settle_gradient
@@ -118,12 +119,17 @@ class ModelParallelStrategy(Strategy):
         group = mesh[TENSOR_AXIS].get_group()
         state = gather_objects(shared_random_state(placement.device), group)[0]
         sharding.follow_rank_zero(module, placement.device)
+        if self.activation_checkpointing_policy is not None:
+            checkpoint_activations(module, self.activation_checkpointing_policy)
         self._parallelize(module, mesh)
         engine = self._shard(module, mesh, placement)
         _watch_gradients(module, group)
         # Last: laying out may draw numbers, and on an accelerator torch makes all states of a mesh equal in it.
         set_shared_random_state(state, placement.device)
         return engine
+
+    def unwrap(self, module: nn.Module) -> None:
+        release_activations(module)
 
     def no_sync(self, module: nn.Module, engine: nn.Module | None) -> contextlib.AbstractContextManager[Any]:
         return sharding.no_sync(module) if _is_fully_sharded(module) else contextlib.nullcontext()

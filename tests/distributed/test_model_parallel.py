@@ -463,3 +463,51 @@ def layouts_of_gradients() -> list[bool]:
 def test_gradients_are_laid_out_as_their_parameters(ranks: RankPool) -> None:
     """Autograd leaves those of norms on sharded activations as parts of sums, which nobody may add up or save."""
     assert ranks.run(layouts_of_gradients, ranks=2) == [[True] * 34] * 2
+
+
+class Counted(Block):
+    """Counts how often its forward runs."""
+
+    count = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Counted.count += 1  # not of the type: fully_shard makes one of its own
+        return super().forward(x)
+
+
+def train_one_step(data: int, tensor: int, *, recompute: bool, compiled: bool) -> Any:
+    strategy = ModelParallelStrategy(
+        styles(), data, tensor, activation_checkpointing_policy={Counted} if recompute else None
+    )
+    fabric = Fabric(accelerator="cpu", devices=data * tensor, strategy=strategy, precision="64-true")
+    Counted.count = 0
+    model = make_model(dropout=0.5)
+    for block in model.blocks:
+        block.__class__ = Counted
+    if compiled:
+        model.compile(backend="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fabric.setup(model, optimizer)
+    torch.manual_seed(5)
+    fabric.backward(loss_of(model, share_of(fabric, tokens(1)[0])))
+    optimizer.step()
+    torch._dynamo.reset()
+    return [full(parameter) for parameter in model.parameters()], Counted.count
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 2), (2, 2)])
+def test_recomputed_blocks_train_as_kept_ones_with_the_same_dropout(ranks: RankPool, data: int, tensor: int) -> None:
+    kept = ranks.run(train_one_step, data, tensor, recompute=False, compiled=False, ranks=data * tensor)
+    recomputed = ranks.run(train_one_step, data, tensor, recompute=True, compiled=False, ranks=data * tensor)
+    for (expected, runs), (found, runs_again) in zip(kept, recomputed, strict=True):
+        assert (runs, runs_again) == (2, 4)
+        assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 2), (2, 2)])
+def test_a_compiled_model_trains_as_a_plain_one(ranks: RankPool, data: int, tensor: int) -> None:
+    plain = ranks.run(train_one_step, data, tensor, recompute=False, compiled=False, ranks=data * tensor)
+    compiled = ranks.run(train_one_step, data, tensor, recompute=False, compiled=True, ranks=data * tensor)
+    for (expected, _), (found, _) in zip(plain, compiled, strict=True):
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
