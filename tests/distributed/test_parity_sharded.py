@@ -86,7 +86,7 @@ def with_fabric(layout: str, precision: str, accumulate: int, clip: float | None
         optimizer.step()
         optimizer.zero_grad()
     scale = fabric.state_dict()["loss_scaler"]["scale"] if precision == "16-mixed" else 1.0
-    result = Run(flat(model), torch.tensor([float(norm) for norm in norms]).double(), skips(scale))
+    result = Run(flat(model), torch.tensor([float(norm) for norm in norms], dtype=torch.float64), skips(scale))
     fabric.close()
     return result
 
@@ -111,7 +111,7 @@ def one_process(precision: str, accumulate: int, clip: float | None, optimizer_n
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    return Run(flat(model), torch.tensor([float(norm) for norm in norms]).double(), skips(scaler.get_scale()))
+    return Run(flat(model), torch.tensor([float(norm) for norm in norms], dtype=torch.float64), skips(scaler.get_scale()))
 
 
 def skips(scale: float) -> int:
