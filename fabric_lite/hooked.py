@@ -24,7 +24,9 @@ __all__ = [
     "check_not_shared",
     "compile_inside",
     "explained",
+    "move_back",
     "move_compiled_call",
+    "options_of",
     "return_no_views",
     "sharded_parts",
 ]
@@ -96,7 +98,7 @@ def move_compiled_call(module: nn.Module, extension: ModuleExtension) -> None:
         compiled = child.__dict__.get("_compiled_call_impl")
         if compiled is not None and len(sharded_parts(child)) > (child in extension.sharded):
             _set_compiled_call(child, None, extension)
-            options = _options_of(compiled)
+            options = options_of(compiled)
             if options is not None:
                 compile_inside(child, options, extension)
 
@@ -132,7 +134,7 @@ def _set_compiled_call(module: nn.Module, compiled: Callable[..., Any] | None, e
     module.__dict__["_compiled_call_impl"] = compiled
 
 
-def _options_of(compiled: Any) -> Callable[..., Any] | None:
+def options_of(compiled: Any) -> Callable[..., Any] | None:
     """What ``torch.compile(...)`` without a function returned on the way to ``compiled``; None: ``disable=True``."""
     if not hasattr(compiled, "_torchdynamo_orig_callable"):
         return None

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fabric_lite import Fabric, Strategy, StrategyError
 from fabric_lite.activation_checkpointing import checkpoint_activations
 from fabric_lite.buffers import follow_rank_zero
+from fabric_lite.hooked import options_of
 from fabric_lite.route import compiled_from
 from fabric_lite.strategies import Engine, FSDPStrategy, Placement
 from fabric_lite.strategies.sharding import is_synchronising
@@ -221,6 +222,41 @@ def compiled_before_and_released(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["inner", "outer"])
 def test_release_gives_back_what_was_compiled(ranks: RankPool, kind: str) -> None:
     ranks.run(compiled_before_and_released, kind)
+
+
+def compiled_in_special_ways() -> Any:
+    fabric = connect()
+    model = make_deep()
+    model.compile(disable=True)
+    fabric.setup(model)
+    assert not any(block._compiled_call_impl for block in model.blocks)
+    outer: Any = torch.compile(make_deep(), backend="eager")
+    fabric.setup(outer)
+    outer.mark_forward_method("by_layers")
+    calls: list[nn.Module] = []
+    for module in outer.modules():
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    x = torch.ones(2, 4)
+    outer(x).sum().backward()
+    counts = [calls.count(module) for module in outer.modules()]
+    torch._dynamo.reset()
+    return counts, float((outer.by_layers(x) - make_deep().by_layers(x)).abs())
+
+
+def test_hooks_of_a_compiled_model_fire_once_and_its_methods_are_marked_through_it(ranks: RankPool) -> None:
+    for counts, error in ranks.run(compiled_in_special_ways):
+        assert set(counts) == {0, 1}  # the list of blocks is never called
+        assert counts.count(0) == 1
+        assert error == 0
+
+
+def test_a_compiled_call_that_does_not_show_its_options_is_refused() -> None:
+    def compiled() -> None:
+        """Stands for what another torch returns."""
+
+    compiled._torchdynamo_orig_callable = None  # type: ignore[attr-defined]
+    with pytest.raises(StrategyError, match=r"block\.compile\(\) for each block"):
+        options_of(compiled)
 
 
 def steps_with_dropout(checkpointed: bool, compiled: bool) -> Any:
