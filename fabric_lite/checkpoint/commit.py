@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -63,19 +63,21 @@ def committed_file(target: Path) -> Iterator[BinaryIO]:
     target, temporary = _prepared(target)
     # 0o666 is what open() asks for: the umask decides.
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    file = os.fdopen(descriptor, "w+b")
     try:
-        with os.fdopen(descriptor, "w+b") as file:
-            _lock(file.fileno())
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            if os.name != "nt":
-                _put_in_place(temporary, target)
+        _lock(file.fileno())
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
         if os.name == "nt":  # there only a closed file can be renamed
-            _put_in_place(temporary, target)
+            file.close()
+        _put_in_place(temporary, target)
     except BaseException:
+        with contextlib.suppress(OSError):  # it would write again what could not be written
+            file.close()
         _remove(temporary)
         raise
+    file.close()
 
 
 @contextlib.contextmanager
@@ -144,15 +146,15 @@ def _is_checkpoint_folder(path: Path) -> bool:
     return _DCP_MARK in files and all(_DCP_FILE.fullmatch(name) for name in files)
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """Let ``target`` be the new checkpoint in one step, then remove the old one."""
+def _put_in_place(temporary: Path, target: Path, in_one_step: Callable[[Path, Path], bool] = exchange) -> None:
+    """Let ``target`` be the new checkpoint in one step, or in two where ``in_one_step`` can't, and remove the old."""
     _check_replaceable(target)  # again: it has been a while
     kept = _kept(target)
     old_is_folder, new_is_folder = target.is_dir(), temporary.is_dir()
     if not os.path.lexists(target) or not (old_is_folder or new_is_folder):
         os.replace(temporary, target)
         fsync_folder(target.parent)
-    elif exchange(temporary, target):
+    elif in_one_step(temporary, target):
         fsync_folder(target.parent)
         _remove(temporary)
     else:

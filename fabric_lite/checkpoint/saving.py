@@ -69,7 +69,7 @@ def save(
     content = on_every_rank("save()", _filtered, _collected(state), filter or {})
     sharded = {str(place): tensor for place, tensor in tensors_in(content, Place()) if is_sharded(tensor)}
     write = write_file if state_dict_type == "full" else write_folder
-    with lost_ranks_explained(target):
+    with lost_ranks_explained("save()"):
         write(target, content, sharded, dict(origin or {}))
 
 

@@ -22,7 +22,12 @@ def on_every_rank(what: str, function: Callable[..., Result], *args: Any) -> Res
         result = function(*args)
     except Exception as exception:
         error = exception
-    raise_together(error, what, CheckpointError)
+    try:
+        raise_together(error, what, CheckpointError)
+    except RuntimeError as raised:
+        if raised is error or isinstance(raised, FabricError):
+            raise
+        raise _lost(what, raised) from raised
     return result
 
 
@@ -43,18 +48,23 @@ def system_errors_explained(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lost_ranks_explained(target: Path) -> Iterator[None]:
-    """Raise CheckpointError where the block can't go on because another rank has ended."""
+def lost_ranks_explained(what: str) -> Iterator[None]:
+    """Raise CheckpointError where ``what`` can't go on because another rank has ended."""
     try:
         yield
     except FabricError:
         raise
-    except RuntimeError as error:  # what the backends raise for a connection that was closed
-        raise CheckpointError(
-            "The checkpoint could not be written, since the ranks lost each other; what was there before is as it was.",
-            given=f"{target}: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}",
-            fix="the messages of the rank that ended first",
-        ) from error
+    except RuntimeError as error:
+        raise _lost(what, error) from error
+
+
+def _lost(what: str, error: RuntimeError) -> CheckpointError:
+    """The error for what the backends raise when a connection was closed."""
+    return CheckpointError(
+        f"{what} could not go on, since the ranks lost each other; what was there before is as it was.",
+        given=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+        fix="see the messages of the rank that ended first",
+    )
 
 
 def _cause(error: BaseException) -> BaseException:
