@@ -23,6 +23,7 @@ SMALL = {
     "custom_strategy.py": ["--epochs", "3"],
     "gan.py": ["--epochs", "1"],
     "image_classifier.py": ["--epochs", "1"],
+    "tensor_parallel.py": ["--steps", "2"],
 }
 PYTHON: list[str] = []
 FABRIC_RUN = ["-m", "fabric_lite", "--devices", "2"]
@@ -161,3 +162,15 @@ def test_the_strategy_of_ones_own_is_shorter_than_50_lines() -> None:
     source = (EXAMPLES / "custom_strategy.py").read_text(encoding="utf-8")
     strategy = source[source.index("@dataclasses.dataclass") : source.index("def train")]
     assert len(strategy.splitlines()) < 50
+
+
+def test_the_gpt_whose_layers_are_cut_learns_on_four_ranks_and_goes_on_on_two(tmp_path: Path) -> None:
+    four, two = (["-m", "fabric_lite", "--devices", ranks] for ranks in ("4", "2"))
+    begun = run(tmp_path, four, "tensor_parallel.py", "--steps", "25")
+    assert "data_parallel 2, tensor_parallel 2" in begun
+    first, last = map(float, losses(begun))
+    assert last < first - 1.5  # 4.9 at the start, some 3.0 after 25 steps
+    resumed = run(tmp_path, two, "tensor_parallel.py", "--steps", "27", "--resume")
+    assert "data_parallel 1, tensor_parallel 2" in resumed
+    assert "resumed at step 25\n" in resumed
+    assert float(losses(resumed)[-1]) < first - 1.5
