@@ -106,7 +106,7 @@ class ModelParallelStrategy(Strategy):
             raise FabricValueError(
                 "The sizes of the mesh do not multiply to the number of ranks.",
                 given=f"data_parallel_size={self.data_parallel_size!r} and tensor_parallel_size="
-                f"{self.tensor_parallel_size!r} with {world_size} ranks: {data} x {tensor} = {data * tensor}",
+                f"{self.tensor_parallel_size!r} at a world size of {world_size}: {data} x {tensor} = {data * tensor}",
                 fix=f"sizes whose product is {world_size}, or 'auto' for one of them",
             )
         return {DATA_AXIS: data, TENSOR_AXIS: tensor}

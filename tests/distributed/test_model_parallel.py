@@ -277,7 +277,7 @@ def test_the_sizes_of_the_mesh_follow_from_the_ranks(
     ("data", "tensor", "arithmetic"), [(2, 3, "2 x 3 = 6"), ("auto", 3, "1 x 3 = 3"), (8, "auto", "8 x 1 = 8")]
 )
 def test_sizes_that_do_not_multiply_to_the_ranks_are_refused(data: Any, tensor: Any, arithmetic: str) -> None:
-    with pytest.raises(FabricValueError, match=f"4 ranks: {arithmetic}"):
+    with pytest.raises(FabricValueError, match=f"of 4: {arithmetic}"):
         ModelParallelStrategy(styles(), data, tensor).mesh_axes(4, 4)
 
 
