@@ -25,6 +25,9 @@ _SHAPED_LIKE = {
     *("empty_like", "full_like", "ones_like", "zeros_like", "rand_like", "randn_like", "randint_like"),
     *("new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros"),
 }
+# What operations write although their schema does not say so.
+_STATISTICS = frozenset({"running_mean", "running_var"})
+_WRITTEN_UNSAID = dict.fromkeys(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"), _STATISTICS)
 # A real tensor above this is kept by reference, not copied.
 _COPIED_BYTES = 2**20
 
@@ -43,16 +46,20 @@ class Piece:
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+    conjugated: bool
+    negated: bool
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Piece:
         place = (tuple(tensor.size()), tuple(tensor.stride()), int(tensor.storage_offset()))
-        return cls(storage_key(tensor), tensor.dtype, *place)
+        return cls(storage_key(tensor), tensor.dtype, *place, tensor.is_conj(), tensor.is_neg())
 
     def within(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """The tensor that shows this piece of ``storage``."""
-        tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
-        return tensor.set_(storage, self.offset, self.size, self.stride)
+        tensor: Any = torch.empty(0, dtype=self.dtype, device=storage.device)
+        tensor.set_(storage, self.offset, self.size, self.stride)
+        tensor = tensor.conj() if self.conjugated else tensor
+        return torch._neg_view(tensor) if self.negated else tensor
 
     def is_all_of(self, storage: torch.UntypedStorage) -> bool:
         """Whether each byte of ``storage`` belongs to exactly one element."""
@@ -108,6 +115,7 @@ def facts_of(operation: Any) -> Facts:
     schema = operation._schema
     name = schema.name.split("::")[-1]
     written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    written |= _WRITTEN_UNSAID.get(name, frozenset())
     overwritten = {a.name for a in schema.arguments if a.is_out}
     if name in _OVERWRITING:
         overwritten |= written

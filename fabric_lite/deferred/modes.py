@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fabric_lite.deferred.log import Constant, Piece, facts_of, named_arguments
 from fabric_lite.deferred.randomness import default_generator
-from fabric_lite.deferred.recording import Recording
+from fabric_lite.deferred.recording import Recording, refuse_if_sparse
 from fabric_lite.errors import StrategyError
 
 __all__ = ["record"]
@@ -92,11 +92,9 @@ class _Operations(TorchDispatchMode):
         if kwargs.get("generator") is not None:
             options["generator"] = None  # the meta device has no generators
         try:
-            if facts_of(func).draws_in_place:
-                # Some of torch's meta kernels for these are Python, and import the compiler.
-                result = args[0]
-            else:
-                result = func(*tree_map(self._twin, args), **options)
+            # Some of torch's meta kernels for draws are Python, and import the compiler.
+            in_place = facts_of(func).draws_in_place
+            result = args[0] if in_place else func(*tree_map(self._twin, args), **options)
         except NotImplementedError:
             # The shape of the result depends on values, or the operation has no meta kernel.
             result = self._shaped_by_values(func, args, kwargs)
@@ -117,6 +115,8 @@ class _Operations(TorchDispatchMode):
             made = func(*tree_map(self._real, args), **tree_map(self._real, kwargs))
         finally:
             generator.set_state(state)
+        for tensor in _tensors(made):
+            refuse_if_sparse(func, tensor)
         return tree_map(_shell_of, made)
 
     def _written(self, func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fabric_lite.deferred.log import Entry, Piece, facts_of, storage_key
 from fabric_lite.deferred.randomness import Draw, Place, Stream
 from fabric_lite.deferred.replay import Replay, Step, plan
+from fabric_lite.errors import StrategyError
 
-__all__ = ["Recording", "recording_of"]
+__all__ = ["Recording", "recording_of", "refuse_if_sparse"]
 
 _Receive = Callable[[int, Replay], None]
 # Recordings of which a tensor lives.
@@ -26,6 +27,16 @@ def recording_of(tensor: torch.Tensor) -> Recording | None:
     """The recording in which a meta tensor was made."""
     key = storage_key(tensor)
     return next((recording for recording in _recordings.values() if key in recording.storages), None)
+
+
+def refuse_if_sparse(operation: Any, tensor: torch.Tensor) -> None:
+    """Raise for a result that no storage and geometry describe."""
+    if tensor.layout is not torch.strided:
+        raise StrategyError(
+            f"{operation} makes a tensor that is not strided; fabric.init_module(empty_init=True) can't put that off.",
+            given=f"{tensor.layout} of shape {tuple(tensor.shape)}",
+            fix="build with fabric.init_module() without empty_init",
+        )
 
 
 class Recording:
@@ -51,10 +62,17 @@ class Recording:
         return tensor.is_meta and storage_key(tensor) in self.storages
 
     def add(self, operation: Any, args: Any, kwargs: Any, outputs: Iterable[Any], draw: Draw | None) -> None:
-        """Log a call on meta tensors; one that only looks at its arguments in another way is left out."""
+        """Log a call on meta tensors; one that only looks at its arguments in another way is left out.
+
+        Raises:
+            StrategyError: It makes a sparse tensor.
+        """
         created = []
         for position, output in enumerate(outputs):
-            if isinstance(output, torch.Tensor) and output.is_meta and storage_key(output) not in self.storages:
+            if not isinstance(output, torch.Tensor):
+                continue
+            refuse_if_sparse(operation, output)
+            if output.is_meta and storage_key(output) not in self.storages:
                 self.storages[storage_key(output)] = output.untyped_storage()
                 created.append((position, Piece.of(output)))
         if created or facts_of(operation).written:

@@ -228,6 +228,25 @@ def old_weight_norm() -> nn.Module:
         return nn.utils.weight_norm(nn.Linear(4, 4))
 
 
+def conjugated() -> nn.Module:
+    module = nn.Module()
+    module.register_buffer("waves", torch.randn(4, dtype=torch.complex64).conj())
+    module.imaginary = nn.Parameter(module.waves.imag.clone())
+    return module
+
+
+def used_while_built() -> nn.Module:
+    module = nn.BatchNorm1d(3)
+    module(torch.randn(5, 3))  # writes its statistics
+    return module
+
+
+def initialised_lazily() -> nn.Module:
+    module = nn.LazyLinear(3)
+    module(torch.randn(2, 4))
+    return module
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(4, 3),
     "conv": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose1d(2, 3, 3)),
@@ -245,6 +264,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     **{name: lambda name=name: initialised(name) for name in INITS},
     "dirac": dirac,
     "copies": copies,
+    "conjugated": conjugated,
+    "used_while_built": used_while_built,
+    "lazy": initialised_lazily,
     "cast": cast,
     "tied_by_data": tied_by_data,
     "seeded_inside": seeded_inside,
@@ -476,6 +498,11 @@ def test_writes_after_the_block_are_named(build: Callable[[], nn.Module]) -> Non
     module.apply(lambda child: nn.init.ones_(child.weight) if isinstance(child, nn.Linear) else None)
     with pytest.raises(StrategyError, match=r"weight was written after its block"):
         values_of(module)
+
+
+def test_sparse_tensors_are_an_error() -> None:
+    with record(), pytest.raises(StrategyError, match="not strided"):
+        torch.eye(3).to_sparse()
 
 
 def test_tensors_in_lists_are_named() -> None:
