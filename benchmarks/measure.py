@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
+import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -46,6 +49,41 @@ def added(times: dict[str, list[float]], baseline: str) -> dict[str, tuple[float
         )
         for name, values in times.items()
     }
+
+
+def ratio(times: Mapping[str, list[float]], name: str, baseline: str) -> tuple[float, float, float]:
+    """Return the median of the ratios of blocks that stand side by side, and its 95 % interval.
+
+    The interval is the one of the sign test: it takes no view of how the noise is distributed.
+    """
+    values = sorted(mine / other for mine, other in zip(times[name], times[baseline], strict=True))
+    count, outside, tail = len(values), 0, 0.0
+    while outside < count // 2 and tail + math.comb(count, outside) / 2**count <= 0.025:
+        tail += math.comb(count, outside) / 2**count
+        outside += 1
+    cut = max(outside - 1, 0)
+    return statistics.median(values), values[cut], values[count - 1 - cut]
+
+
+def start_peak() -> float:
+    """Let the peak of this process's resident memory count from now; return what is resident, in MiB. Linux only.
+
+    What the allocator keeps of earlier work is given back first, since otherwise it would hide what comes next.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
+    return _status_kib("VmRSS") / 1024
+
+
+def peak() -> float:
+    """The most that was resident since :func:`start_peak`, in MiB; pages of mapped files count."""
+    return _status_kib("VmHWM") / 1024
+
+
+def _status_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
 def show(title: str, header: list[str], rows: list[list[str]]) -> None:
