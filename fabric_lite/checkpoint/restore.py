@@ -14,7 +14,7 @@ from fabric_lite.checkpoint.layout import is_sharded
 from fabric_lite.checkpoint.packing import copied
 from fabric_lite.checkpoint.placing import check_part, copy_into, laid_out_like
 from fabric_lite.checkpoint.plain import Place
-from fabric_lite.checkpoint.restore_optimizer import ParameterNames, fitted_state
+from fabric_lite.checkpoint.restore_optimizer import ParameterNames, fitted_state, is_optimizer_state
 from fabric_lite.checkpoint.saving import uncompiled
 from fabric_lite.checkpoint.stored import StoredTensor, is_tensor, materialized
 from fabric_lite.collectives import rank
@@ -83,7 +83,7 @@ def prepare(place: Place, instance: Any, saved: Any, strict: bool, names: Parame
 
 
 def _prepare_module(place: Place, module: torch.nn.Module, saved: Any, strict: bool) -> Restore:
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or not all(isinstance(key, str) for key in saved):
         raise _no_state(place, module, saved)
     current = module.state_dict()
     state = with_keys_of(current, saved)
@@ -209,7 +209,7 @@ def _shape(value: Any) -> str:
 
 
 def _prepare_optimizer(place: Place, optimizer: torch.optim.Optimizer, saved: Any, names: ParameterNames) -> Restore:
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or not is_optimizer_state(saved):
         raise _no_state(place, optimizer, saved)
     state = fitted_state(place, optimizer, saved, names)
     before = optimizer.state_dict()  # torch's optimizers replace their state at loading, so this needs no copy

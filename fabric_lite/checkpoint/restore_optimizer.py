@@ -15,7 +15,7 @@ from fabric_lite.checkpoint.saving import own_keys, uncompiled
 from fabric_lite.checkpoint.stored import StoredTensor, is_tensor, materialized
 from fabric_lite.errors import FabricValueError
 
-__all__ = ["ParameterNames", "fitted_state", "parameter_names"]
+__all__ = ["ParameterNames", "fitted_state", "is_optimizer_state", "parameter_names"]
 
 # LBFGS keeps all parameters in one flat vector, Adafactor rows and columns.
 _OTHER_SHAPES = {"LBFGS", "Adafactor"}
@@ -33,6 +33,15 @@ def parameter_names(objects: Iterable[Any]) -> ParameterNames:
             for name, parameter in own_keys(named).items():
                 names.setdefault(id(parameter), []).append(name)
     return names
+
+
+def is_optimizer_state(saved: dict[str, Any]) -> bool:
+    """Whether this has the form of a state of torch's optimizers, or a form of a user's own."""
+    if "param_groups" not in saved:
+        return True
+    groups, state = saved["param_groups"], saved.get("state", {})
+    proper = isinstance(groups, list) and all(isinstance(one, dict) and "params" in one for one in groups)
+    return proper and isinstance(state, dict) and all(isinstance(one["params"], list) for one in groups)
 
 
 def fitted_state(
