@@ -440,15 +440,20 @@ class Fabric(Identity):
         strict: bool = True,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Restore the objects and values in ``state`` in place; returns what the file holds beside them.
+        """Restore the objects and values in ``state`` in place; returns what the checkpoint holds beside them.
 
-        See :func:`fabric_lite.checkpoint.load`.
+        Every rank calls it. The checkpoint may be of any strategy and world size, a file or a folder, also one of
+        ``torch.save``, ``torch.distributed.checkpoint``, safetensors or Lightning Fabric. Each rank reads what it
+        keeps. See :func:`fabric_lite.checkpoint.load`.
         """
         self._launched()
         return checkpoint.load(path, state, strict=strict, weights_only=weights_only)
 
     def load_raw(self, path: str | Path, obj: nn.Module | Optimizer, strict: bool = True) -> None:
-        """Load a file that holds one bare state dict into a module or optimizer."""
+        """Load one bare state dict, from anything that :meth:`load` reads, into a module or optimizer.
+
+        Every rank calls it.
+        """
         self._launched()
         checkpoint.load_raw(path, obj, strict=strict)
 
