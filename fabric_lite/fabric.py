@@ -362,9 +362,16 @@ class Fabric(Identity):
         Args:
             empty_init: True leaves parameters uninitialised, for a model whose weights are loaded next. Under a sharded
                 strategy it makes them on the meta device instead: ``setup`` shards the model before any rank holds it
-                whole, and fills in the values that the same construction has otherwise.
+                whole, and fills in the values that the same construction has otherwise. Then every rank calls, and all
+                take on rank 0's random state.
         """
-        return tensors_on(self.device, self.precision.param_dtype, skip_initialisation=bool(empty_init))
+        if not (empty_init and self.strategy.is_sharded):
+            return tensors_on(self.device, self.precision.param_dtype, skip_initialisation=bool(empty_init))
+        if self._launched().world_size > 1:
+            # The values are made from the random state at this point, and all ranks keep shards of the same ones.
+            state = collectives.broadcast_object(random_seed.shared_random_state(self.device))
+            random_seed.set_shared_random_state(state, self.device)
+        return tensors_on(self.device, self.precision.param_dtype, deferred=True)
 
     # --- collectives --------------------------------------------------------------------------------------------
 

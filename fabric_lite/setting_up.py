@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from fabric_lite.adopt import extension_of
 from fabric_lite.callbacks import call_hook, has_hook
 from fabric_lite.clearing import extend_zero_grad
+from fabric_lite.deferred import values_of
 from fabric_lite.extension import ModuleExtension
 from fabric_lite.guards import SynchronisationGuard
 from fabric_lite.init import place
@@ -51,7 +52,7 @@ class Setup:
         """Lay ``module`` out over the ranks, extend it in place, and point its optimizers at its new parameters."""
         check_module(module)
         strategy, precision = self.run.strategy, self.run.precision
-        values: Any = None
+        values = values_of(module)
         fill = None if values is None else functools.partial(values.fill, module)
         if move_to_device and (not strategy.is_sharded or fill is None):
             strategy.materialize(module, placement, fill)
@@ -68,7 +69,7 @@ class Setup:
         extend_module(module, extension)
         for optimizer in optimizers:
             repoint(optimizer, names, module)
-        extension.handles += self._hooks(module, engine.hooked)
+        extension.handles += [*engine.handles, *self._hooks(module, engine.hooked)]
         self.registry.add(module)
         call_hook(self.callbacks, "on_after_setup", fabric=self.owner, module=module)
 

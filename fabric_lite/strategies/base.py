@@ -52,11 +52,13 @@ class Engine:
             ``wrap`` was given. None where the user's module itself is called.
         hooked: Whether the work is done by forward hooks on the user's module (as ``fully_shard`` does).
         reset: Called before a forward from outside; makes hooks usable again that an exception has interrupted.
+        handles: Hooks that are removed when the module is released.
     """
 
     module: nn.Module | None = None
     hooked: bool = False
     reset: Callable[[], None] | None = None
+    handles: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

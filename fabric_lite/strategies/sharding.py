@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fabric_lite import buffers
 from fabric_lite.errors import StrategyError
 from fabric_lite.strategies.base import Engine, Placement
 
@@ -74,7 +75,9 @@ def shard_module(
             ) from error
         # Programs look models up by the name of their class and print it; torch writes FSDP before it.
         type(part).__name__, type(part).__qualname__ = kind.__name__, kind.__qualname__
-    return Engine(hooked=True, reset=lambda: _reset(module))
+    statistics = buffers.follow_rank_zero(module, None, lambda: _is_synchronising(module))
+    handles = () if statistics is None else (statistics,)
+    return Engine(hooked=True, reset=lambda: _reset(module), handles=handles)
 
 
 @torch.no_grad()
@@ -124,7 +127,7 @@ def forget_unsynchronised(module: nn.Module, parameters: Container[int] | None =
                     held._unsharded_param.grad = None
 
 
-def is_synchronising(module: nn.Module) -> bool:
+def _is_synchronising(module: nn.Module) -> bool:
     """Whether the next backward reduces gradients: False within :func:`no_sync`."""
     return all(group.reduce_grads for group in _parameter_groups(module))
 

@@ -15,7 +15,7 @@ from fabric_lite import Fabric, FabricTypeError, FabricValueError, StrategyError
 from fabric_lite.strategies import FSDPStrategy
 from fabric_lite.strategies.blocks import choose_blocks
 from fabric_lite.testing import RankPool
-from tests.models import Block, Net, RecordCollectives, Stack, batches, full, make_net, make_stack
+from tests.models import Block, Net, Normed, RecordCollectives, Stack, batches, full, make_net, make_stack
 
 LEARNING_RATE = 0.1
 
@@ -422,3 +422,77 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(ranks: RankPoo
     plain, checkpointed = ranks.run(with_checkpointing, None)[0], ranks.run(with_checkpointing, {Block})[0]
     assert all(torch.equal(one, two) for one, two in zip(plain[0], checkpointed[0], strict=True))
     assert checkpointed[1] < plain[1] / 2
+
+
+class Initialised(Stack):
+    """Has values from its constructors, from its own function, and a computed buffer; two weights are tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied = nn.Linear(8, 4)
+        self.tied.weight = self.last.weight
+        self.register_buffer("scale", torch.linspace(1, 2, 4))
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
+def without_memory(strategy: Any, precision: str, seeded: bool) -> Any:
+    fabric = Fabric(
+        accelerator="cpu", devices=torch.distributed.get_world_size(), strategy=strategy, precision=precision
+    )
+    torch.manual_seed(7 if seeded else 7 + fabric.global_rank)
+    with fabric.init_module(empty_init=True):
+        model = Initialised()
+    on_meta = all(parameter.is_meta for parameter in model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    fabric.setup(model, optimizer)
+    values = {key: full(value) for key, value in model.state_dict().items()}
+    after = torch.rand(1).item()
+    fabric.backward(model(batches(1)[0]).pow(2).mean())
+    optimizer.step()
+    moved = not torch.equal(full(model.first.weight), values["first.weight"])
+    return on_meta, values, after, moved, model.tied.weight is model.last.weight
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_cpu_offload"])
+@pytest.mark.parametrize(("precision", "seeded"), [("32-true", True), ("64-true", True), ("bf16-mixed", False)])
+def test_a_model_made_without_memory_has_the_values_of_the_plain_construction(
+    ranks: RankPool, strategy: str, precision: str, seeded: bool
+) -> None:
+    torch.manual_seed(7)
+    with Fabric(accelerator="cpu", devices=1, precision=precision).init_module():
+        expected = Initialised()
+    drawn = torch.rand(1).item()
+    for on_meta, values, after, moved, tied in ranks.run(without_memory, strategy, precision, seeded):
+        assert (on_meta, moved, tied) == (True, True, True)
+        assert after == drawn
+        assert list(values) == list(expected.state_dict())
+        for key, value in expected.state_dict().items():
+            assert torch.equal(values[key], value)
+
+
+def normed(strategy: str) -> tuple[list[torch.Tensor], int]:
+    fabric, model, optimizer = set_up(strategy, nn.Sequential(Normed(), Normed()))
+    with RecordCollectives() as calls:
+        for number, batch in enumerate(batches(4)):
+            with fabric.no_backward_sync(model, enabled=number % 2 == 0):
+                fabric.backward(model(share(fabric, batch)).pow(2).mean())
+    optimizer.step()
+    sent = sum("broadcast" in name for name, _ in calls.calls)
+    model.eval()
+    with torch.no_grad():
+        return [model(batches(1)[0]), *(buffer.clone() for buffer in model.buffers())], sent
+
+
+def test_batch_norm_evaluates_alike_on_all_ranks_and_as_under_ddp(ranks: RankPool) -> None:
+    (first, sent), (second, _) = ranks.run(normed, "fsdp")
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    assert_equal(first[1:], ranks.run(normed, "ddp")[0][0][1:], atol=1e-5)
+    assert sent == 2 * 2  # per synchronising forward, floats and counters
