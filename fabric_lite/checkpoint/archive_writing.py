@@ -8,7 +8,7 @@ import json
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -28,8 +28,9 @@ _LOCAL_HEADER = 30  # bytes of a zip record's fixed header; its last four are th
 
 # Each record's storage, and the tensors that live in it.
 _Records = dict[str, tuple[torch.UntypedStorage, list[dict[str, Any]]]]
-# Names of the run for the manifest: its strategy and its precision, where they are known.
-Origin = dict[str, str | None]
+# What the manifest says of the run: the names of its "strategy" and its "precision", where they are known, and its
+# "world_size", where that is not the one now.
+Origin = Mapping[str, Any]
 
 
 def write_archive(file: BinaryIO, content: Any, origin: Origin) -> None:
@@ -136,7 +137,7 @@ def _manifest(records: dict[str, Any], origin: Origin) -> dict[str, Any]:
         "format": FORMAT,
         "fabric_lite": own_version(),
         "torch": str(torch.__version__),
-        "world_size": world_size(),
+        "world_size": origin.get("world_size") or world_size(),
         "strategy": origin.get("strategy"),
         "precision": origin.get("precision"),
         "records": records,

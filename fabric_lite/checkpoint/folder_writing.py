@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,88 +14,15 @@ import torch
 
 from fabric_lite.checkpoint.archive_writing import Origin, own_version
 from fabric_lite.checkpoint.commit import committed_folder
+from fabric_lite.checkpoint.contents import Contents
 from fabric_lite.checkpoint.layout import ShardPlan, as_boxes, shard_plan
 from fabric_lite.checkpoint.manifest import FORMAT, MANIFEST, Chunk, Manifest, Part, TensorEntry, part_name
-from fabric_lite.checkpoint.part_writing import Piece, dtype_name, write_part
-from fabric_lite.checkpoint.plain import Place, values_where
-from fabric_lite.checkpoint.plain_json import encode
+from fabric_lite.checkpoint.part_writing import Piece, write_part
 from fabric_lite.checkpoint.together import on_every_rank, system_errors_explained
 from fabric_lite.collectives import broadcast_object, gather_objects, rank, world_size
 from fabric_lite.errors import CheckpointError
 
-__all__ = ["Contents", "Numbered", "dotted", "manifest_of", "write_folder"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Numbered:
-    """One tensor of the checkpoint: its name in the parts, its dtype and whole shape, and what stands in the state."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    value: Any
-
-
-class Contents:
-    """The state as rank 0 describes it: encoded, its tensors numbered; tied ones have one number.
-
-    Args:
-        content: Plain data; its tensors, or what stands for them, have ``shape`` and ``dtype``.
-        sharded: By ``str`` of its place, the place of the sharded tensor whose number to take: itself or an earlier.
-
-    Raises:
-        FabricTypeError: A tensor is of a kind that a folder can't hold.
-    """
-
-    def __init__(self, content: Any, sharded: Mapping[str, str]) -> None:
-        self.tensors: list[Numbered] = []
-        self._sharded = sharded
-        self._place_of = {id(tensor): place for place, tensor in _leaves(content)}
-        self._number_of: dict[Any, int] = {}
-        self._number_at: dict[str, int] = {}
-        self._names: set[str] = set()
-        self.encoded = encode(content, self._number)
-
-    @property
-    def sharded_numbers(self) -> set[int]:
-        """The numbers of the sharded tensors."""
-        return set(self._number_at.values())
-
-    def numbers_and_names(self) -> dict[str, tuple[int, str]]:
-        """Number and name of each sharded tensor, by its place."""
-        return {at: (number, self.tensors[number].name) for at, number in self._number_at.items()}
-
-    def _number(self, tensor: Any) -> int:
-        place = self._place_of.get(id(tensor))
-        at = self._sharded.get(str(place))
-        identity = _identity(tensor) if at is None else at
-        if identity in self._number_of:
-            return self._number_of[identity]
-        number = self._number_of[identity] = len(self.tensors)
-        if at is not None:
-            self._number_at[at] = number
-        # The parts of a sparse tensor have no place of their own.
-        name = dotted(place) if place is not None else f"part.{number}"
-        what = str(place) if place is not None else "A part of a tensor"
-        self.tensors.append(
-            Numbered(self._free_name(name), dtype_name(tensor.dtype, what), tuple(tensor.shape), tensor)
-        )
-        return number
-
-    def _free_name(self, name: str) -> str:
-        name = name.encode("utf-8", "backslashreplace").decode()
-        free, count = name, 1
-        while free in self._names or free == "__metadata__":
-            free, count = f"{name}~{count}", count + 1
-        self._names.add(free)
-        return free
-
-
-def dotted(place: Place) -> str:
-    """The keys of a place, joined: ``model.0.weight`` for ``state["model"]["0.weight"]``."""
-    if place.parent is None or place.parent.parent is None:
-        return "state" if place.parent is None else str(place.key)
-    return f"{dotted(place.parent)}.{place.key}"
+__all__ = ["manifest_of", "write_folder"]
 
 
 def write_folder(target: Path, content: Any, sharded: Mapping[str, Any], origin: Origin) -> None:
@@ -146,7 +73,7 @@ def manifest_of(
         format=FORMAT,
         fabric_lite=own_version(),
         torch=str(torch.__version__),
-        world_size=world_size(),
+        world_size=origin.get("world_size") or world_size(),
         strategy=origin.get("strategy"),
         precision=origin.get("precision"),
         content=contents.encoded,
@@ -250,16 +177,3 @@ def _commit(
     with system_errors_explained(target):
         manifest_of(contents, {part.name: part.part for part in written}, chunks, origin).write(folder)
         stack.close()
-
-
-def _leaves(content: Any) -> Iterator[tuple[Place, Any]]:
-    """The tensors of plain data, or what stands for them, with their places."""
-    return values_where(lambda leaf: isinstance(leaf, torch.Tensor) or "full" in dir(type(leaf)), content, Place())
-
-
-def _identity(tensor: Any) -> Any:
-    """Equal for tensors that are the same elements of the same memory."""
-    if not isinstance(tensor, torch.Tensor):
-        return id(tensor)
-    view = tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
-    return tensor.untyped_storage()._cdata, *view, tensor.is_conj(), tensor.is_neg()

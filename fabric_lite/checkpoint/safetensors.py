@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from fabric_lite.checkpoint.archive import CheckpointNotFoundError
+from fabric_lite.checkpoint.flat import content_of, header_of
 from fabric_lite.checkpoint.stored import Located, Piece, StoredTensor, row_major
 from fabric_lite.checkpoint.stored_files import OpenFile, read_bytes
 from fabric_lite.errors import CheckpointError
@@ -64,8 +65,13 @@ class SafetensorsFile:
         """Do nothing: the format has no checksums, and its header was checked when it was opened."""
 
     def content(self) -> Any:
-        """Return the tensors by name, each as a StoredTensor."""
-        return dict(self._tensors)
+        """Return the tensors by name, each as a StoredTensor; of a file of ``fabric-ckpt`` the whole checkpoint.
+
+        Raises:
+            CheckpointError: The description of the checkpoint is damaged, or does not fit the tensors.
+        """
+        header = header_of(self.metadata)
+        return dict(self._tensors) if header is None else content_of(header, self._tensors)
 
     def _header(self) -> tuple[dict[str, str], dict[str, StoredTensor]]:
         with self._file.opened() as descriptor:
