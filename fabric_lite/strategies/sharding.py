@@ -17,7 +17,7 @@ from fabric_lite.strategies.base import Engine, Placement
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["follow_rank_zero", "forget_unsynchronised", "no_sync", "shard_module"]
+__all__ = ["follow_rank_zero", "forget_unsynchronised", "is_synchronising", "no_sync", "shard_module"]
 
 
 def shard_module(
@@ -75,7 +75,7 @@ def shard_module(
             ) from error
         # Programs look models up by the name of their class and print it; torch writes FSDP before it.
         type(part).__name__, type(part).__qualname__ = kind.__name__, kind.__qualname__
-    statistics = buffers.follow_rank_zero(module, None, lambda: _is_synchronising(module))
+    statistics = buffers.follow_rank_zero(module, None, lambda: is_synchronising(module))
     handles = () if statistics is None else (statistics,)
     return Engine(hooked=True, reset=lambda: _reset(module), handles=handles)
 
@@ -127,7 +127,7 @@ def forget_unsynchronised(module: nn.Module, parameters: Container[int] | None =
                     held._unsharded_param.grad = None
 
 
-def _is_synchronising(module: nn.Module) -> bool:
+def is_synchronising(module: nn.Module) -> bool:
     """Whether the next backward reduces gradients: False within :func:`no_sync`."""
     return all(group.reduce_grads for group in _parameter_groups(module))
 
