@@ -1,0 +1,132 @@
+"""Two ranks that save a folder and are killed at any moment leave the old checkpoint or the new one."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fabric_lite.checkpoint import load, save
+from fabric_lite.checkpoint.commit import is_temporary
+from fabric_lite.errors import CheckpointError
+
+RANKS = 2
+
+
+def join_ranks(rank: int, store: Path) -> None:
+    import datetime
+
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    file_store = torch.distributed.FileStore(str(store), RANKS)  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=file_store, rank=rank, world_size=RANKS, timeout=timeout)
+
+
+def sharded(number: int) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    local = torch.full((100_000,), float(number))
+    return DTensor.from_local(local, init_device_mesh("cpu", (RANKS,)), [Shard(0)], run_check=False)
+
+
+def save_for_ever(rank: int, store: Path, path: Path, first: int, pipe: Any) -> None:
+    join_ranks(rank, store)
+    for number in itertools.count(first):
+        save(path, {"number": number, "weights": [sharded(number) for _ in range(5)]}, state_dict_type="sharded")
+        pipe.send(number)
+
+
+def started(function: Any, arguments: list[tuple[Any, ...]]) -> list[Any]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.tensor"])
+    processes = [context.Process(target=function, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def killed_at_random(folder: Path, first: int, delay_seconds: float) -> int:
+    """Save over and over, be killed after a delay, all ranks; the last number that a rank reported as saved."""
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(RANKS)]
+    store = folder / f"store-{first}-{delay_seconds}"
+    arguments = [(rank, store, folder / "saves" / "a", first, pipes[rank][1]) for rank in range(RANKS)]
+    processes = started(save_for_ever, arguments)
+    for _, sender in pipes:
+        sender.close()
+    receivers = [receiver for receiver, _ in pipes]
+    reported = max(receiver.recv() for receiver in receivers)
+    deadline = time.monotonic() + delay_seconds
+    while receivers[0].poll(max(0.0, deadline - time.monotonic())):
+        reported = receivers[0].recv()
+    for process in processes:
+        process.kill()
+    for receiver in receivers:
+        with contextlib.suppress(EOFError):
+            while True:
+                reported = max(reported, receiver.recv())
+    for process in processes:
+        process.join()
+    return int(reported)
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.full)])
+def test_ranks_killed_at_a_random_moment_leave_the_old_or_the_new_folder(tmp_path: Path, kills: int) -> None:
+    moments, number, unfinished = random.Random(0), 0, 0
+    for _ in range(kills):
+        reported = killed_at_random(tmp_path, number + 1, moments.uniform(0.0, 0.1))
+        content = load(tmp_path / "saves" / "a")  # compares the checksums
+        number = content["number"]
+        assert number in (reported, reported + 1)
+        assert all(weight.eq(number).all() and weight.shape == (RANKS * 100_000,) for weight in content["weights"])
+        left = [name for name in (tmp_path / "saves").iterdir() if is_temporary(name.name)]
+        assert len(left) <= 1
+        unfinished += len(left)
+    assert unfinished or kills == 1, "no kill came in the middle of a save: the test shows nothing"
+    save(tmp_path / "saves" / "a", {"number": -1}, state_dict_type="sharded")
+    assert [name.name for name in (tmp_path / "saves").iterdir()] == ["a"]
+
+
+class EndsAtOnce:
+    """Its rank dies while it is asked for its state."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def state_dict(self) -> dict[str, int]:
+        if self.rank == 1:
+            os._exit(9)
+        return {"value": 1}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        raise AssertionError(state)
+
+
+def save_with_a_rank_that_dies(rank: int, store: Path, path: Path, pipe: Any) -> None:
+    join_ranks(rank, store)
+    try:
+        save(path, {"weight": sharded(1), "object": EndsAtOnce(rank)}, state_dict_type="sharded")
+    except CheckpointError as error:
+        pipe.send(str(error))
+
+
+def test_a_rank_whose_peer_is_killed_raises_and_the_old_folder_is_intact(tmp_path: Path) -> None:
+    save(tmp_path / "saves" / "a", {"number": 1}, state_dict_type="sharded")
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    arguments = [(rank, tmp_path / "store", tmp_path / "saves" / "a", sender) for rank in range(RANKS)]
+    processes = started(save_with_a_rank_that_dies, arguments)
+    sender.close()
+    message = receiver.recv()
+    for process in processes:
+        process.join()
+    assert "the ranks lost each other" in message
+    assert load(tmp_path / "saves" / "a") == {"number": 1}
+    assert [name.name for name in (tmp_path / "saves").iterdir()] == ["a"]
