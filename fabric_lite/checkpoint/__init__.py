@@ -1,9 +1,19 @@
-"""Checkpoints: a file is either the old one or the new one, and any strategy and world size loads any other's.
+"""Checkpoints: a name has either the old one or the new one, and any strategy and world size loads any other's.
 
-saving.py    state -> plain values -> one file        loading.py   one file -> checks -> objects, all or none
-plain.py     what may be in a file, and the refusals  restore.py   one object's state: checked, laid out, applied
-layout.py    sharded tensors made full, and back      archive.py   the file: torch.save's zip with a manifest in it
-packing.py   views and shared storages                commit.py    temporary name, fsync, rename, sweeping
+Writing                                                 Reading
+  saving.py           state -> plain values               loading.py           checks -> objects, all or none
+  plain.py            what may be in it, and refusals     restore*.py          one object's state: checked, applied
+  layout.py           who has what of sharded tensors     placing.py, keys.py  laid out as here; keys without prefixes
+  file_writing.py     one file; gathering.py brings       formats.py           what is at a path, and its reader:
+                      shards to rank 0 block by block       archive_reading, folder_reading, safetensors, dcp_reading
+  folder_writing.py   a folder: every rank its shards     stored*.py           tensors that are still in their files
+  archive_writing.py  torch.save's zip
+  part_writing.py     safetensors and all raw data      Both
+  contents.py         tensors numbered and named          archive.py, manifest.py  what describes a file, a folder
+  packing.py          views and shared storages           plain_json.py            plain values as JSON, exactly
+  commit.py           temporary name, fsync, in place     together.py              what fails on one rank fails on all
+
+``fabric-ckpt`` is cli.py over inspection.py and conversion.py; flat.py is its whole checkpoint in a safetensors file.
 """
 
 from fabric_lite.attribute_dict import AttributeDict

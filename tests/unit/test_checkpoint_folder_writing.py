@@ -19,7 +19,9 @@ import pytest
 import torch
 from torch import nn
 
+from fabric_lite import Fabric
 from fabric_lite.checkpoint import load, save
+from fabric_lite.checkpoint.archive import read_manifest
 from fabric_lite.checkpoint.commit import _put_in_place, recovered
 from fabric_lite.checkpoint.folder_writing import _write_own_part
 from fabric_lite.checkpoint.manifest import DTYPES, MANIFEST, Chunk, Manifest, TensorEntry, decode, encode
@@ -194,6 +196,17 @@ def test_the_manifest_says_where_the_checkpoint_is_from(tmp_path: Path) -> None:
     manifest = Manifest.read(tmp_path / "a")
     assert (manifest.strategy, manifest.precision, manifest.world_size) == ("FSDPStrategy", "bf16-mixed", 1)
     assert manifest.torch == torch.__version__
+
+
+def test_the_fabric_writes_a_file_on_one_device_and_a_folder_when_asked(tmp_path: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric.save(tmp_path / "file", {"value": 1})
+    fabric.save(tmp_path / "folder", {"value": 1}, state_dict_type="sharded")
+    assert torch.load(tmp_path / "file", weights_only=True) == {"value": 1}
+    manifest = Manifest.read(tmp_path / "folder")
+    assert (manifest.strategy, manifest.precision) == ("SingleDeviceStrategy", "32-true")
+    described = read_manifest(tmp_path / "file") or {}
+    assert (described["strategy"], described["precision"]) == ("SingleDeviceStrategy", "32-true")
 
 
 def test_the_same_state_gives_the_same_bytes_in_a_folder(tmp_path: Path) -> None:
