@@ -121,7 +121,9 @@ class ModelParallelStrategy(Strategy):
         sharding.follow_rank_zero(module, placement.device)
         if self.activation_checkpointing_policy is not None:
             checkpoint_activations(module, self.activation_checkpointing_policy)
+        tied = _tied_names(module)
         self._parallelize(module, mesh)
+        _tie_again(module, tied)
         engine = self._shard(module, mesh, placement)
         _watch_gradients(module, group)
         # Last: laying out may draw numbers, and on an accelerator torch makes all states of a mesh equal in it.
@@ -189,6 +191,33 @@ def _check_names(module: nn.Module, plan: Mapping[str, Any]) -> None:
                 given=f"{pattern!r} for a {type(module).__name__}",
                 fix=f"one of {', '.join(shown[:12])}",
             )
+
+
+def _tied_names(module: nn.Module) -> list[list[str]]:
+    """The names of parameters that are one, as of an embedding and the last layer."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _tie_again(module: nn.Module, tied: list[list[str]]) -> None:
+    """Make one of parameters that were one before the plan: torch lays out each by itself, and they would part."""
+    for names in tied:
+        first, *others = (module.get_parameter(name) for name in names)
+        if all(other is first for other in others):
+            continue
+        layouts = {(mesh_of(parameter), getattr(parameter, "placements", None)) for parameter in (first, *others)}
+        if len(layouts) > 1 or any(_is_fully_sharded(part) for part in module.modules()):
+            raise StrategyError(
+                "parallelize_fn lays tied parameters out in different ways, or shards them apart.",
+                given=f"{' and '.join(names)}, which are one parameter",
+                fix="styles that lay them out alike (RowwiseParallel for an embedding, ColwiseParallel for a linear "
+                "layer), or none for all of them; and leave fully_shard to the strategy",
+            )
+        for name in names[1:]:
+            path, _, own_name = name.rpartition(".")
+            module.get_submodule(path).register_parameter(own_name, first)
 
 
 def _watch_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:

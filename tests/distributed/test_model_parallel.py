@@ -511,3 +511,76 @@ def test_a_compiled_model_trains_as_a_plain_one(ranks: RankPool, data: int, tens
     for (expected, _), (found, _) in zip(plain, compiled, strict=True):
         for one, two in zip(found, expected, strict=True):
             torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+
+
+def tie(model: Model) -> Model:
+    model.head.weight = model.tokens.weight
+    return model
+
+
+def train_tied(data: int, tensor: int, sequence: bool) -> Any:
+    fabric = planned("sequence" if sequence else "function", data, tensor, precision="64-true")
+    model = tie(make_model())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fabric.setup(model, optimizer)
+    for x in tokens(3):
+        fabric.backward(loss_of(model, share_of(fabric, x)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.head.weight is model.tokens.weight, [full(parameter) for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+@pytest.mark.parametrize(("data", "tensor"), [(1, 2), (2, 2)])
+def test_tied_weights_stay_one_whether_the_plan_has_them_or_not(
+    ranks: RankPool, data: int, tensor: int, sequence: bool
+) -> None:
+    model = tie(make_model()).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x in tokens(3):
+        loss_of(model, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for is_tied, found in ranks.run(train_tied, data, tensor, sequence, ranks=data * tensor):
+        assert is_tied
+        for one, two in zip(found, model.parameters(), strict=True):
+            torch.testing.assert_close(one, two.detach(), rtol=0, atol=1e-12)
+
+
+def tie_that_the_plan_cuts() -> None:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=ModelParallelStrategy({"head": styles()["blocks.*.up"]}))
+    with pytest.raises(StrategyError, match=r"tokens\.weight and head\.weight, which are one"):
+        fabric.setup(tie(make_model()))
+
+
+def test_a_plan_that_lays_out_one_of_two_tied_weights_is_refused(ranks: RankPool) -> None:
+    ranks.run(tie_that_the_plan_cuts, ranks=2)
+
+
+def scales_with_a_waiting_gradient(data: int, tensor: int) -> list[float]:
+    """The other optimizer holds a scaled gradient of which only rank 0 has an element that is not zero."""
+    fabric = planned("function", data, tensor, precision="16-mixed")
+    stepped, waiting = make_model(), make_model()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (stepped, waiting)]
+    for model, optimizer in zip((stepped, waiting), optimizers, strict=True):
+        fabric.setup(model, optimizer)
+    x = share_of(fabric, tokens(1)[0])
+    fabric.backward(loss_of(waiting, x))
+    for parameter in waiting.parameters():
+        gradient: Any = parameter.grad
+        (gradient.to_local() if hasattr(gradient, "to_local") else gradient).zero_()
+    if fabric.global_rank == 0:
+        waiting.blocks[0].up.weight.grad.to_local().fill_(1.0)
+    counted = []
+    for _ in range(2):
+        fabric.backward(loss_of(stepped, x))
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        counted.append(fabric.state_dict()["loss_scaler"]["_growth_tracker"])
+    optimizers[1].zero_grad()
+    return [*counted, fabric.state_dict()["loss_scaler"]["_growth_tracker"]]
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 2), (2, 2)])
+def test_all_ranks_wait_for_a_scaled_gradient_that_one_of_them_holds(ranks: RankPool, data: int, tensor: int) -> None:
+    assert ranks.run(scales_with_a_waiting_gradient, data, tensor, ranks=data * tensor) == [[0, 0, 1]] * (data * tensor)
