@@ -13,6 +13,7 @@ import torch
 from fabric_lite.checkpoint.packing import copied
 from fabric_lite.checkpoint.plain import Place, values_where
 from fabric_lite.checkpoint.stored_files import StoredFile, read_into
+from fabric_lite.errors import CheckpointError
 
 __all__ = ["Located", "Piece", "Storage", "StoredTensor", "is_tensor", "materialized", "row_major"]
 
@@ -78,6 +79,9 @@ class StoredTensor:
         pieces: Boxes that tile it.
         stride: The strides with which it was saved.
         storage: The memory that it shares with others, if the format has such; ``stride`` then holds in it.
+
+    Raises:
+        CheckpointError: The shape is negative.
     """
 
     dtype: torch.dtype
@@ -85,6 +89,14 @@ class StoredTensor:
     pieces: Sequence[Piece]
     stride: tuple[int, ...]
     storage: Storage | None = None
+
+    def __post_init__(self) -> None:
+        if any(size < 0 for size in self.shape):
+            raise CheckpointError(
+                "The description of a checkpoint's content is damaged.",
+                given=f"a tensor of shape {tuple(self.shape)}",
+                fix="an earlier checkpoint",
+            )
 
     def __repr__(self) -> str:
         return f"tensor of shape {tuple(self.shape)} and {self.dtype} in the file"

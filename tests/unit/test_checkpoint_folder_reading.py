@@ -444,3 +444,50 @@ def test_names_of_parameters_that_do_not_fit_are_refused(tmp_path: Path) -> None
     torch.save({"model": model.state_dict(), "optimizer": {"state": {}, "param_groups": [group]}}, tmp_path / "a.pt")
     with pytest.raises(FabricValueError, match="no state of bias"):
         load(tmp_path / "a.pt", {"model": model, "optimizer": optimizer})
+
+
+def load_damaged(folder: Path) -> tuple[str, bool, int]:
+    model, optimizer = dcp_state(True, 1)
+    state = {"model": model, "optimizer": optimizer, "step": 0}
+    before = values(model, optimizer)
+    try:
+        load(folder, state)
+    except CheckpointError as error:
+        return str(error), values(model, optimizer) == before, state["step"]
+    return "nothing", False, state["step"]
+
+
+def test_damage_that_one_rank_finds_is_an_error_on_all_and_changes_nothing(ranks: RankPool, tmp_path: Path) -> None:
+    model, optimizer = dcp_state(False, 0)
+    folder = tmp_path / "a"
+    save(folder, {"model": model, "optimizer": optimizer, "step": 3}, state_dict_type="sharded")
+    part = folder / "part-00000.safetensors"
+    good = part.read_bytes()
+    finders = set()
+    for end in range(-5, -200, -40):
+        part.write_bytes(good[:end] + bytes([good[end] ^ 1]) + good[end + 1 :])
+        found = ranks.run(load_damaged, folder)
+        assert [unchanged for _, unchanged, _ in found] == [True, True]
+        assert [step for _, _, step in found] == [0, 0]
+        assert all(part.name in message for message, _, _ in found)
+        finders.add(next(rank for rank, (message, _, _) in enumerate(found) if "failed on rank" not in message))
+    assert finders == {0, 1}
+
+
+def load_after_evaluation(folder: Path) -> list[float]:
+    """FSDP keeps the root's parameters whole after a forward pass without gradients."""
+    model, optimizer = dcp_state(True, 1)
+    batch = torch.arange(10.0).reshape(2, 5)
+    with torch.no_grad():
+        model(batch)
+        load(folder, {"model": model, "optimizer": optimizer})
+        return list(model(batch).flatten().tolist())
+
+
+def test_a_sharded_model_that_was_just_evaluated_takes_on_what_is_loaded(ranks: RankPool, tmp_path: Path) -> None:
+    model, optimizer = dcp_state(False, 0)
+    save(tmp_path / "a", {"model": model, "optimizer": optimizer})
+    expected = model(torch.arange(10.0).reshape(2, 5)).flatten()
+    for found in ranks.run(load_after_evaluation, tmp_path / "a"):
+        # Another order of additions than in one process, nothing more.
+        assert torch.allclose(torch.tensor(found), expected, rtol=1e-6, atol=1e-6)

@@ -220,6 +220,36 @@ def test_a_safetensors_file_that_lies_about_itself_is_refused(
     refused(flat(tmp_path / "a.safetensors", header, b"\0" * 8, length), mark, "no safetensors file")
 
 
+def of_ckpt_command(tmp_path: Path, **changes: Any) -> Path:
+    """A safetensors file that has a whole checkpoint in it, as ``fabric-ckpt convert`` writes it."""
+    description = {"format": 1, "content": {"model": {"tensor": 0}}, "tensors": [["model", "float32", [2]]], **changes}
+    header = {"__metadata__": {"fabric_lite": json.dumps(description)}, "model": described(0, 8)}
+    return flat(tmp_path / "a.safetensors", header, b"\0" * 8)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": 99},
+        {"format": "x"},
+        {"content": {"model": {"tag": "object", "value": "os.mkdir"}}},
+        {"content": {"model": {"tensor": 1}}},
+        {"content": {"model": {"tensor": -1}}},
+        {"tensors": [["other", "float32", [2]]]},
+        {"tensors": [["model", "float32", [3]]]},
+        {"tensors": [["model", "float32", [-1, -2]]]},
+        {"tensors": [["model", "object", [2]]]},
+        {"tensors": [["model", ["float32"], [2]]]},
+        {"tensors": 1},
+    ],
+)
+def test_a_whole_checkpoint_in_a_safetensors_file_that_lies_is_refused(
+    tmp_path: Path, mark: Path, changes: dict[str, Any]
+) -> None:
+    assert load(of_ckpt_command(tmp_path))["model"].tolist() == [0.0, 0.0]
+    refused(of_ckpt_command(tmp_path, **changes), mark, "damaged|newer|does not know|not in the file")
+
+
 def test_a_pickle_that_is_called_safetensors_does_not_run(tmp_path: Path, mark: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(pickle.dumps(Malicious(mark)))
     refused(tmp_path / "a.safetensors", mark, "no safetensors file")
