@@ -173,7 +173,19 @@ def exchange(ranks: RankPool, path: Path, whole: dict[str, Any], target: str) ->
         assert {float(entry["step"]) for entry in after["moments"].values()} == {2.0 * STEPS}
 
 
-@pytest.mark.parametrize(("source", "target"), list(itertools.product(NAMES, NAMES)))
+# Shards of shards: a few pairs always, the others in the complete table.
+TWO_AXES = [("2-D 2x2", "2-D 2x2"), ("2-D 2x2", "fsdp 2"), ("single", "2-D 2x2")]
+OTHERS = [pair for name in NAMES for pair in ((name, "2-D 2x2"), ("2-D 2x2", name)) if pair not in TWO_AXES]
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        *itertools.product(NAMES, NAMES),
+        *TWO_AXES,
+        *(pytest.param(*pair, marks=pytest.mark.full) for pair in OTHERS),
+    ],
+)
 def test_a_checkpoint_of_one_layout_goes_on_bitwise_under_another(
     ranks: RankPool, saved: Saved, source: str, target: str
 ) -> None:
