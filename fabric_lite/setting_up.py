@@ -21,7 +21,7 @@ from fabric_lite.loss_scaling import LossScaler
 from fabric_lite.optim import extend_optimizer, repoint
 from fabric_lite.parameters import parameters_of
 from fabric_lite.registry import Registry
-from fabric_lite.route import check_module, extend_module
+from fabric_lite.route import check_module, compiled_from, extend_module
 from fabric_lite.run import Run
 from fabric_lite.strategies import Placement
 
@@ -61,7 +61,9 @@ class Setup:
         place(module, placement.device if moves else None, precision.param_dtype)
         extension = ModuleExtension(self.owner, placement.device.type, precision)
         names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
-        engine = strategy.wrap(module, optimizers, extension.run, placement)
+        # A compiled module is a shell: the hooks that shard belong on the module inside.
+        inside = (compiled_from(module) if strategy.is_sharded else None) or module
+        engine = strategy.wrap(inside, optimizers, extension.run, placement)
         if strategy.is_sharded and fill is not None:
             strategy.materialize(module, placement, fill)
         extension.engine, extension.hooked, extension.reset = engine.module, engine.hooked, engine.reset
@@ -69,7 +71,7 @@ class Setup:
         extend_module(module, extension)
         for optimizer in optimizers:
             repoint(optimizer, names, module)
-        extension.handles += [*engine.handles, *self._hooks(module, engine.hooked)]
+        extension.handles += [*engine.handles, *self._hooks({id(inside): inside, id(module): module}, engine.hooked)]
         self.registry.add(module)
         call_hook(self.callbacks, "on_after_setup", fabric=self.owner, module=module)
 
@@ -82,21 +84,25 @@ class Setup:
         wanted = has_hook(self.callbacks, "on_after_optimizer_step")
         strategy = self.run.strategy
         engine_step = strategy.step if strategy.owns_step else None
-        # With several ranks, gradients that no engine has seen would let the ranks drift apart.
-        guard = SynchronisationGuard(self.registry.modules) if self.run.topology.world_size > 1 else None
+        # With several ranks, gradients that no engine has seen would let the ranks drift apart; and parts of a sharded
+        # model that a forward without gradients has gathered would go on with the values from before the step.
+        several = self.run.topology.world_size > 1 or strategy.is_sharded
+        guard = SynchronisationGuard(self.registry.modules) if several else None
         extend_optimizer(optimizer, self.owner, self.scaler, guard, engine_step, after_step if wanted else None)
         if strategy.is_sharded:
             extension_of(optimizer).handles.append(extend_zero_grad(optimizer, self._forget_unsynchronised))
         self.registry.add(optimizer)
 
-    def _hooks(self, module: nn.Module, hooked: bool) -> list[Any]:
-        """What is removed again when the module is released."""
+    def _hooks(self, modules: dict[int, nn.Module], hooked: bool) -> list[Any]:
+        """What is removed again when the module, or a compiled module and the one inside, is released."""
         handles: list[Any] = []
         if hooked:
-            handles.append(extend_zero_grad(module, self.run.strategy.forget_unsynchronised))
+            forget = self.run.strategy.forget_unsynchronised
+            handles += [extend_zero_grad(module, forget) for module in modules.values()]
         if self.scaler is not None:
             check = self.scaler.check_plain_backward
-            trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            parameters = next(iter(modules.values())).parameters()
+            trainable = [parameter for parameter in parameters if parameter.requires_grad]
             handles += [parameter.register_post_accumulate_grad_hook(check) for parameter in trainable]
         return handles
 

@@ -18,6 +18,7 @@ import pickle
 import random
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -148,6 +149,7 @@ def _serve(
     from torch.distributed import FileStore  # type: ignore[attr-defined]
 
     sys.path[:] = path
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     # The rank's bootstrap: exactly what a launcher gives it.
     os.environ.update(
@@ -162,6 +164,14 @@ def _serve(
     with contextlib.suppress(EOFError, OSError):
         while True:
             _answer(pipe, pipe.recv_bytes())
+
+
+def _end_with_parent() -> None:  # pragma: no cover - in a child
+    """End this rank, wherever it is, when the process that started the pool has ended: killed, say, by a time limit."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _answer(pipe: Any, call: bytes) -> None:  # pragma: no cover - in a child

@@ -62,6 +62,7 @@ def shard_module(
     for part in [*blocks, module]:
         if isinstance(part, FSDPModule):  # by the user's own hand
             continue
+        _check_dtypes(part)
         kind = type(part)
         try:
             fully_shard(part, **options)  # type: ignore[arg-type]
@@ -150,6 +151,20 @@ def _parameter_groups(module: nn.Module) -> Iterator[Any]:
             # Before torch 2.13 there was one group, or none, to a module.
             groups = getattr(state, "_fsdp_param_groups", None)
             yield from [state._fsdp_param_group] if groups is None and state._fsdp_param_group else groups or []
+
+
+def _check_dtypes(part: nn.Module) -> None:
+    """The parameters of one group travel together; those that are in a group already are DTensors."""
+    found: dict[torch.dtype, str] = {}
+    for name, parameter in part.named_parameters():
+        if parameter.requires_grad and not hasattr(parameter, "placements"):
+            found.setdefault(parameter.dtype, name)
+    if len(found) > 1:
+        raise StrategyError(
+            "Trainable parameters that are gathered together must have one dtype.",
+            given=f"{' and '.join(f'{name} of {dtype}' for dtype, name in found.items())} in {type(part).__name__}",
+            fix="auto_wrap_policy with the modules of the other dtype as blocks, or one dtype",
+        )
 
 
 def _check(module: nn.Module) -> None:

@@ -496,3 +496,37 @@ def test_batch_norm_evaluates_alike_on_all_ranks_and_as_under_ddp(ranks: RankPoo
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
     assert_equal(first[1:], ranks.run(normed, "ddp")[0][0][1:], atol=1e-5)
     assert sent == 2 * 2  # per synchronising forward, floats and counters
+
+
+def evaluates_between_backward_and_step() -> list[bool]:
+    """A sharded model on one rank, where nothing else would gather it anew."""
+    fabric, model, optimizer = set_up("fsdp")
+    raw = make_stack()
+    by_hand = torch.optim.SGD(raw.parameters(), lr=LEARNING_RATE, momentum=0.9)
+    same = []
+    for batch in batches(3):
+        fabric.backward(model(batch).pow(2).mean())
+        raw(batch).pow(2).mean().backward()
+        with torch.no_grad():
+            same.append(torch.equal(model(batch), raw(batch)))
+        for step in (optimizer, by_hand):
+            step.step()
+            step.zero_grad()
+    return same
+
+
+def test_a_forward_between_backward_and_step_leaves_nothing_stale(ranks: RankPool) -> None:
+    assert ranks.run(evaluates_between_backward_and_step, ranks=1) == [[True] * 3]
+
+
+def two_dtypes() -> str:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="fsdp")
+    model = make_stack()
+    model.last.double()
+    with pytest.raises(StrategyError, match="must have one dtype") as error:
+        fabric.setup(model)
+    return str(error.value)
+
+
+def test_a_group_of_two_dtypes_is_refused_with_their_names(ranks: RankPool) -> None:
+    assert "first.weight of torch.float32 and last.weight of torch.float64" in ranks.run(two_dtypes)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -45,3 +46,22 @@ def test_a_rank_that_nobody_listens_to_any_more_ends_quietly(function: str) -> N
     code = ABANDONED.format(function=function)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+KILLED = """
+import os, signal, sys
+from fabric_lite.testing import RankPool
+pool = RankPool()
+print(pool.run(os.getpid, ranks=1)[0], flush=True)
+pool.run(signal.pause, ranks=1)
+"""
+
+
+def test_a_rank_that_works_for_ever_ends_with_a_pool_that_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        rank = int(process.stdout.readline())
+        watched = os.pidfd_open(rank)
+        process.kill()
+        assert select.select([watched], [], [], 60)[0], "the rank lives on"
+        os.close(watched)

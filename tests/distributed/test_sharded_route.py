@@ -18,7 +18,6 @@ from fabric_lite import Fabric, Strategy, StrategyError
 from fabric_lite.activation_checkpointing import checkpoint_activations
 from fabric_lite.buffers import follow_rank_zero
 from fabric_lite.hooked import options_of
-from fabric_lite.route import compiled_from
 from fabric_lite.strategies import Engine, FSDPStrategy, Placement
 from fabric_lite.strategies.sharding import is_synchronising
 from fabric_lite.testing import RankPool
@@ -58,22 +57,13 @@ class Deep(nn.Module):
         return self.second(self.blocks[0](self.first(x))).pow(2).mean()
 
 
-class Root(FSDPStrategy):
-    """Shards the model behind an OptimizedModule."""
-
-    def wrap(
-        self, module: nn.Module, optimizers: Sequence[Optimizer], run: Callable[..., Any], placement: Placement
-    ) -> Engine:
-        return super().wrap(compiled_from(module) or module, optimizers, run, placement)
-
-
 def make_deep(blocks: int = 3) -> Deep:
     torch.manual_seed(0)
     return Deep(blocks)
 
 
 def connect(has_blocks: bool = True, precision: str = "32-true") -> Fabric:
-    strategy = Root(auto_wrap_policy={Block} if has_blocks else ())
+    strategy = FSDPStrategy(auto_wrap_policy={Block} if has_blocks else ())
     return Fabric(accelerator="cpu", devices=2, strategy=strategy, precision=precision)
 
 
