@@ -67,6 +67,8 @@ def content_of(header: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -
 def _checked(name: Any, dtype: Any, shape: Any) -> tuple[str, torch.dtype, torch.Size]:
     if not isinstance(name, str):
         raise TypeError(f"{name!r:.80} is no name")
+    if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape):
+        raise TypeError(f"{shape!r:.80} is no shape")
     return name, DTYPES[dtype], torch.Size(shape)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from fabric_lite.checkpoint import load, load_raw, save
 from fabric_lite.checkpoint.cli import main
+from fabric_lite.checkpoint.part_writing import Piece, write_part
 
 NAMES = {"folder": "folder", "file": "file.ckpt", "safetensors": "flat.safetensors"}
 
@@ -217,6 +218,26 @@ def test_a_damaged_checkpoint_is_not_converted(tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[:-1] + b"\x99")
     assert main(["convert", str(path), str(tmp_path / "a.ckpt")]) == 1
     assert not (tmp_path / "a.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        "no JSON",
+        "{}",
+        '{"format": 9, "content": {}, "tensors": []}',
+        '{"format": 1, "content": {"tensor": 1}, "tensors": [["a", "float32", [2]]]}',
+        '{"format": 1, "content": {"tensor": 0}, "tensors": [["b", "float32", [2]]]}',
+        '{"format": 1, "content": {"tensor": 0}, "tensors": [["a", "float64", [2]]]}',
+        '{"format": 1, "content": {"tensor": 0}, "tensors": [["a", "float32", [-1, -2]]]}',
+        '{"format": 1, "content": {"tensor": 0}, "tensors": [["a", "object", [2]]]}',
+        '{"format": 1, "content": {"tag": "os.system", "value": "true"}, "tensors": []}',
+    ],
+)
+def test_a_safetensors_file_whose_description_is_damaged_is_an_error(tmp_path: Path, description: str) -> None:
+    with (tmp_path / "a.safetensors").open("wb") as file:
+        write_part(file, [Piece("a", torch.float32, (2,), lambda: torch.ones(2))], {"fabric_lite": description})
+    assert main(["verify", str(tmp_path / "a.safetensors")]) == 1
 
 
 def resident(field: str) -> int:
