@@ -121,9 +121,10 @@ class ModelParallelStrategy(Strategy):
         sharding.follow_rank_zero(module, placement.device)
         if self.activation_checkpointing_policy is not None:
             checkpoint_activations(module, self.activation_checkpointing_policy)
-        tied = _tied_names(module)
-        self._parallelize(module, mesh)
-        _tie_again(module, tied)
+        if not any(map(_is_cut, module.parameters())):  # else it was set up before; the plan's hooks are still there
+            tied = _tied_names(module)
+            self._parallelize(module, mesh)
+            _tie_again(module, tied)
         engine = self._shard(module, mesh, placement)
         _watch_gradients(module, group)
         # Last: laying out may draw numbers, and on an accelerator torch makes all states of a mesh equal in it.
@@ -170,6 +171,12 @@ class ModelParallelStrategy(Strategy):
         if not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
             module.to(placement.device)
         return Engine(hooked=True)  # of the plan: a style on the model itself is made of hooks
+
+
+def _is_cut(parameter: torch.Tensor) -> bool:
+    """Whether ``parameter`` is laid out over the axis of the plan."""
+    mesh = mesh_of(parameter)
+    return mesh is not None and TENSOR_AXIS in (mesh.mesh_dim_names or ())
 
 
 def _is_fully_sharded(module: nn.Module) -> bool:
@@ -226,7 +233,7 @@ def _watch_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
         if not parameter.requires_grad:
             continue
         mesh = mesh_of(parameter)
-        if mesh is not None and TENSOR_AXIS in (mesh.mesh_dim_names or ()):
+        if mesh is not None and _is_cut(parameter):
             if mesh.ndim == 1:  # fully_shard settles the others
                 parameter.register_post_accumulate_grad_hook(settle_gradient)
         elif group.size() > 1:

@@ -584,3 +584,29 @@ def scales_with_a_waiting_gradient(data: int, tensor: int) -> list[float]:
 @pytest.mark.parametrize(("data", "tensor"), [(1, 2), (2, 2)])
 def test_all_ranks_wait_for_a_scaled_gradient_that_one_of_them_holds(ranks: RankPool, data: int, tensor: int) -> None:
     assert ranks.run(scales_with_a_waiting_gradient, data, tensor, ranks=data * tensor) == [[0, 0, 1]] * (data * tensor)
+
+
+def set_up_twice(plan: str, data: int, tensor: int) -> list[torch.Tensor]:
+    model = make_model().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x in tokens(2):
+        fabric = planned(plan, data, tensor)
+        fabric.setup(model, optimizer)
+        fabric.backward(loss_of(model, share_of(fabric, x)))
+        optimizer.step()
+        optimizer.zero_grad()
+        fabric.release(model, optimizer)
+    return [full(parameter) for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize(("plan", "data", "tensor"), [("sequence", 1, 2), ("function", 2, 2)])
+def test_a_released_model_goes_on_when_it_is_set_up_again(ranks: RankPool, plan: str, data: int, tensor: int) -> None:
+    model = make_model().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x in tokens(2):
+        loss_of(model, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for found in ranks.run(set_up_twice, plan, data, tensor, ranks=data * tensor):
+        for one, two in zip(found, model.parameters(), strict=True):
+            torch.testing.assert_close(one, two.detach(), rtol=0, atol=1e-12)
