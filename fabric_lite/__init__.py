@@ -34,7 +34,13 @@ if TYPE_CHECKING:
     from fabric_lite.fabric import Fabric
     from fabric_lite.precision import Precision
     from fabric_lite.seed import seed_everything
-    from fabric_lite.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+    from fabric_lite.strategies import (
+        DDPStrategy,
+        FSDPStrategy,
+        ModelParallelStrategy,
+        SingleDeviceStrategy,
+        Strategy,
+    )
 
 __version__ = "0.1.0"
 
@@ -43,6 +49,8 @@ _HOMES = {
     "CheckpointError": "errors",
     "CollectiveError": "errors",
     "DDPStrategy": "strategies",
+    "FSDPStrategy": "strategies",
+    "ModelParallelStrategy": "strategies",
     "Fabric": "fabric",
     "FabricError": "errors",
     "FabricKeyError": "errors",
@@ -69,6 +77,8 @@ __all__ = [  # noqa: RUF022 - the order of a first reading
     "Strategy",
     "SingleDeviceStrategy",
     "DDPStrategy",
+    "FSDPStrategy",
+    "ModelParallelStrategy",
     "FabricError",
     "FabricKeyError",
     "FabricRuntimeError",

@@ -238,7 +238,7 @@ class Fabric(Identity):
             self._set_up.add(loader)
         if placement.data_world_size > 1 and use_distributed_sampler:
             for loader in dataloaders:
-                self._say_global_batch(getattr(loader, "batch_size", None), placement.data_world_size)
+                self._say_global_batch(getattr(loader, "batch_size", None), placement)
         return extended[0] if len(extended) == 1 else extended
 
     def release(self, *objects: Any) -> Any:
@@ -519,9 +519,11 @@ class Fabric(Identity):
             rank_zero_info(notice)
 
     @staticmethod
-    def _say_global_batch(batch_size: int | None, ranks: int) -> None:
+    def _say_global_batch(batch_size: int | None, placement: Placement) -> None:
         if batch_size is not None:
-            rank_zero_info(f"batch_size={batch_size} on each of {ranks} ranks: {batch_size * ranks} samples a step")
+            shares = placement.data_world_size
+            who = "ranks" if shares == placement.world_size else "shares of the data"
+            rank_zero_info(f"batch_size={batch_size} on each of {shares} {who}: {batch_size * shares} samples a step")
 
     def _launched(self) -> Placement:
         if self._is_closed:
