@@ -266,19 +266,19 @@ def load_checked(way: Way, path: Path) -> tuple[float, float]:
 
 
 def turns(folder: Path, layers: int, ranks: int, runs: int) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """On each rank: figures of each way and phase, by run; the first run warms up."""
+    """On each rank: figures of each way and phase, by run; of several, one more goes first and does not count."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|lightning|accelerate")
     ways = one_device_ways(layers) if ranks == 1 else sharded_ways(layers, ranks)
     figures: dict[str, dict[str, list[Any]]] = {name: {phase: [] for phase in PHASES} for name in ways}
     names = list(ways)
-    for run in range(runs + 1):
+    for run in range(runs + (runs > 1)):
         turn = run % len(names)
         for number, name in enumerate(names[turn:] + names[:turn]):
             path, way = folder / f"{ranks}-{run}-{number}", ways[name]
             found = [measured(functools.partial(save_flushed, way, path))]
             evict(path)
             found += [load_checked(way, path), load_checked(way, path)]
-            if run:
+            if run or runs == 1:
                 for phase, value in zip(PHASES, found, strict=True):
                     figures[name][phase].append(value)
             meet()
@@ -303,11 +303,11 @@ def load_folders(folder: Path, layers: int, runs: int) -> dict[str, dict[str, li
         "fabric_lite, that folder": (ours, folder / "dcp"),
     }
     figures: dict[str, dict[str, list[Any]]] = {name: {phase: [] for phase in PHASES[1:]} for name in ways}
-    for run in range(runs + 1):
+    for run in range(runs + (runs > 1)):
         for name, (way, path) in ways.items():
             evict(path)
             cold, warm = load_checked(way, path), load_checked(way, path)
-            if run:
+            if run or runs == 1:
                 figures[name]["load, cold"].append(cold)
                 figures[name]["load, warm"].append(warm)
     return figures

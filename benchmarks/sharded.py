@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/sharded.py
     OMP_NUM_THREADS=1 python benchmarks/sharded.py --blocks 40 --json benchmarks/results/sharded.json
+    OMP_NUM_THREADS=1 python benchmarks/sharded.py --part memory
     OMP_NUM_THREADS=1 python benchmarks/sharded.py --quick
 
 Step time: a GPT of some million parameters, blocks of steps of each candidate in turn in the same processes, one
@@ -297,16 +298,17 @@ def set_up_by_hand(fabric: Fabric, width: int, layers: int) -> Any:  # noqa: ARG
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
 
 
-def measure_memory(rank_counts: list[int], width: int, layers: int) -> list[dict[str, Any]]:
+def measure_memory(rank_counts: list[int], width: int, layers: int, as_it_is: bool) -> list[dict[str, Any]]:
+    """One row per candidate and number of ranks; ``as_it_is``: with the C library's own ways too."""
     rows = []
     for candidate, ranks in [(name, ranks) for name in ("ddp", HAND, "fsdp") for ranks in rank_counts]:
-        worst = []
-        for exact in (True, False):
+        row: dict[str, Any] = {"candidate": candidate, "ranks": ranks}
+        for exact in (True, False) if as_it_is else (True,):
             with RankPool(timeout_seconds=600) as pool:
                 by_rank = pool.run(memory, candidate, ranks, width, layers, exact, ranks=ranks)
-            worst.append({name: max(values[name] for values in by_rank) for name in by_rank[0]})
-        malloc = {f"{name}, malloc as it is": worst[1][name] for name in ("peak of setup", "peak of training")}
-        rows.append({"candidate": candidate, "ranks": ranks, **worst[0], **malloc})
+            worst = {name: max(values[name] for values in by_rank) for name in by_rank[0]}
+            row |= worst if exact else {f"{name}, malloc as it is": worst[name] for name in worst if "peak" in name}
+        rows.append(row)
     return rows
 
 
@@ -347,11 +349,21 @@ def show_steps(rows: list[dict[str, Any]]) -> None:
     )
 
 
+def show_memory(rows: list[dict[str, Any]], model: str) -> None:
+    columns = [name for name in rows[0] if name not in ("candidate", "ranks")]
+    show(
+        f"MiB on the rank that needs most, AdamW, {model}: held, and peak of resident memory",
+        ["", "ranks", *columns],
+        [[row["candidate"], str(row["ranks"])] + [f"{row[column]:.1f}" for column in columns] for row in rows],
+    )
+
+
 def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--ranks", type=int, default=2, help="ranks of the comparison of steps (default 2)")
     options.add_argument("--blocks", type=int, default=120, help="blocks of each candidate (default 120)")
     options.add_argument("--steps", type=int, default=1, help="steps in a block (default 1)")
+    options.add_argument("--part", choices=("steps", "memory"), help="one of the two (default: both)")
     options.add_argument("--quick", action="store_true", help="tiny models and few blocks: whether it runs at all")
     given = options.parse_args()
     if given.quick:
@@ -362,16 +374,15 @@ def main() -> None:
         cases = [Case(name, count, 144, 4, given.ranks) for name in precisions for count in (1, 4)]
         cases += [Case(name, 1, 16, 1, ranks) for name in precisions for ranks in (given.ranks, 1)]
         rank_counts, width, layers = [1, 2, 4], 512, 6
-    rows = measure_steps(cases, blocks, given.steps)
-    show_steps(rows)
-    held = measure_memory(rank_counts, width, layers)
-    columns = [name for name in held[0] if name not in ("candidate", "ranks")]
-    show(
-        f"MiB on the rank that needs most, AdamW, {layers} blocks of width {width}: held, and peak of resident memory",
-        ["", "ranks", *columns],
-        [[row["candidate"], str(row["ranks"])] + [f"{row[column]:.1f}" for column in columns] for row in held],
-    )
-    write(given.json, {"steps": rows, "memory": held})
+    figures: dict[str, Any] = {}
+    if given.part != "memory":
+        figures["steps"] = measure_steps(cases, blocks, given.steps)
+        show_steps(figures["steps"])
+        write(given.json, figures)  # the other part takes minutes more
+    if given.part != "steps":
+        figures["memory"] = measure_memory(rank_counts, width, layers, as_it_is=not given.quick)
+        show_memory(figures["memory"], f"{layers} blocks of width {width}")
+        write(given.json, figures)
 
 
 if __name__ == "__main__":
