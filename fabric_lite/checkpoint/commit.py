@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fabric_lite.checkpoint.exchange import exchange
-from fabric_lite.checkpoint.manifest import MANIFEST, is_part_name
+from fabric_lite.checkpoint.manifest import MANIFEST, is_own_manifest, is_part_name
 from fabric_lite.errors import CheckpointError
 
 try:
@@ -135,6 +135,15 @@ def _check_replaceable(target: Path) -> None:
 
 def _is_checkpoint_folder(path: Path) -> bool:
     """Whether this is a folder that is empty, or has the files of a checkpoint and nothing else."""
+    if not _has_names_of_checkpoint(path):
+        return False
+    # Web sites and browser extensions have a manifest.json as well.
+    manifest = path / MANIFEST
+    return not manifest.exists() or is_own_manifest(manifest)
+
+
+def _has_names_of_checkpoint(path: Path) -> bool:
+    """Whether this is a folder of regular files, none of which has a name that no checkpoint's file has."""
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         return False
     with os.scandir(path) as entries:
@@ -180,7 +189,7 @@ def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             os.unlink(path)
-        elif _is_checkpoint_folder(path):
+        elif _has_names_of_checkpoint(path):  # ours by its own name, also with a manifest that is half written
             for name in os.listdir(path):
                 os.unlink(path / name)
             os.rmdir(path)

@@ -37,6 +37,7 @@ __all__ = [
     "TensorEntry",
     "decode",
     "encode",
+    "is_own_manifest",
     "is_part_name",
     "open_regular",
     "part_name",
@@ -44,6 +45,7 @@ __all__ = [
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_BEGIN = b'{"checksum":'  # of every manifest
 _PART = re.compile(r"part-[0-9]{5}\.safetensors")
 _LENGTH_BYTES = 8  # what stands before the header of a safetensors file
 
@@ -63,6 +65,12 @@ def part_name(rank: int) -> str:
 def is_part_name(name: str) -> bool:
     """Whether a file of this name in a checkpoint folder is a part of it."""
     return _PART.fullmatch(name) is not None
+
+
+def is_own_manifest(path: Path) -> bool:
+    """Whether this file begins as :meth:`Manifest.write` begins it. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(len(_BEGIN)) == _BEGIN
 
 
 def open_regular(path: Path) -> BinaryIO:

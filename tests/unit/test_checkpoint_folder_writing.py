@@ -329,6 +329,17 @@ def test_a_folder_with_anything_else_in_it_is_never_touched(tmp_path: Path, extr
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("new", ["sharded", "full"])
+def test_a_folder_whose_manifest_is_of_something_else_is_never_touched(tmp_path: Path, new: str) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "manifest.json").write_text('{"name": "a web app"}')
+    with pytest.raises(CheckpointError, match="taken by something that is no checkpoint"):
+        save(site, {"value": "new"}, state_dict_type=new)
+    assert (site / "manifest.json").read_text() == '{"name": "a web app"}'
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
 def test_a_link_stays_and_the_folder_that_it_points_to_is_replaced(tmp_path: Path) -> None:
     save_folder(tmp_path / "first", {"value": 1})
     (tmp_path / "last").symlink_to("first")
