@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class ModuleExtension:
     watched_calls: dict[str, int] = dataclasses.field(default_factory=dict)
     entries: int = 0
     frozen: list[nn.Parameter] = dataclasses.field(default_factory=list)
+    # What sharding has exchanged: the parameters before, held weakly, and their names.
+    former: Sequence[tuple[weakref.ref[torch.Tensor], str]] = ()
     # Under hooks: the sharded parts, outer ones first, and whether they have been made ready for a first call; marked
     # methods with torch's hooks around them; and where compiled calls were changed until release, what was there.
     sharded: list[Any] = dataclasses.field(default_factory=list)

@@ -6,8 +6,9 @@ No class is changed and no method replaced, so schedulers, closures and pickling
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -17,7 +18,16 @@ from fabric_lite.errors import FabricValueError, StrategyError
 from fabric_lite.loss_scaling import Hidden, LossScaler
 from fabric_lite.parameters import mesh_of, parameters_of
 
-__all__ = ["LossScaler", "check_belongs", "extend_optimizer", "parameters_of", "release_optimizer", "repoint"]
+__all__ = [
+    "Former",
+    "LossScaler",
+    "check_belongs",
+    "extend_optimizer",
+    "former_parameters",
+    "parameters_of",
+    "release_optimizer",
+    "repoint",
+]
 
 
 def check_belongs(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
@@ -35,18 +45,30 @@ def check_belongs(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
         )
 
 
-def repoint(optimizer: torch.optim.Optimizer, old_names: Mapping[int, str], module: nn.Module) -> None:
-    """Replace parameters that ``module`` has exchanged (sharding makes new ones), state included.
+Former: TypeAlias = Sequence[tuple["weakref.ref[torch.Tensor]", str]]
+
+
+def former_parameters(named: Iterable[tuple[str, torch.Tensor]], module: nn.Module) -> Former:
+    """Those of the parameters ``named`` that ``module`` has exchanged since (sharding makes new ones), held weakly."""
+    current = {id(parameter) for parameter in module.parameters()}
+    return [(weakref.ref(parameter), name) for name, parameter in named if id(parameter) not in current]
+
+
+def repoint(optimizer: torch.optim.Optimizer, former: Former, module: nn.Module) -> None:
+    """Replace parameters that ``module`` has exchanged by those that it has now, state included.
 
     Args:
         optimizer: Changed in place; its groups and their options stay.
-        old_names: ``id`` of each parameter before the exchange, and its name in ``module``.
+        former: The parameters before the exchange, and their names in ``module``.
         module: The module after the exchange.
     """
+    names = {id(parameter): name for reference, name in former if (parameter := reference()) is not None}
+    if not names:
+        return
     current = dict(module.named_parameters(remove_duplicate=False))
     for group in optimizer.param_groups:
         for position, old in enumerate(group["params"]):
-            new = current.get(old_names.get(id(old), ""), old)
+            new = current.get(names.get(id(old), ""), old)
             if new is not old:
                 group["params"][position] = new
                 if old in optimizer.state:

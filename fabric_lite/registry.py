@@ -43,6 +43,10 @@ class Registry:
         """The modules among them."""
         return [target for target in self._objects.values() if isinstance(target, nn.Module)]
 
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers among them."""
+        return [target for target in self._objects.values() if isinstance(target, Optimizer)]
+
     def check_new(self, targets: Sequence[Any], kind: type) -> None:
         """Raise unless every one of ``targets`` is a ``kind`` that is not set up yet; another Fabric's is released.
 

@@ -18,7 +18,7 @@ from fabric_lite.extension import ModuleExtension
 from fabric_lite.guards import SynchronisationGuard
 from fabric_lite.init import place
 from fabric_lite.loss_scaling import LossScaler
-from fabric_lite.optim import extend_optimizer, repoint
+from fabric_lite.optim import extend_optimizer, former_parameters, repoint
 from fabric_lite.parameters import parameters_of
 from fabric_lite.registry import Registry
 from fabric_lite.route import check_module, compiled_from, extend_module
@@ -60,7 +60,7 @@ class Setup:
         moves = move_to_device and not strategy.is_sharded
         place(module, placement.device if moves else None, precision.param_dtype)
         extension = ModuleExtension(self.owner, placement.device.type, precision)
-        names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
+        named = list(module.named_parameters(remove_duplicate=False))
         # A compiled module is a shell: the hooks that shard belong on the module inside.
         inside = (compiled_from(module) if strategy.is_sharded else None) or module
         engine = strategy.wrap(inside, optimizers, extension.run, placement)
@@ -69,14 +69,18 @@ class Setup:
         extension.engine, extension.hooked, extension.reset = engine.module, engine.hooked, engine.reset
         extension.frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
         extend_module(module, extension)
-        for optimizer in optimizers:
-            repoint(optimizer, names, module)
+        # Also those that are not given here: of setup_optimizers(), or of several models.
+        extension.former = former_parameters(named, module)
+        for optimizer in dict.fromkeys([*optimizers, *self.registry.optimizers()]):  # in one order on all ranks
+            repoint(optimizer, extension.former, module)
         extension.handles += [*engine.handles, *self._hooks({id(inside): inside, id(module): module}, engine.hooked)]
         self.registry.add(module)
         call_hook(self.callbacks, "on_after_setup", fabric=self.owner, module=module)
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Let the scaler, the guards, the engine and the callbacks follow the optimizer's steps."""
+        """Point the optimizer at the parameters that its models have now, and let all others follow its steps."""
+        for module in self.registry.modules():
+            repoint(optimizer, extension_of(module).former, module)
 
         def after_step(stepped: Optimizer, *_: Any) -> None:
             call_hook(self.callbacks, "on_after_optimizer_step", strategy=self.run.strategy, optimizer=stepped)

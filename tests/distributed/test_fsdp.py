@@ -370,6 +370,45 @@ def test_an_optimizer_that_has_stepped_before_setup_keeps_its_state(ranks: RankP
         assert_equal(result, [parameter.detach() for parameter in model.parameters()], atol=1e-5)
 
 
+def optimizer_set_up_apart(order: str) -> list[list[torch.Tensor]]:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="fsdp")
+    models = [make_stack(), make_stack()]
+    optimizer = torch.optim.AdamW([p for model in models for p in model.parameters()], lr=0.01)
+    for model in models:
+        model(batches(1)[0]).pow(2).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if order == "optimizer with the first model":
+        fabric.setup(models[0], optimizer)
+        fabric.setup(models[1])
+    else:
+        if order == "optimizer first":
+            fabric.setup_optimizers(optimizer)
+        for model in models:
+            fabric.setup_module(model)
+        if order == "optimizer last":
+            fabric.setup_optimizers(optimizer)
+    for batch in batches(2, seed=5):
+        for model in models:
+            fabric.backward(model(share(fabric, batch)).pow(2).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    return [[full(parameter) for parameter in model.parameters()] for model in models]
+
+
+@pytest.mark.parametrize("order", ["optimizer last", "optimizer first", "optimizer with the first model"])
+def test_an_optimizer_of_two_models_is_set_up_in_any_order(ranks: RankPool, order: str) -> None:
+    model = make_stack()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for batch in [*batches(1), *batches(2, seed=5)]:
+        model(batch).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for models in ranks.run(optimizer_set_up_apart, order):
+        for result in models:
+            assert_equal(result, [parameter.detach() for parameter in model.parameters()], atol=1e-5)
+
+
 def overflow_on_one_rank() -> list[Any]:
     fabric, model, optimizer = set_up("fsdp", precision="16-mixed")
     x = share(fabric, batches(1)[0])
