@@ -1,0 +1,50 @@
+"""The benchmarks that train and save on several ranks run, and measure what they say they do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def figures(script: str, folder: Path) -> dict[str, Any]:
+    """What a script writes in its smallest setting."""
+    path = folder / "figures.json"
+    finished = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), "--quick", "--json", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_sharded_steps_communicate_what_fully_shard_by_hand_does_and_hold_as_much(tmp_path: Path) -> None:
+    measured = figures("sharded.py", tmp_path)
+    [step] = measured["steps"]
+    assert step["collectives"]["fully_shard"]["calls"] > step["collectives"]["DDP"]["calls"] > 0
+    assert step["same_collectives_as_by_hand"]
+    held = {row["candidate"]: row["held"] for row in measured["memory"]}
+    assert held["fsdp"] == held["fully_shard"]
+    assert held["fsdp"] < 0.6 * held["ddp"]  # half of it, and what does not divide evenly
+
+
+def test_every_way_to_save_and_load_is_measured(tmp_path: Path) -> None:
+    measured = figures("checkpoint.py", tmp_path)
+    ways = [(row["what"], row["way"]) for row in measured["rows"]]
+    assert {what for what, _ in ways} == {"one device", "2 ranks, fsdp", "one device, from 2 ranks"}
+    for phase in ("load, cold", "load, warm"):
+        assert all(row[phase]["seconds"] > 0 for row in measured["rows"])
+    gathering, streaming = (
+        next(row["save"]["extra_mib"] for row in measured["rows"] if row["way"] == way)
+        for way in ("full state dict, torch.save", "fabric_lite, full file")
+    )
+    assert streaming < gathering  # a tensor of 4 MiB at a time, and all 24 MiB at once
