@@ -135,7 +135,7 @@ class ModelParallelStrategy(Strategy):
         release_activations(module)
 
     def no_sync(self, module: nn.Module, engine: nn.Module | None) -> contextlib.AbstractContextManager[Any]:
-        return sharding.no_sync(module) if _is_fully_sharded(module) else contextlib.nullcontext()
+        return sharding.no_sync(module)
 
     def forget_unsynchronised(self, module: nn.Module, parameters: Container[int] | None = None) -> None:
         sharding.forget_unsynchronised(module, parameters)

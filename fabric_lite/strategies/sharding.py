@@ -99,13 +99,16 @@ def follow_rank_zero(module: nn.Module, device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def no_sync(module: Any) -> Iterator[None]:
-    """A context in which the gradients of ``module``'s sharded parts add up on their rank."""
-    module.set_requires_gradient_sync(False)
+def no_sync(module: nn.Module) -> Iterator[None]:
+    """A context in which the gradients of ``module``'s sharded parts add up on their rank; contexts may be nested."""
+    before = [(group, group.reduce_grads, group.all_reduce_grads) for group in _parameter_groups(module)]
+    for group, *_ in before:
+        group.reduce_grads = group.all_reduce_grads = False
     try:
         yield
     finally:
-        module.set_requires_gradient_sync(True)
+        for group, reduces, all_reduces in before:
+            group.reduce_grads, group.all_reduce_grads = reduces, all_reduces
 
 
 def forget_unsynchronised(module: nn.Module, parameters: Container[int] | None = None) -> None:

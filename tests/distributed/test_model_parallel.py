@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fabric_lite import Fabric, FabricTypeError, FabricValueError, StrategyError
 from fabric_lite.strategies import ModelParallelStrategy
 from fabric_lite.testing import RankPool
-from tests.models import full
+from tests.models import CountCollectives, full
 
 VOCABULARY, WIDTH = 11, 8
 
@@ -511,6 +511,22 @@ def test_a_compiled_model_trains_as_a_plain_one(ranks: RankPool, data: int, tens
     for (expected, _), (found, _) in zip(plain, compiled, strict=True):
         for one, two in zip(found, expected, strict=True):
             torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+
+
+def collectives_of_a_window(compiled: bool) -> int:
+    fabric = planned("function", 2, 1)
+    model = make_model()
+    target: Any = torch.compile(model, backend="eager") if compiled else model
+    fabric.setup(target)
+    with CountCollectives() as counted, fabric.no_backward_sync(target):
+        fabric.backward(loss_of(target, share_of(fabric, tokens(1)[0])))
+    torch._dynamo.reset()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    return counted.count
+
+
+def test_gradients_of_a_compiled_model_wait_for_the_end_of_a_window_too(ranks: RankPool) -> None:
+    assert ranks.run(collectives_of_a_window, True) == ranks.run(collectives_of_a_window, False)
 
 
 def tie(model: Model) -> Model:
