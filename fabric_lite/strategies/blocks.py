@@ -38,7 +38,8 @@ def choose_blocks(module: nn.Module, policy: WrapPolicy | None, option: str = "a
     if policy is None:
         wanted = _repeated_layers(module)
     elif callable(policy) and not isinstance(policy, type):
-        wanted = [child for child in _inner_first(module) if _asks_for(policy, child)]
+        is_torchs = "recurse" in inspect.signature(policy).parameters
+        wanted = _asked_in_turn(policy, module) if is_torchs else [m for m in _with_parameters(module) if policy(m)]
     else:
         classes = (policy,) if isinstance(policy, type) else tuple(policy)
         wanted = [child for child in _inner_first(module) if isinstance(child, classes)]
@@ -94,13 +95,31 @@ def _alike(container: nn.Module, enough: float) -> list[nn.Module]:
     ]
 
 
-def _asks_for(policy: Callable[..., bool], module: nn.Module) -> bool:
-    """Torch's policies are asked with ``recurse=False``: whether to shard this module by itself."""
-    if next(module.parameters(), None) is None:
-        return False
-    if "recurse" in inspect.signature(policy).parameters:
-        return bool(policy(module, recurse=False, nonwrapped_numel=sum(p.numel() for p in module.parameters())))
-    return bool(policy(module))
+def _with_parameters(module: nn.Module) -> Iterator[nn.Module]:
+    return (child for child in _inner_first(module) if next(child.parameters(), None) is not None)
+
+
+def _asked_in_turn(policy: Callable[..., bool], root: nn.Module) -> list[nn.Module]:
+    """The blocks of one of torch's policies, asked as FSDP1 asks it.
+
+    First whether to look into a module: not into ``nn.MultiheadAttention``, which reads the weights of a layer that it
+    never calls. Then, after the modules inside, whether the parameters that these have left over are enough.
+    """
+    blocks: dict[nn.Module, None] = {}
+
+    def visit(module: nn.Module) -> int:
+        count = sum(parameter.numel() for parameter in module.parameters())
+        if module in blocks or not count or not policy(module=module, recurse=True, nonwrapped_numel=count):
+            return 0
+        inside = sum(visit(child) for child in module.children())
+        is_block = module is not root and not isinstance(module, _CONTAINERS)
+        if is_block and policy(module=module, recurse=False, nonwrapped_numel=count - inside):
+            blocks[module] = None
+            return count
+        return inside
+
+    visit(root)
+    return list(blocks)
 
 
 def _tied_outside(root: nn.Module) -> Callable[[nn.Module], bool]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_lite.activation_checkpointing import checkpoint_activations, release_activations
-from fabric_lite.errors import FabricValueError
+from fabric_lite.errors import FabricTypeError, FabricValueError
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.strategies import sharding
 from fabric_lite.strategies.base import Engine, Placement, Strategy
@@ -37,7 +37,8 @@ class FSDPStrategy(Strategy):
             they stay in shards over that many ranks. None: yes, except those that are in no block.
         replicas: Into how many groups the ranks are divided, each of which holds the whole model in its shards (HSDP:
             gathering stays within a group). ``"auto"``: one per node; on one node two, if at least 4 ranks are even.
-        cpu_offload: Whether shards, gradients and optimizer state stay in the host's memory.
+        cpu_offload: Whether shards, gradients and optimizer state stay in the host's memory; also torch's
+            ``CPUOffload`` or ``OffloadPolicy``, which say it.
         activation_checkpointing_policy: Which modules do not keep their activations but run forward again in backward:
             classes or a function, as above. None: none.
         state_dict_type: ``"sharded"``: checkpoints are folders to which every rank writes its own shards; ``"full"``:
@@ -47,11 +48,11 @@ class FSDPStrategy(Strategy):
         limit_all_gathers: FSDP1's; FSDP2 always does. Accepted and of no effect.
     """
 
-    auto_wrap_policy: WrapPolicy | None = None
+    auto_wrap_policy: WrapPolicy | None = dataclasses.field(default=None, hash=False)
     reshard_after_forward: bool | int | None = None
     replicas: int | str = 1
-    cpu_offload: bool = False
-    activation_checkpointing_policy: WrapPolicy | None = None
+    cpu_offload: Any = False
+    activation_checkpointing_policy: WrapPolicy | None = dataclasses.field(default=None, hash=False)
     state_dict_type: str = "sharded"
     sharding_strategy: Any = None
     limit_all_gathers: bool | None = None
@@ -71,16 +72,18 @@ class FSDPStrategy(Strategy):
                 given=f"state_dict_type={self.state_dict_type!r}",
                 fix="'sharded' for a folder, 'full' for one file",
             )
+        object.__setattr__(self, "cpu_offload", _offloads(self.cpu_offload))
         self._take_over(getattr(self.sharding_strategy, "name", self.sharding_strategy))
 
     def _take_over(self, sharding_strategy: Any) -> None:
         """Translate FSDP1's word into the two options that it means."""
         if sharding_strategy is None:
             return
+        sharding_strategy = str(sharding_strategy).upper()
         if sharding_strategy not in _SHARDING_STRATEGIES:
             raise FabricValueError(
                 "This sharding strategy does not exist under FSDP2.",
-                given=f"sharding_strategy={sharding_strategy!r}",
+                given=f"sharding_strategy={self.sharding_strategy!r}",
                 fix=f"one of {', '.join(_SHARDING_STRATEGIES[:3])}; strategy='ddp' for NO_SHARD",
             )
         if "HYBRID" in sharding_strategy:
@@ -135,3 +138,18 @@ class FSDPStrategy(Strategy):
 
     def forget_unsynchronised(self, module: nn.Module, parameters: Container[int] | None = None) -> None:
         sharding.forget_unsynchronised(module, parameters)
+
+
+def _offloads(cpu_offload: Any) -> bool:
+    """What a bool, FSDP1's ``CPUOffload`` or FSDP2's ``OffloadPolicy`` says; each of the last two is true as an object."""
+    if isinstance(cpu_offload, bool):
+        return cpu_offload
+    if hasattr(cpu_offload, "offload_params"):
+        return bool(cpu_offload.offload_params)
+    if type(cpu_offload).__name__ in ("OffloadPolicy", "CPUOffloadPolicy"):
+        return type(cpu_offload).__name__ == "CPUOffloadPolicy"
+    raise FabricTypeError(
+        "cpu_offload says whether shards stay in the host's memory.",
+        given=f"cpu_offload={cpu_offload!r:.80}",
+        fix="True or False",
+    )

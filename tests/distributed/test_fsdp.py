@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffload,
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_policy
 
 from fabric_lite import Fabric, FabricTypeError, FabricValueError, StrategyError
@@ -88,7 +96,9 @@ def test_blocks_are_the_repeated_layers_or_what_the_policy_says() -> None:
     assert blocks_of(Stack(), ModuleWrapPolicy({Block})) == layers
     assert blocks_of(Stack(), lambda module: isinstance(module, nn.LayerNorm)) == [f"{name}.norm" for name in layers]
     by_size = functools.partial(size_based_auto_wrap_policy, min_num_params=70)
-    assert set(layers) <= set(blocks_of(Stack(), by_size))
+    assert blocks_of(Stack(), by_size) == [f"{name}.mix" for name in layers]  # their norms are left to the root
+    by_size = functools.partial(size_based_auto_wrap_policy, min_num_params=100)
+    assert blocks_of(nn.TransformerEncoderLayer(8, 2, 16), by_size) == ["linear1", "linear2"]  # attention is one piece
     assert blocks_of(Net(), None) == []
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 3)
     assert blocks_of(encoder, None) == ["layers.0", "layers.1", "layers.2"]
@@ -120,11 +130,24 @@ def test_a_policy_that_finds_nothing_says_what_there_is() -> None:
         (FabricValueError, "replicas is the number", {"replicas": 0}),
         (FabricValueError, "kind of checkpoint", {"state_dict_type": "local"}),
         (FabricValueError, "strategy='ddp' for NO_SHARD", {"sharding_strategy": "NO_SHARD"}),
+        (FabricTypeError, "True or False", {"cpu_offload": "cpu"}),
     ],
 )
 def test_wrong_options_are_refused(error: type[Exception], match: str, options: dict[str, Any]) -> None:
     with pytest.raises(error, match=match):
         FSDPStrategy(**options)
+
+
+def test_the_words_of_fsdp1_and_lightning_mean_what_they_meant() -> None:
+    for given in (False, CPUOffload(offload_params=False), OffloadPolicy()):
+        assert FSDPStrategy(cpu_offload=given).cpu_offload is False, given
+    for given in (True, CPUOffload(offload_params=True), CPUOffloadPolicy()):
+        assert FSDPStrategy(cpu_offload=given).cpu_offload is True, given
+    for word in ("HYBRID_SHARD", "hybrid_shard", ShardingStrategy.HYBRID_SHARD):
+        assert FSDPStrategy(sharding_strategy=word).replicas == "auto"
+    one, same = FSDPStrategy(auto_wrap_policy={Block}), FSDPStrategy(auto_wrap_policy={Block})
+    assert one == same
+    assert hash(one) == hash(same)
 
 
 def test_the_mesh_follows_nodes_and_options() -> None:
@@ -133,7 +156,6 @@ def test_the_mesh_follows_nodes_and_options() -> None:
     assert FSDPStrategy(replicas="auto").mesh_axes(16, 8) == {"replicate": 2, "shard": 8}
     assert FSDPStrategy(replicas="auto").mesh_axes(8, 8) == {"replicate": 2, "shard": 4}
     assert FSDPStrategy(replicas="auto").mesh_axes(2, 2) == {"shard": 2}
-    assert FSDPStrategy(sharding_strategy="HYBRID_SHARD").replicas == "auto"
     assert FSDPStrategy(sharding_strategy="SHARD_GRAD_OP").reshard_after_forward is False
     with pytest.raises(FabricValueError, match=r"4 ranks, replicas=3"):
         FSDPStrategy(replicas=3).mesh_axes(4, 4)
@@ -203,6 +225,12 @@ def give_up_windows() -> list[bool]:
     right.append(gradients_of_a_good_step())
     with fabric.no_backward_sync(model, enabled=False):
         right.append(gradients_of_a_good_step())
+    with fabric.no_backward_sync(model):
+        with fabric.no_backward_sync(model):
+            fabric.backward(model(first).pow(2).mean())
+        fabric.backward(model(first).pow(2).mean())
+        right.append(all(parameter.grad is None for parameter in model.parameters()))
+    model.zero_grad()
     half_a_window()
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     fabric.setup_optimizers(other)
@@ -212,7 +240,7 @@ def give_up_windows() -> list[bool]:
 
 
 def test_a_window_that_is_given_up_leaves_nothing_behind(ranks: RankPool) -> None:
-    assert ranks.run(give_up_windows) == [[True] * 5] * 2
+    assert ranks.run(give_up_windows) == [[True] * 6] * 2
 
 
 class Fragile(Stack):
