@@ -10,6 +10,7 @@ Writing                                                 Reading
   archive_writing.py  torch.save's zip
   part_writing.py     safetensors and all raw data      Both
   contents.py         tensors numbered and named          archive.py, manifest.py  what describes a file, a folder
+                                                          boxes.py             parts of tensors: shared, whole or not
   packing.py          views and shared storages           plain_json.py            plain values as JSON, exactly
   commit.py           temporary name, fsync, in place     together.py              what fails on one rank fails on all
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import math
 import os
 import pickle
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from fabric_lite.checkpoint.archive_reading import errors_of, located_tensor
+from fabric_lite.checkpoint.boxes import Box, tiling_fault
 from fabric_lite.checkpoint.stored import Located, Piece, StoredTensor, row_major
 from fabric_lite.checkpoint.stored_files import FileOfFolder, OpenFolder, Window
 from fabric_lite.errors import CheckpointError
@@ -185,16 +185,12 @@ class DcpFolder:
     def _tensor(self, name: str, described: Any) -> StoredTensor:
         fields = _fields(described, "TensorStorageMetadata")
         shape, dtype = _counts(fields["size"]), fields["properties"].state[0]
-        boxes = {tuple(_box(chunk)) for chunk in fields["chunks"]}
-        inside = all(
-            start + size <= whole
-            for offset, sizes in boxes
-            for start, size, whole in zip(offset, sizes, shape, strict=True)
-        )
-        if not inside or sum(math.prod(sizes) for _, sizes in boxes) != math.prod(shape):
-            raise ValueError(f"the chunks of {name!r:.80} are not the whole tensor")
+        boxes = sorted({_box(chunk) for chunk in fields["chunks"]})
+        wrong = tiling_fault(boxes, shape)
+        if wrong is not None:
+            raise ValueError(f"the pieces of {name!r:.80} {wrong}")
         pieces = []
-        for offset, sizes in sorted(boxes):
+        for offset, sizes in boxes:
             chunk = _Chunk(self._items[name, offset], dtype, sizes)
             pieces.append(Piece(offset, sizes, functools.partial(getattr, chunk, "located")))
         return StoredTensor(dtype, torch.Size(shape), pieces, row_major(shape))
@@ -213,7 +209,7 @@ def _counts(values: Sequence[Any]) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _box(chunk: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _box(chunk: Any) -> Box:
     fields = _fields(chunk, "ChunkStorageMetadata")
     return _counts(fields["offsets"]), _counts(fields["sizes"])
 

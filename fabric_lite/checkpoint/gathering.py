@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fabric_lite.checkpoint.layout import Box
+from fabric_lite.checkpoint.boxes import Box, common
 from fabric_lite.checkpoint.part_writing import STAGING_BYTES, bytes_of, row_major_boxes
 from fabric_lite.collectives import rank
 
@@ -37,14 +37,14 @@ class Gathering:
         for block in row_major_boxes(tuple(tensor.shape), STAGING_BYTES // dtype.itemsize):
             whole = self._whole_block(dtype, block[1]) if rank() == 0 else None
             for box, writer in order:
-                common = _common(block, box)
-                if common is None or rank() not in (0, writer):
+                shared = common(block, box)
+                if shared is None or rank() not in (0, writer):
                     continue
-                mine = local[_slices(common, box)] if rank() == writer else None
+                mine = local[_slices(shared, box)] if rank() == writer else None
                 # Pieces travel on the tensor's own device: the ranks have a backend for that.
-                values = mine if writer == 0 else _moved(mine, common[1], dtype, self._buffer(local.device), writer)
+                values = mine if writer == 0 else _moved(mine, shared[1], dtype, self._buffer(local.device), writer)
                 if whole is not None and values is not None:
-                    whole[_slices(common, block)].copy_(values)
+                    whole[_slices(shared, block)].copy_(values)
             if whole is not None:
                 yield bytes_of(whole)
 
@@ -76,18 +76,6 @@ def _moved(
 def _viewed(buffer: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     count = torch.Size(shape).numel()
     return buffer[: count * dtype.itemsize].view(dtype).view(shape)
-
-
-def _common(one: Box, other: Box) -> Box | None:
-    """The box that two boxes share."""
-    offset, shape = [], []
-    for begin, size, start, length in zip(*one, *other, strict=True):
-        first, past = max(begin, start), min(begin + size, start + length)
-        if first >= past:
-            return None
-        offset.append(first)
-        shape.append(past - first)
-    return tuple(offset), tuple(shape)
 
 
 def _slices(box: Box, around: Box) -> tuple[slice, ...]:

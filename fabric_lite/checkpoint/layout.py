@@ -1,4 +1,4 @@
-"""Sharded tensors (DTensors): which rank has which part of them, and full tensors laid out as the run's are."""
+"""Sharded tensors (DTensors): which rank has which part of them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-
+from fabric_lite.checkpoint.boxes import Box
 from fabric_lite.collectives import gather_objects, rank
 from fabric_lite.errors import CheckpointError
 
-__all__ = ["Box", "ShardPlan", "as_boxes", "is_sharded", "laid_out_like", "local_box", "shard_plan"]
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset and shape
+__all__ = ["ShardPlan", "as_boxes", "is_sharded", "local_box", "shard_plan"]
 
 
 def is_sharded(value: Any) -> bool:
@@ -122,17 +119,3 @@ def _cuts_a_box(tensor: Any, axis: int) -> bool:
     later = range(axis + 1, len(tensor.placements))
     cuts = [tensor.device_mesh.size(other) for other in later if tensor.placements[other].is_shard(placement.dim)]
     return math.prod(cuts) == placement.split_factor
-
-
-def laid_out_like(full: torch.Tensor, current: Any) -> torch.Tensor:
-    """Return ``full`` with the placements of the DTensor ``current``, or as it is for any other ``current``.
-
-    Nothing is communicated: every rank has the whole tensor and keeps its part.
-    """
-    if not is_sharded(current):
-        return full
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    fits = full.shape == current.shape
-    placements = current.placements if fits else [Replicate()] * current.device_mesh.ndim
-    return distribute_tensor(full, current.device_mesh, placements, src_data_rank=None)

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 
 from fabric_lite.checkpoint.archive import CheckpointNotFoundError
+from fabric_lite.checkpoint.boxes import tiling_fault
 from fabric_lite.checkpoint.plain_json import decode, encode
 from fabric_lite.errors import CheckpointError
 
@@ -140,20 +141,14 @@ class TensorEntry:
         return entry
 
     def check(self, fault: Fault) -> None:
-        """Each chunk lies inside and has the bytes of its box; together they have each element once."""
-        itemsize, dims = DTYPES[self.dtype].itemsize, len(self.shape)
+        """Each chunk has the bytes of its box, and together they have each element once."""
+        itemsize = DTYPES[self.dtype].itemsize
         for chunk in self.chunks:
-            if not len(chunk.offset) == len(chunk.shape) == dims:
-                fault(f"a piece of {chunk.name!r:.80} has another number of dims than its tensor")
-            spans = zip(chunk.offset, chunk.shape, self.shape, strict=True)
-            if any(offset + size > whole for offset, size, whole in spans):
-                fault(f"a piece of {chunk.name!r:.80} reaches beyond its tensor")
             if chunk.end - chunk.begin != math.prod(chunk.shape) * itemsize:
                 fault(f"a piece of {chunk.name!r:.80} has another number of bytes than its shape")
-        if sum(math.prod(chunk.shape) for chunk in self.chunks) != math.prod(self.shape):
-            fault(f"the pieces of {_name(self.chunks)} are not the whole tensor")
-        if _overlap(self.chunks, dims):
-            fault(f"the pieces of {_name(self.chunks)} overlap")
+        wrong = tiling_fault([(chunk.offset, chunk.shape) for chunk in self.chunks], self.shape)
+        if wrong is not None:
+            fault(f"the pieces of {_name(self.chunks)} {wrong}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,28 +321,6 @@ def _counts(value: Any, fault: Fault) -> tuple[int, ...]:
 
 def _name(chunks: Iterable[Chunk]) -> str:
     return next((repr(chunk.name) for chunk in chunks), "a tensor")
-
-
-def _overlap(chunks: tuple[Chunk, ...], dims: int) -> bool:
-    """Whether two boxes share an element."""
-    if len(chunks) < 2:
-        return False
-    if dims == 0:
-        return True
-    # Along the dim with the most cuts, few boxes stand side by side: the tensors of a thousand ranks are quick too.
-    along = max(range(dims), key=lambda dim: len({chunk.offset[dim] for chunk in chunks}))
-    open_boxes: list[Chunk] = []
-    for chunk in sorted(chunks, key=lambda chunk: chunk.offset[along]):
-        open_boxes = [box for box in open_boxes if box.offset[along] + box.shape[along] > chunk.offset[along]]
-        if any(_share(box, chunk) for box in open_boxes):
-            return True
-        open_boxes.append(chunk)
-    return False
-
-
-def _share(one: Chunk, other: Chunk) -> bool:
-    spans = zip(one.offset, one.shape, other.offset, other.shape, strict=True)
-    return all(begin < start + length and start < begin + size for begin, size, start, length in spans)
 
 
 def _fault_in(path: Path) -> Fault:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from fabric_lite.checkpoint.layout import Box
+from fabric_lite.checkpoint.boxes import Box
 from fabric_lite.checkpoint.manifest import DTYPES
 from fabric_lite.errors import FabricTypeError
 

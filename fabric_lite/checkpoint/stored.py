@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fabric_lite.checkpoint.boxes import Box, common
 from fabric_lite.checkpoint.packing import copied
 from fabric_lite.checkpoint.plain import Place, values_where
 from fabric_lite.checkpoint.stored_files import StoredFile, read_into
@@ -45,6 +46,10 @@ class Piece:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     locate: Callable[[], Located]
+
+    @property
+    def box(self) -> Box:
+        return self.offset, self.shape
 
     @staticmethod
     def at(offset: Sequence[int], shape: Sequence[int], located: Located) -> Piece:
@@ -104,7 +109,7 @@ class StoredTensor:
     def check(self, offset: Sequence[int], shape: Sequence[int]) -> None:
         """Look up where a box lies: after that only the disk can fail :meth:`read`. Raises CheckpointError."""
         for piece in self.pieces:
-            if _common(piece, offset, shape) is not None:
+            if common(piece.box, (tuple(offset), tuple(shape))) is not None:
                 piece.locate()
 
     def read(self, offset: Sequence[int], shape: Sequence[int], out: torch.Tensor | None = None) -> torch.Tensor:
@@ -122,12 +127,12 @@ class StoredTensor:
         if out is None:
             out = torch.empty(tuple(shape), dtype=self.dtype, device="cpu")
         for piece in self.pieces:
-            common = _common(piece, offset, shape)
-            if common is None:
+            shared = common(piece.box, (tuple(offset), tuple(shape)))
+            if shared is None:
                 continue
             located, target, begin = piece.locate(), out.detach(), 0
-            for dim, (first, past) in enumerate(common):
-                target = target.narrow(dim, first - offset[dim], past - first)
+            for dim, (first, size) in enumerate(zip(*shared, strict=True)):
+                target = target.narrow(dim, first - offset[dim], size)
                 begin += (first - piece.offset[dim]) * located.stride[dim]
             with located.file.opened() as descriptor:
                 source = _Source(descriptor, located.file, self.dtype, located.stride)
@@ -230,17 +235,6 @@ def materialized(value: Any, memo: dict[Any, Any] | None = None) -> Any:
         if id(leaf) not in memo:
             memo[id(leaf)] = leaf.full(memo)
     return copied(value, memo)
-
-
-def _common(piece: Piece, offset: Sequence[int], shape: Sequence[int]) -> list[tuple[int, int]] | None:
-    """First and one past the last index, per dim, of what a piece and a box have in common; None if nothing."""
-    common = []
-    for begin, size, start, length in zip(piece.offset, piece.shape, offset, shape, strict=True):
-        first, past = max(begin, start), min(begin + size, start + length)
-        if first >= past:
-            return None
-        common.append((first, past))
-    return common
 
 
 def _order(stride: tuple[int, ...]) -> list[int]:

@@ -247,7 +247,7 @@ def chunk(value: dict[str, Any]) -> dict[str, Any]:
         (lambda value: chunk(value).update(part="part-00001.safetensors"), "lies in no part"),
         (lambda value: chunk(value).update(begin=True), "no whole number"),
         (lambda value: chunk(value).update(end=chunk(value)["end"] + 4), "another number of bytes"),
-        (lambda value: chunk(value).update(offset=[1]), "reaches beyond"),
+        (lambda value: chunk(value).update(offset=[1]), "reach beyond"),
         (lambda value: chunk(value).update(offset=[0, 0]), "another number of dims"),
         (lambda value: value["tensors"][0].update(dtype="object"), "no dtype"),
         (lambda value: value["tensors"][0].update(chunks=[]), "not the whole tensor"),

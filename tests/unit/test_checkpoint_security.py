@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import io
 import json
 import os
@@ -346,6 +348,19 @@ def cut_a_chunk(metadata: Any) -> None:
     chunk.sizes = torch.Size([1, 3])
 
 
+def overlap(metadata: Any) -> None:
+    """Two pieces that have as many elements as the tensor, but one of them twice and one not at all."""
+    described = metadata.state_dict_metadata["model.bias"]
+    (chunk,) = described.chunks
+    described.size = torch.Size([4])
+    described.chunks = [copy.deepcopy(chunk), copy.deepcopy(chunk)]
+    described.chunks[1].offsets = torch.Size([1])
+    (index,) = (index for index in metadata.storage_data if index.fqn == "model.bias")
+    for offset in (0, 1):
+        moved = dataclasses.replace(index, offset=torch.Size([offset]))
+        metadata.storage_data[moved] = metadata.storage_data[index]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -357,6 +372,7 @@ def cut_a_chunk(metadata: Any) -> None:
         (every_item("length", 1 << 60), "cut short"),
         (every_item("transform_descriptors", ["zstd"]), "extension"),
         (cut_a_chunk, "not the whole tensor"),
+        (overlap, "overlap"),
         (lambda metadata: setattr(metadata, "storage_data", {}), "damaged"),
         (lambda metadata: setattr(metadata, "storage_data", None), "damaged"),
         (lambda metadata: setattr(metadata, "state_dict_metadata", [1]), "damaged"),
