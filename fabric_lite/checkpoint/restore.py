@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from fabric_lite.errors import CheckpointError, FabricError, FabricKeyError, Fab
 
 __all__ = ["Restore", "prepare"]
 
-_IN_ORDER, _OWN_WAY, _CHECKED = range(3)
+_IN_ORDER, _OWN_WAY, _FILLED, _CHECKED = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +97,23 @@ def _prepare_module(place: Place, module: torch.nn.Module, saved: Any, strict: b
             check_part(live[key], value)
 
     def load() -> None:
-        try:
+        with _mixed_if_it_fails(place):
             for key, value in state.items():
                 copy_into(live[key], value)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{place} has some of its old values and some of its new ones.", given=error, fix="load it again"
-            ) from error
 
     # What could be checked was; an earlier state to go back to would be a second model in memory.
     return Restore(place, _CHECKED, load, lambda: None)
+
+
+@contextlib.contextmanager
+def _mixed_if_it_fails(place: Place) -> Iterator[None]:
+    """Say what a disk that fails after everything was checked leaves behind."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{place} has some of its old values and some of its new ones.", given=error, fix="load it again"
+        ) from error
 
 
 def _prepare_own_way(
@@ -211,11 +219,16 @@ def _shape(value: Any) -> str:
 def _prepare_optimizer(place: Place, optimizer: torch.optim.Optimizer, saved: Any, names: ParameterNames) -> Restore:
     if not isinstance(saved, dict) or not is_optimizer_state(saved):
         raise _no_state(place, optimizer, saved)
-    state = fitted_state(place, optimizer, saved, names)
+    state, to_fill = fitted_state(place, optimizer, saved, names)
     before = optimizer.state_dict()  # torch's optimizers replace their state at loading, so this needs no copy
-    return Restore(
-        place, _IN_ORDER, lambda: optimizer.load_state_dict(state), lambda: optimizer.load_state_dict(before)
-    )
+
+    def load() -> None:
+        with _mixed_if_it_fails(place):
+            for live, value in to_fill:
+                copy_into(live, value)
+        optimizer.load_state_dict(state)
+
+    return Restore(place, _FILLED if to_fill else _IN_ORDER, load, lambda: optimizer.load_state_dict(before))
 
 
 def _no_state(place: Place, instance: Any, saved: Any) -> CheckpointError:

@@ -9,7 +9,7 @@ import torch
 
 from fabric_lite.adopt import user_class
 from fabric_lite.checkpoint.keys import matching
-from fabric_lite.checkpoint.placing import laid_out_like
+from fabric_lite.checkpoint.placing import check_part, laid_out_like
 from fabric_lite.checkpoint.plain import Place
 from fabric_lite.checkpoint.saving import own_keys, uncompiled
 from fabric_lite.checkpoint.stored import StoredTensor, is_tensor, materialized
@@ -46,10 +46,12 @@ def is_optimizer_state(saved: dict[str, Any]) -> bool:
 
 def fitted_state(
     place: Place, optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: ParameterNames
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[tuple[torch.Tensor, StoredTensor]]]:
     """Return a saved state for ``optimizer.load_state_dict``: in memory, each tensor laid out like its parameter.
 
-    Of a sharded parameter a rank reads its own part. A tensor of another shape than its parameter is whole.
+    Of a sharded parameter a rank reads its own part. A tensor of another shape than its parameter is whole. Where the
+    optimizer has a tensor of the same kind already, that one stands in the state, and is still to be filled: no rank
+    holds moments twice.
 
     Args:
         place: Where the optimizer is in the user's state, for the errors.
@@ -58,11 +60,14 @@ def fitted_state(
             ``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`` does.
         names: Of the parameters. Where they are not known, a state by name is taken in its order.
 
+    Returns:
+        The state, and pairs of a tensor in it that the optimizer has now and what is to be read into it.
+
     Raises:
         FabricValueError: The optimizer has other parameters, or is of another kind.
     """
     if "param_groups" not in saved:
-        return dict(materialized(saved))  # its own form, and its own to check
+        return dict(materialized(saved)), []  # its own form, and its own to check
     saved = {"state": {}, **saved}  # DCP drops empty dicts
     groups = _as_here(place, optimizer, saved["param_groups"], names)
     _check_groups(place, optimizer, groups)
@@ -73,18 +78,20 @@ def fitted_state(
         _check_entry(place, optimizer, key, entries.get(key, {}), parameter)
     number_of = {key: number for number, key in enumerate(keys)}
     state = {}
+    to_fill: list[tuple[torch.Tensor, StoredTensor]] = []
     for key, entry in entries.items():
         if key in number_of:
-            state[number_of[key]] = _laid_out(optimizer, entry, parameters[number_of[key]])
+            state[number_of[key]] = _laid_out(optimizer, entry, parameters[number_of[key]], to_fill)
         else:
             state[key] = materialized(entry)  # not of a parameter
     counter = iter(range(len(keys)))
     numbered = [{**materialized(group), "params": [next(counter) for _ in group["params"]]} for group in groups]
-    return {
+    fitted = {
         **materialized({k: v for k, v in saved.items() if k not in ("state", "param_groups")}),
         "state": state,
         "param_groups": numbered,
     }
+    return fitted, to_fill
 
 
 def _entries(state: Any) -> dict[Any, Any]:
@@ -128,9 +135,15 @@ def _as_here(
     return groups
 
 
-def _laid_out(optimizer: torch.optim.Optimizer, entry: Any, parameter: Any) -> Any:
+def _laid_out(
+    optimizer: torch.optim.Optimizer, entry: Any, parameter: Any, to_fill: list[tuple[torch.Tensor, StoredTensor]]
+) -> Any:
     if not isinstance(entry, dict):
         return materialized(entry)
+    # A hook that raises would leave the optimizer filled: then a second copy is the way back.
+    can_fill = (
+        not optimizer._optimizer_load_state_dict_pre_hooks and not optimizer._optimizer_load_state_dict_post_hooks
+    )
     # torch would cast these itself, but all at once, beside the ones that were read.
     cast = _is_of_torch(optimizer) and parameter.is_floating_point()
     new = {}
@@ -140,8 +153,23 @@ def _laid_out(optimizer: torch.optim.Optimizer, entry: Any, parameter: Any) -> A
             continue
         own_shape = not torch.nn.parameter.is_lazy(parameter) and value.shape == parameter.shape
         dtype = parameter.dtype if cast and own_shape and name != "step" else None
+        live = optimizer.state[parameter].get(name) if can_fill and parameter in optimizer.state else None
+        if dtype is not None and isinstance(value, StoredTensor) and _is_alike(live, parameter):
+            check_part(live, value)
+            to_fill.append((live, value))
+            new[name] = live
+            continue
         new[name] = laid_out_like(value if isinstance(value, StoredTensor) else materialized(value), parameter, dtype)
     return new
+
+
+def _is_alike(live: Any, parameter: torch.Tensor) -> bool:
+    """Whether this is a tensor as ``load_state_dict`` would make it for ``parameter``."""
+    return (
+        type(live) in (torch.Tensor, type(parameter.detach()))
+        and (live.shape, live.dtype, live.device) == (parameter.shape, parameter.dtype, parameter.device)
+        and getattr(live, "placements", None) == getattr(parameter, "placements", None)
+    )
 
 
 def _check_groups(place: Place, optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
