@@ -82,10 +82,14 @@ def _repeated_layers(root: nn.Module) -> list[nn.Module]:
 
 
 def _alike(container: nn.Module, enough: float) -> list[nn.Module]:
-    """The children of one class that occurs several times and has ``enough`` parameters in all."""
+    """The children of one class that occurs several times and has ``enough`` parameters in all.
+
+    Not the leaves, such as the two linear layers of a perceptron: they are too small to be gathered one by one, and
+    models read their weights without calling them.
+    """
     by_class: dict[type, list[nn.Module]] = collections.defaultdict(list)
     for child in container.children():
-        if not isinstance(child, _CONTAINERS):
+        if not isinstance(child, _CONTAINERS) and next(child.children(), None) is not None:
             by_class[type(child)].append(child)
     return [
         layer

@@ -20,7 +20,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_policy
 
 from fabric_lite import Fabric, FabricTypeError, FabricValueError, StrategyError
-from fabric_lite.strategies import FSDPStrategy
+from fabric_lite.precision import parse_precision
+from fabric_lite.strategies import FSDPStrategy, Placement
 from fabric_lite.strategies.blocks import choose_blocks
 from fabric_lite.testing import RankPool
 from tests.models import Block, Net, Normed, RecordCollectives, Stack, batches, full, make_net, make_stack
@@ -106,8 +107,15 @@ def test_blocks_are_the_repeated_layers_or_what_the_policy_says() -> None:
 
 
 def test_small_repeated_layers_are_left_to_the_root() -> None:
-    model = nn.Sequential(nn.Linear(100, 100), nn.ModuleList([nn.LayerNorm(4), nn.LayerNorm(4)]))
-    assert blocks_of(model, None) == []
+    small = nn.ModuleList(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(3))
+    assert blocks_of(nn.Sequential(nn.Linear(100, 100), small), None) == []
+    assert blocks_of(nn.Sequential(nn.Linear(4, 4), small), None) == ["1.0", "1.1", "1.2"]
+
+
+def test_layers_without_modules_in_them_are_left_to_the_root() -> None:
+    perceptron = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    assert blocks_of(perceptron, None) == []
+    assert blocks_of(perceptron, {nn.Linear}) == ["0", "2"]
 
 
 def test_blocks_whose_weights_are_tied_to_others_are_left_to_the_root() -> None:
@@ -565,6 +573,35 @@ def test_batch_norm_evaluates_alike_on_all_ranks_and_as_under_ddp(ranks: RankPoo
     assert sent == 2 * 2  # per synchronising forward, floats and counters
 
 
+def batch_norm_in(precision: str) -> float:
+    """The largest difference to whole models under autocast, of outputs and gradients; all ranks have one batch."""
+    x = batches(1)[0]
+    runs = []
+    for strategy in ("ddp", "fsdp"):
+        torch.manual_seed(0)
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy, precision=precision)
+        model = fabric.setup(nn.Sequential(nn.BatchNorm1d(4), Normed(), Normed(), nn.Linear(4, 4)))
+        output = model(x)
+        fabric.backward(output.pow(2).mean())
+        scale = fabric.state_dict()["loss_scaler"]["scale"] if precision == "16-mixed" else 1.0
+        runs.append([output.detach(), *(full(parameter.grad) / scale for parameter in model.parameters())])
+    return max(float((one - two).abs().max()) for one, two in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_batch_norm_runs_in_mixed_precision(ranks: RankPool, precision: str) -> None:
+    # One rounding of the last layer's weights and gradients to half; the norms are as exact as under autocast.
+    assert max(ranks.run(batch_norm_in, precision)) <= 2e-2
+
+
+def test_buffers_come_to_the_device_when_parameters_stay_with_the_host() -> None:
+    model = Normed()
+    placement = Placement(torch.device("meta"), parse_precision(None))
+    FSDPStrategy(cpu_offload=True).materialize(model, placement, lambda _: None)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
+
+
 def evaluates_between_backward_and_step() -> list[bool]:
     """A sharded model on one rank, where nothing else would gather it anew."""
     fabric, model, optimizer = set_up("fsdp")
@@ -593,6 +630,20 @@ def two_dtypes() -> str:
     with pytest.raises(StrategyError, match="must have one dtype") as error:
         fabric.setup(model)
     return str(error.value)
+
+
+def refused_setup() -> list[Any]:
+    """Blocks come before the root in order, and it is the root that has two dtypes."""
+    model = make_stack()
+    model.last.double()
+    strategy = FSDPStrategy(activation_checkpointing_policy={Block})
+    with pytest.raises(StrategyError, match=r"float32 and last\.weight of torch\.float64 in Stack"):
+        Fabric(accelerator="cpu", devices=2, strategy=strategy).setup(model)
+    return [type(model.blocks[0]), "forward" in model.blocks[0].__dict__, type(model.blocks[0].mix.weight)]
+
+
+def test_a_setup_that_is_refused_leaves_the_model_as_it_was(ranks: RankPool) -> None:
+    assert ranks.run(refused_setup) == [[Block, False, nn.Parameter]] * 2
 
 
 def test_a_group_of_two_dtypes_is_refused_with_their_names(ranks: RankPool) -> None:
