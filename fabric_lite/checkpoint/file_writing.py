@@ -12,7 +12,7 @@ import torch
 from fabric_lite.checkpoint.archive_writing import Origin, StreamedArchive, placeholder, write_archive
 from fabric_lite.checkpoint.commit import committed_file
 from fabric_lite.checkpoint.gathering import Gathering
-from fabric_lite.checkpoint.layout import ShardPlan, as_boxes, shard_plan
+from fabric_lite.checkpoint.layout import ShardPlan, shard_plan
 from fabric_lite.checkpoint.packing import packed
 from fabric_lite.checkpoint.plain import Place, tensors_in
 from fabric_lite.checkpoint.together import on_every_rank, system_errors_explained
@@ -25,7 +25,9 @@ __all__ = ["write_file"]
 def write_file(target: Path, content: Any, sharded: Mapping[str, Any], origin: Origin) -> None:
     """Write a checkpoint file; every rank calls it, rank 0 writes.
 
-    No rank needs more memory than two staging buffers.
+    Sharded tensors take no more memory than two staging buffers, unless they have to be redistributed first
+    (:func:`fabric_lite.checkpoint.layout.shard_plan`). Others that are not on the CPU, or are views of a part of their
+    memory, are copied there on rank 0.
 
     Args:
         target: The file's name; rank 0's counts.
@@ -36,17 +38,16 @@ def write_file(target: Path, content: Any, sharded: Mapping[str, Any], origin: O
     Raises:
         CheckpointError: The ranks hold different sharded tensors, or the file could not be written.
     """
-    sharded = {place: as_boxes(sharded[place]) for place in sorted(sharded)}
     plan = shard_plan(sharded)
     if not plan.writers:
         on_every_rank("save()", _write_at_once, target, content, origin)
         return
     with contextlib.ExitStack() as stack:
-        streamed = on_every_rank("save()", _opened, stack, target, content, plan, sharded)
+        streamed = on_every_rank("save()", _opened, stack, target, content, plan)
         error: Exception | None = None
         gathering = Gathering()
         for place, writers in plan.writers.items():
-            blocks = gathering.blocks(sharded[place], writers)
+            blocks = gathering.blocks(plan.tensors[place], writers)
             if streamed is not None and error is None:
                 try:
                     streamed.put(place, blocks)
@@ -76,16 +77,15 @@ def _write_at_once(target: Path, content: Any, origin: Origin) -> None:
         write_archive(file, content, origin)
 
 
-def _opened(
-    stack: contextlib.ExitStack, target: Path, content: Any, plan: ShardPlan, sharded: Mapping[str, Any]
-) -> _Streamed | None:
+def _opened(stack: contextlib.ExitStack, target: Path, content: Any, plan: ShardPlan) -> _Streamed | None:
     if rank() != 0:
         return None
     leaves = [(str(place), tensor) for place, tensor in tensors_in(content, Place())]
-    placeholders = {place: placeholder(tuple(sharded[place].shape), sharded[place].dtype) for place in plan.writers}
-    written = packed([tensor for place, tensor in leaves if place not in sharded])
+    sharded = {place: plan.tensors[place] for place in plan.writers}
+    placeholders = {place: placeholder(tuple(tensor.shape), tensor.dtype) for place, tensor in sharded.items()}
+    written = packed([tensor for place, tensor in leaves if place not in plan.tensors])
     for place, tensor in leaves:
-        if place in sharded:
+        if place in plan.tensors:
             written[id(tensor)] = placeholders[plan.same_as.get(place, place)]
     content = map_leaves(lambda leaf: written[id(leaf)] if isinstance(leaf, torch.Tensor) else leaf, content)
     with system_errors_explained(target):

@@ -15,7 +15,7 @@ import torch
 from fabric_lite.checkpoint.archive_writing import Origin, own_version
 from fabric_lite.checkpoint.commit import committed_folder
 from fabric_lite.checkpoint.contents import Contents
-from fabric_lite.checkpoint.layout import ShardPlan, as_boxes, shard_plan
+from fabric_lite.checkpoint.layout import ShardPlan, shard_plan
 from fabric_lite.checkpoint.manifest import FORMAT, MANIFEST, Chunk, Manifest, Part, TensorEntry, part_name
 from fabric_lite.checkpoint.part_writing import Piece, write_part
 from fabric_lite.checkpoint.together import on_every_rank, system_errors_explained
@@ -29,6 +29,7 @@ def write_folder(target: Path, content: Any, sharded: Mapping[str, Any], origin:
     """Write a checkpoint folder; every rank calls it.
 
     A rank needs no more memory than one staging buffer: it writes from the tensors' own memory where that is in order.
+    Only tensors that have to be redistributed (:func:`fabric_lite.checkpoint.layout.shard_plan`) are copied before.
 
     Args:
         target: The folder's name; rank 0's counts.
@@ -40,11 +41,10 @@ def write_folder(target: Path, content: Any, sharded: Mapping[str, Any], origin:
         FabricTypeError: A tensor is of a kind that a folder can't hold; nothing was written.
         CheckpointError: The ranks hold different sharded tensors, or the folder could not be written.
     """
-    sharded = {place: as_boxes(sharded[place]) for place in sorted(sharded)}
     plan = shard_plan(sharded)
     contents = on_every_rank("save()", _contents, content, plan)
     numbers = broadcast_object(contents and contents.numbers_and_names())
-    own = _own_shards(sharded, plan, numbers)
+    own = _own_shards(plan, numbers)
     if contents is not None:
         own += _plain_tensors(contents)
     with contextlib.ExitStack() as stack:
@@ -109,13 +109,13 @@ def _contents(content: Any, plan: ShardPlan) -> Contents | None:
     return Contents(content, {place: place for place in plan.writers} | plan.same_as)
 
 
-def _own_shards(sharded: Mapping[str, Any], plan: ShardPlan, numbers: Mapping[str, tuple[int, str]]) -> list[_Own]:
+def _own_shards(plan: ShardPlan, numbers: Mapping[str, tuple[int, str]]) -> list[_Own]:
     own = []
     for place, writers in plan.writers.items():
         number, name = numbers[place]
         for (offset, shape), writer in writers.items():
             if writer == rank():
-                local = sharded[place].to_local()
+                local = plan.tensors[place].to_local()
                 own.append(_Own(number, offset, Piece(name, local.dtype, shape, functools.partial(_itself, local))))
     return own
 

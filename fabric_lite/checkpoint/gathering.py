@@ -29,8 +29,8 @@ class Gathering:
         """Yield the bytes of a whole DTensor in row-major order, on rank 0; every rank iterates to the end.
 
         Args:
-            tensor: A DTensor of :func:`fabric_lite.checkpoint.layout.as_boxes`.
-            writers: Its boxes, each with one rank that has it, as in a ``ShardPlan``.
+            tensor: A DTensor of a ``ShardPlan``: each rank has one box of it.
+            writers: Its boxes, each with one rank that has it, as in the plan.
         """
         local, dtype = tensor.to_local().detach(), tensor.dtype
         order = sorted(writers.items())

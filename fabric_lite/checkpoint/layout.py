@@ -12,7 +12,7 @@ from fabric_lite.checkpoint.boxes import Box
 from fabric_lite.collectives import gather_objects, rank
 from fabric_lite.errors import CheckpointError
 
-__all__ = ["ShardPlan", "as_boxes", "is_sharded", "local_box", "shard_plan"]
+__all__ = ["ShardPlan", "is_sharded", "local_box", "shard_plan"]
 
 
 def is_sharded(value: Any) -> bool:
@@ -38,18 +38,20 @@ class ShardPlan:
     """How the sharded tensors of all ranks make up the whole ones; the same on every rank.
 
     Args:
+        tensors: This rank's DTensors by their places, in order; each rank holds one box of each.
         same_as: Place to place: a tensor that is the memory of an earlier one (tied weights).
         writers: For every other place its boxes, as offset and shape, each with one rank that has it.
     """
 
+    tensors: dict[str, Any]
     same_as: dict[str, str]
     writers: dict[str, dict[Box, int]]
 
 
-def as_boxes(tensor: Any) -> Any:
+def _as_boxes(tensor: Any) -> Any:
     """Return a DTensor of which every rank holds one box: ``tensor`` itself, or else a copy that is whole everywhere.
 
-    Every rank of its mesh calls it. Sums that were not made yet (Partial) are made.
+    Every rank of its mesh calls it, since sums that were not made yet (Partial) are made.
     """
     from torch.distributed.tensor import Replicate
 
@@ -59,25 +61,26 @@ def as_boxes(tensor: Any) -> Any:
 
 
 def shard_plan(sharded: Mapping[str, Any]) -> ShardPlan:
-    """Say who has which part of which tensor. Every rank calls it, with a DTensor of :func:`as_boxes` for each place.
+    """Say who has which part of which tensor. Every rank calls it, with its DTensors by their places.
+
+    One whose parts are no boxes, or are sums that were not made yet, is a copy in the plan, whole on every rank.
 
     Raises:
         CheckpointError: The ranks hold different DTensors.
     """
-    places = sorted(sharded)
-    first: dict[Any, str] = {}
-    mine = [_share(sharded[place], place, first) for place in places]
-    shares = gather_objects((places, mine))
-    whole = [(share.shape, share.dtype) for share in mine]
-    if any(other != places or [(one.shape, one.dtype) for one in held] != whole for other, held in shares):
+    # Compared before any of them is redistributed: a rank that does not hold it would be waited for in vain.
+    mine = [(place, *_description(sharded[place])) for place in sorted(sharded)]
+    if any(other != mine for other in gather_objects(mine)):
         raise CheckpointError(
             "The ranks hold different sharded tensors, so they can't be put together.",
-            given=f"{len(places)} on rank {rank()}",
+            given=f"{len(mine)} on rank {rank()}",
             fix="save the same objects on every rank, after the same steps",
         )
-    plan = ShardPlan({}, {})
-    for index, place in enumerate(places):
-        held = [share[index] for _, share in shares]
+    plan = ShardPlan({place: _as_boxes(sharded[place]) for place in sorted(sharded)}, {}, {})
+    first: dict[Any, str] = {}
+    shares = gather_objects([_share(tensor, place, first) for place, tensor in plan.tensors.items()])
+    for index, place in enumerate(plan.tensors):
+        held = [share[index] for share in shares]
         # A rank that holds nothing of a tensor can't tell whose memory it is.
         owners = {share.same_as for share in held if share.box is not None}
         if len(owners) == 1 and owners != {place}:
@@ -95,16 +98,18 @@ class _Share(NamedTuple):
 
     box: Box | None
     same_as: str
-    shape: tuple[int, ...]
-    dtype: str
+
+
+def _description(tensor: Any) -> tuple[tuple[int, ...], str, str]:
+    return tuple(tensor.shape), str(tensor.dtype), str(tensor.placements)
 
 
 def _share(tensor: Any, place: str, first: dict[Any, str]) -> _Share:
-    local, shape = tensor.to_local(), tuple(tensor.shape)
+    local = tensor.to_local()
     if local.numel() == 0:
-        return _Share(None, place, shape, str(tensor.dtype))
-    identity = (local.data_ptr(), local.dtype, local.shape, local.stride(), shape, tensor.placements)
-    return _Share(local_box(tensor), first.setdefault(identity, place), shape, str(tensor.dtype))
+        return _Share(None, place)
+    identity = (local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape, tensor.placements)
+    return _Share(local_box(tensor), first.setdefault(identity, place))
 
 
 def _cuts_a_box(tensor: Any, axis: int) -> bool:

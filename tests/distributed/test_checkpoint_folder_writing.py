@@ -189,6 +189,24 @@ def test_a_write_that_fails_on_one_rank_raises_on_both_and_leaves_the_old_checkp
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 
+def save_what_only_rank_0_has_sharded(folder: Path, kind: str) -> str:
+    tensor = whole((4, 2))
+    try:
+        save(
+            folder / "a.ckpt", {"tensor": [laid_out("partial", tensor), tensor][dist.get_rank()]}, state_dict_type=kind
+        )
+    except CheckpointError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_a_sum_that_only_one_rank_has_to_make_is_an_error_on_both(ranks: RankPool, tmp_path: Path, kind: str) -> None:
+    for message in ranks.run(save_what_only_rank_0_has_sharded, tmp_path, kind):
+        assert "The ranks hold different sharded tensors" in message
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def fresh_ranks() -> Iterator[RankPool]:
     with RankPool() as pool:
