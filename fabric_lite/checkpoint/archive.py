@@ -13,7 +13,7 @@ from typing import Any
 
 from fabric_lite.errors import CheckpointError
 
-__all__ = ["FORMAT", "MANIFEST", "CheckpointNotFoundError", "damaged", "manifest_of", "read_manifest"]
+__all__ = ["FORMAT", "MANIFEST", "CheckpointNotFoundError", "damaged", "manifest_of", "read_manifest", "records_of"]
 
 FORMAT = 1
 MANIFEST = "fabric_lite.json"
@@ -40,18 +40,44 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def manifest_of(archive: zipfile.ZipFile, path: Path) -> dict[str, Any] | None:
-    """Return the manifest in an open file; None if it has none. CheckpointError if it is of a newer format."""
-    found = [info for info in archive.infolist() if info.filename.split("/", 1)[-1] == MANIFEST]
-    if not found:
+    """Return the manifest in an open file; None if it has none.
+
+    Raises:
+        CheckpointError: It is damaged, or of a newer format.
+    """
+    found = records_of(archive, path).get(MANIFEST)
+    if found is None:
         return None
-    manifest: dict[str, Any] = json.loads(archive.read(found[0]))
+    if found.compress_type != zipfile.ZIP_STORED:  # a small file could unpack to any size
+        raise damaged(path, f"{MANIFEST} is compressed")
+    try:
+        manifest: dict[str, Any] = json.loads(archive.read(found))
+    except (ValueError, RecursionError, zipfile.BadZipFile) as error:
+        raise damaged(path, f"{MANIFEST}: {type(error).__name__}: {error}") from error
+    if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
+        raise damaged(path, f"{MANIFEST} has no format")
     if manifest["format"] > FORMAT:
         raise CheckpointError(
             "This checkpoint was written by a newer fabric_lite.",
-            given=f"{path}, format {manifest['format']}, by version {manifest['fabric_lite']}",
+            given=f"{path}, format {manifest['format']}, by version {manifest.get('fabric_lite')}",
             fix="a newer fabric_lite, or plain torch.load(path, weights_only=True)",
         )
     return manifest
+
+
+def records_of(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """Return the records of an open file by their names, without the folder that torch puts around them.
+
+    Raises:
+        CheckpointError: Two have one name: then a checksum of the one says nothing of the other, which is read.
+    """
+    records: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = info.filename.split("/", 1)[-1]
+        if name in records:
+            raise damaged(path, f"there are two records of the name {name}")
+        records[name] = info
+    return records
 
 
 def damaged(path: Path, where: str) -> CheckpointError:

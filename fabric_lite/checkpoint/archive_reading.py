@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fabric_lite.checkpoint.archive import MANIFEST, CheckpointNotFoundError, damaged, manifest_of
+from fabric_lite.checkpoint.archive import MANIFEST, CheckpointNotFoundError, damaged, manifest_of, records_of
 from fabric_lite.checkpoint.plain import Place, tensors_in
 from fabric_lite.checkpoint.stored import Located, Piece, Storage, StoredTensor
 from fabric_lite.checkpoint.stored_files import OpenFile, StoredFile, Window, crc32_of, read_bytes
@@ -69,9 +69,9 @@ class ArchiveFile:
                 return  # the format of torch before 1.6, or no checkpoint: torch.load tells
             with zipfile.ZipFile(self._stream(descriptor)) as archive:
                 manifest = manifest_of(archive, self._path)
-                infos = archive.infolist()
+                records = records_of(archive, self._path)
             if manifest is not None:
-                self._compare(descriptor, {_name(info): info for info in infos}, manifest["records"], share)
+                self._compare(descriptor, records, manifest["records"], share)
 
     def content(self) -> Any:
         """Return what is in the file. Plain tensors are left in it; those of other kinds are mapped into memory.
@@ -106,9 +106,11 @@ class ArchiveFile:
     def _is_in_place(self, descriptor: int) -> bool:
         """Whether the bytes of the tensors lie in the file as they lie in memory."""
         with zipfile.ZipFile(self._stream(descriptor)) as archive:
-            infos = archive.infolist()
-            order = next((archive.read(info).decode() for info in infos if _name(info) == "byteorder"), sys.byteorder)
-        return order == sys.byteorder and all(info.compress_type == zipfile.ZIP_STORED for info in infos)
+            records = records_of(archive, self._path)
+            if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
+                return False
+            order = archive.read(records["byteorder"]).decode() if "byteorder" in records else sys.byteorder
+        return order == sys.byteorder
 
     def _left_in_file(self, descriptor: int) -> Any:
         """What is in the file, with a StoredTensor for each tensor; None if it has other kinds of tensors."""
@@ -185,10 +187,6 @@ def _stored_as(tensor: torch.Tensor, storage: Storage) -> StoredTensor:
 
 def _is_zip(descriptor: int) -> bool:
     return os.fstat(descriptor).st_size > 1 and read_bytes(descriptor, Path(), 0, 2) == b"PK"
-
-
-def _name(info: zipfile.ZipInfo) -> str:
-    return info.filename.split("/", 1)[-1]
 
 
 def _data_begin(descriptor: int, path: Path, info: zipfile.ZipInfo) -> int:

@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from fabric_lite.checkpoint import load, load_raw, save
+from fabric_lite.checkpoint.archive import read_manifest
 from fabric_lite.checkpoint.manifest import MANIFEST, Manifest
 from fabric_lite.errors import CheckpointError
 
@@ -87,6 +88,49 @@ def test_a_pickle_in_any_record_of_a_file_does_not_run(tmp_path: Path, mark: Pat
         if record == "more.pkl":
             bad.writestr(f"{info.filename.split('/')[0]}/{record}", pickle.dumps(Malicious(mark)))
     refused(tmp_path / "bad", mark, "damaged|without running code")
+
+
+@pytest.mark.parametrize("name", ["data/0", "fabric_lite.json", "byteorder", "data.pkl"])
+def test_a_file_with_two_records_of_one_name_is_refused(tmp_path: Path, mark: Path, name: str) -> None:
+    save(tmp_path / "good", state())
+    with zipfile.ZipFile(tmp_path / "good") as good, zipfile.ZipFile(tmp_path / "bad", "w") as bad:
+        for info in good.infolist():
+            if info.filename.endswith(f"/{name}"):  # torch reads the first one, zipfile the last
+                bad.writestr(zipfile.ZipInfo(f"other/{name}"), bytes(info.file_size))
+            bad.writestr(zipfile.ZipInfo(info.filename), good.read(info))
+    refused(tmp_path / "bad", mark, f"two records of the name {name}")
+
+
+@pytest.mark.parametrize(
+    ("planted", "message"),
+    [
+        (b"[]", "has no format"),
+        (b"{}", "has no format"),
+        (b'{"format": "1"}', "has no format"),
+        (b"{", "JSONDecodeError"),
+        (b"[" * 100_000, "RecursionError"),
+        (b'{"format": 1}', "records"),
+        (b'{"format": 1, "records": [1]}', "not in the manifest"),
+    ],
+)
+def test_a_file_whose_manifest_is_something_else_is_refused(
+    tmp_path: Path, mark: Path, planted: bytes, message: str
+) -> None:
+    save(tmp_path / "good", state())
+    with zipfile.ZipFile(tmp_path / "good") as good, zipfile.ZipFile(tmp_path / "bad", "w") as bad:
+        for info in good.infolist():
+            bad.writestr(info.filename, planted if info.filename.endswith(".json") else good.read(info))
+    refused(tmp_path / "bad", mark, message)
+    if "records" not in message and "manifest" not in message:
+        with pytest.raises(CheckpointError, match=message):
+            read_manifest(tmp_path / "bad")
+
+
+def test_a_manifest_that_would_unpack_to_any_size_is_not_unpacked(tmp_path: Path, mark: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bad", "w", zipfile.ZIP_DEFLATED) as bad:
+        bad.writestr("a/fabric_lite.json", b" " * (1 << 20))
+    assert (tmp_path / "bad").stat().st_size < 2000
+    refused(tmp_path / "bad", mark, "fabric_lite.json is compressed")
 
 
 def test_a_pickle_without_a_manifest_around_it_does_not_run(tmp_path: Path, mark: Path) -> None:
