@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fabric_lite.extension import recomputes
 
-__all__ = ["follow_rank_zero"]
+__all__ = ["follow_rank_zero", "keeps_statistics"]
 
 
 def follow_rank_zero(module: nn.Module, group: Any, is_synchronising: Callable[[], bool]) -> Any:
@@ -30,7 +30,7 @@ def follow_rank_zero(module: nn.Module, group: Any, is_synchronising: Callable[[
     Returns:
         A handle with ``remove()``; None, and no hook at all, if no submodule keeps running statistics.
     """
-    if not any(_keeps_statistics(child) for child in module.modules()):
+    if not any(keeps_statistics(child) for child in module.modules()):
         return None
 
     def broadcast(root: nn.Module, *_: Any) -> None:
@@ -41,14 +41,15 @@ def follow_rank_zero(module: nn.Module, group: Any, is_synchronising: Callable[[
     return module.register_forward_hook(torch.compiler.disable(broadcast))
 
 
-def _keeps_statistics(module: nn.Module) -> bool:
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether ``module`` is a BatchNorm, or another norm, with running statistics."""
     return isinstance(module, _NormBase) and module.track_running_stats
 
 
 def _running_statistics(module: nn.Module) -> Iterator[torch.Tensor]:
     """Those that a training forward changes; the statistics of a frozen layer are needed as they are in backward."""
     for child in module.modules():
-        if _keeps_statistics(child) and child.training:
+        if keeps_statistics(child) and child.training:
             yield from child.buffers(recurse=False)
 
 

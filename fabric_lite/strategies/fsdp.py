@@ -32,7 +32,8 @@ class FSDPStrategy(Strategy):
 
     Args:
         auto_wrap_policy: What is a block: classes of modules, a function ``f(module) -> bool``, or one of torch's wrap
-            policies. None: the repeated layers of the model. Modules whose weights are tied to others are in no block.
+            policies. None: the repeated layers of the model that have modules in them. Modules whose weights are tied
+            to others are in no block.
         reshard_after_forward: Whether parameters are freed after forward and gathered again for backward; a number:
             they stay in shards over that many ranks. None: yes, except those that are in no block.
         replicas: Into how many groups the ranks are divided, each of which holds the whole model in its shards (HSDP:
@@ -112,18 +113,24 @@ class FSDPStrategy(Strategy):
     def materialize(self, module: nn.Module, placement: Placement, fill: Callable[[torch.device], None] | None) -> None:
         home = dataclasses.replace(placement, device=torch.device("cpu")) if self.cpu_offload else placement
         super().materialize(module, home, fill)
+        if self.cpu_offload:  # parameters alone: what is computed with them is on the device
+            for child in module.modules():
+                for name, buffer in child.named_buffers(recurse=False, remove_duplicate=False):
+                    child._buffers[name] = buffer.to(placement.device)
 
     def wrap(
         self, module: nn.Module, optimizers: Sequence[Optimizer], run: Callable[..., Any], placement: Placement
     ) -> Engine:
         if self.limit_all_gathers is not None:
             rank_zero_info("limit_all_gathers has no effect: FSDP2 always limits them")
+        blocks = choose_blocks(module, self.auto_wrap_policy)
+        sharding.check_shardable(module, blocks)
         sharding.follow_rank_zero(module, placement.device)
         if self.activation_checkpointing_policy is not None:
             checkpoint_activations(module, self.activation_checkpointing_policy)
         return sharding.shard_module(
             module,
-            choose_blocks(module, self.auto_wrap_policy),
+            blocks,
             placement.mesh,
             placement,
             reshard_after_forward=self.reshard_after_forward,
@@ -141,7 +148,7 @@ class FSDPStrategy(Strategy):
 
 
 def _offloads(cpu_offload: Any) -> bool:
-    """What a bool, FSDP1's ``CPUOffload`` or FSDP2's ``OffloadPolicy`` says; each of the last two is true as an object."""
+    """What a bool, FSDP1's ``CPUOffload`` or FSDP2's ``OffloadPolicy`` says; the last two are true as objects."""
     if isinstance(cpu_offload, bool):
         return cpu_offload
     if hasattr(cpu_offload, "offload_params"):

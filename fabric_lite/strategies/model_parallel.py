@@ -161,9 +161,11 @@ class ModelParallelStrategy(Strategy):
         """Shard what is not sharded yet over the data axis; alone on it, move what is left to the device."""
         is_by_user = any(_is_fully_sharded(part) for part in module.modules())
         if mesh[DATA_AXIS].size() > 1 or is_by_user:
+            blocks = choose_blocks(module, self.auto_wrap_policy)
+            sharding.check_shardable(module, blocks)
             return sharding.shard_module(
                 module,
-                choose_blocks(module, self.auto_wrap_policy),
+                blocks,
                 mesh[DATA_AXIS],
                 placement,
                 reshard_after_forward=self.reshard_after_forward,

@@ -17,7 +17,14 @@ from fabric_lite.strategies.base import Engine, Placement
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["follow_rank_zero", "forget_unsynchronised", "is_synchronising", "no_sync", "shard_module"]
+__all__ = [
+    "check_shardable",
+    "follow_rank_zero",
+    "forget_unsynchronised",
+    "is_synchronising",
+    "no_sync",
+    "shard_module",
+]
 
 
 def shard_module(
@@ -38,44 +45,41 @@ def shard_module(
         module: The whole model, also one on the meta device.
         blocks: Submodules that are gathered and freed one by one, inner ones first.
         mesh: One axis (shard), or two (replicate, shard).
-        placement: Device and precision. Under a mixed precision parameters are gathered in its compute dtype and
-            gradients are reduced in its reduce dtype; the parameters themselves keep theirs.
+        placement: Device and precision. Under a mixed precision parameters are gathered in its compute dtype (those
+            beside running statistics in their own) and gradients are reduced in its reduce dtype; the parameters
+            themselves keep theirs.
         reshard_after_forward: Whether parameters are freed after forward and gathered again for backward, or to how
             many ranks. None: those of blocks are, those of the root are not, since backward needs them at once.
         cpu_offload: Whether shards, gradients and optimizer state stay in the host's memory.
 
     Raises:
-        StrategyError: A parameter is a scalar, or a class cannot be sharded.
+        StrategyError: A class cannot be sharded; for all else call :func:`check_shardable` first.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    _check(module)
     precision = placement.precision
     options = {
         "mesh": mesh,
         "reshard_after_forward": reshard_after_forward,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=precision.compute_dtype, reduce_dtype=precision.reduce_dtype),
         "offload_policy": (
             CPUOffloadPolicy(pin_memory=placement.device.type != "cpu") if cpu_offload else OffloadPolicy()
         ),
     }
-    for part in [*blocks, module]:
-        if isinstance(part, FSDPModule):  # by the user's own hand
-            continue
-        _check_dtypes(part)
-        kind = type(part)
-        try:
-            fully_shard(part, **options)  # type: ignore[arg-type]
-        except TypeError as error:
-            if "layout differs" not in str(error):
-                raise
-            raise StrategyError(
-                f"torch cannot shard a {kind.__name__}: it changes the class of the object, which this one forbids.",
-                given=f"{kind.__name__}({', '.join(base.__name__ for base in kind.__bases__)})",
-                fix=f"class {kind.__name__}(nn.Module, ...) with nn.Module as the first base",
-            ) from error
+    for part, own in _groups(module, blocks):
+        if not isinstance(part, FSDPModule):  # else by the user's own hand
+            # Batch norm takes weights of its statistics' dtype alone; autocast still computes around it in half.
+            compute_dtype = None if any(map(_has_weights_beside_statistics, own)) else precision.compute_dtype
+            policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=precision.reduce_dtype)
+            try:
+                fully_shard(part, mp_policy=policy, **options)  # type: ignore[arg-type]
+            except TypeError as error:
+                if "layout differs" not in str(error):
+                    raise
+                raise _refused_class(type(part)) from error
         # Programs look models up by the name of their class and print it; torch writes FSDP before it.
-        type(part).__name__, type(part).__qualname__ = kind.__name__, kind.__qualname__
+        first, *others = type(part).__bases__
+        if first is FSDPModule:
+            type(part).__name__, type(part).__qualname__ = others[0].__name__, others[0].__qualname__
     statistics = buffers.follow_rank_zero(module, None, lambda: is_synchronising(module))
     handles = () if statistics is None else (statistics,)
     return Engine(hooked=True, reset=lambda: _reset(module), handles=handles)
@@ -156,18 +160,53 @@ def _parameter_groups(module: nn.Module) -> Iterator[Any]:
             yield from [state._fsdp_param_group] if groups is None and state._fsdp_param_group else groups or []
 
 
-def _check_dtypes(part: nn.Module) -> None:
+def check_shardable(module: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Raise unless ``module`` can be sharded by ``blocks``; nothing is changed.
+
+    Raises:
+        StrategyError: A parameter is a scalar, one group has two dtypes, or ``module`` has no forward.
+    """
+    _check(module)
+    for part, own in _groups(module, blocks):
+        _check_dtypes(part, own)
+
+
+def _groups(module: nn.Module, blocks: Sequence[nn.Module]) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """``blocks``, inner ones first, and ``module``, each with those of its submodules that are in no block before."""
+    taken: set[nn.Module] = set()
+    groups = []
+    for part in [*blocks, module]:
+        own = [child for child in part.modules() if child not in taken]
+        taken.update(own)
+        groups.append((part, own))
+    return groups
+
+
+def _has_weights_beside_statistics(module: nn.Module) -> bool:
+    return buffers.keeps_statistics(module) and next(module.parameters(recurse=False), None) is not None
+
+
+def _check_dtypes(part: nn.Module, own: Sequence[nn.Module]) -> None:
     """The parameters of one group travel together; those that are in a group already are DTensors."""
+    names = {id(parameter): name for name, parameter in part.named_parameters()}
     found: dict[torch.dtype, str] = {}
-    for name, parameter in part.named_parameters():
+    for parameter in (parameter for child in own for parameter in child.parameters(recurse=False)):
         if parameter.requires_grad and not hasattr(parameter, "placements"):
-            found.setdefault(parameter.dtype, name)
+            found.setdefault(parameter.dtype, names[id(parameter)])
     if len(found) > 1:
         raise StrategyError(
             "Trainable parameters that are gathered together must have one dtype.",
             given=f"{' and '.join(f'{name} of {dtype}' for dtype, name in found.items())} in {type(part).__name__}",
             fix="auto_wrap_policy with the modules of the other dtype as blocks, or one dtype",
         )
+
+
+def _refused_class(kind: type) -> StrategyError:
+    return StrategyError(
+        f"torch cannot shard a {kind.__name__}: it changes the class of the object, which this one forbids.",
+        given=f"{kind.__name__}({', '.join(base.__name__ for base in kind.__bases__)})",
+        fix=f"class {kind.__name__}(nn.Module, ...) with nn.Module as the first base",
+    )
 
 
 def _check(module: nn.Module) -> None:

@@ -42,7 +42,7 @@ def one_process(steps: int = 3, accumulate: int = 1, model: nn.Module | None = N
 
 
 def set_up(strategy: Any, model: nn.Module | None = None, **options: Any) -> tuple[Fabric, Any, torch.optim.Optimizer]:
-    fabric = Fabric(accelerator="cpu", devices=torch.distributed.get_world_size(), strategy=strategy, **options)
+    fabric = Fabric(accelerator="cpu", strategy=strategy, **options)
     model = make_stack() if model is None else model
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
     fabric.setup(model, optimizer)
