@@ -70,9 +70,9 @@ def decode(encoded: Any, tensor: TensorOf) -> Any:
     """
     try:
         return _decode(encoded, tensor)
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except Exception as error:  # struct.error, OverflowError and more: what was planted is handed to many functions
         raise CheckpointError(
             "The description of a checkpoint's content is damaged.",
             given=f"{type(error).__name__}: {error}",

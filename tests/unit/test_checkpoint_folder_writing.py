@@ -87,7 +87,16 @@ def test_a_plain_dict_is_readable_in_the_manifest(tmp_path: Path) -> None:
     assert content == {"step": 3, "config": {"rate": 0.1, "names": ["a"]}, "weight": {"tensor": 0}}
 
 
-@pytest.mark.parametrize("damage", [{"tag": "os.system", "value": "x"}, {"tag": [], "value": 1}, {"tensor": -1}])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"tag": "os.system", "value": "x"},
+        {"tag": [], "value": 1},
+        {"tensor": -1},
+        {"tag": "float", "value": "00"},
+        {"tag": "sparse", "value": {"layout": "sparse_coo", "shape": [2], "coalesced": None, "parts": [1, 2]}},
+    ],
+)
 def test_an_unknown_kind_of_value_is_an_error(damage: Any) -> None:
     with pytest.raises(CheckpointError, match=r"does not know|damaged"):
         decode({"a": [damage]}, lambda number: number)
