@@ -41,7 +41,10 @@ class Contents:
     def __init__(self, content: Any, sharded: Mapping[str, str] | None = None) -> None:
         self.tensors: list[Numbered] = []
         self._sharded = sharded or {}
-        self._place_of = {id(leaf): place for place, leaf in values_where(is_tensor, content, Place())}
+        # In order: one tensor may stand in several places.
+        self._places_of: dict[int, list[Place]] = {}
+        for place, leaf in values_where(is_tensor, content, Place()):
+            self._places_of.setdefault(id(leaf), []).append(place)
         self._number_of: dict[Any, int] = {}
         self._number_at: dict[str, int] = {}
         self._met: list[tuple[Place, Any]] = []
@@ -72,7 +75,8 @@ class Contents:
             raise FabricTypeError(
                 "A checkpoint folder can't hold this value.", given=f"{type(tensor).__name__} {tensor!r:.80}"
             )
-        place = self._place_of.get(id(tensor))
+        places = self._places_of.get(id(tensor))
+        place = places.pop(0) if places else None
         at = self._sharded.get(str(place))
         identity = _identity(tensor) if at is None else at
         if place is not None:

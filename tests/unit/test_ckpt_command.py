@@ -186,9 +186,10 @@ def test_the_weights_alone_are_a_file_for_other_tools(tmp_path: Path, kind: str)
     assert model.state_dict()["0.weight"].equal(expected["0.weight"])
 
 
-def test_tied_weights_are_one_tensor_with_the_other_name_beside_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_tied_weights_are_one_tensor_with_the_other_name_beside_it(tmp_path: Path, kind: str) -> None:
     weight = torch.ones(2, 2)
-    save(tmp_path / "a.ckpt", {"model": {"embed": weight, "head": weight}})
+    save(tmp_path / "a.ckpt", {"model": {"embed": weight, "head": weight}}, state_dict_type=kind)
     assert main(["convert", str(tmp_path / "a.ckpt"), str(tmp_path / "a.safetensors"), "--key", "model"]) == 0
     data = (tmp_path / "a.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
