@@ -136,6 +136,24 @@ def test_any_box_of_a_tensor_is_read_exactly(tmp_path: Path, monkeypatch: pytest
         )
 
 
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_a_buffer_that_shows_its_memory_changed_takes_on_the_saved_values(tmp_path: Path, kind: str) -> None:
+    class Model(nn.Module):
+        def __init__(self, conjugated: torch.Tensor, negative: torch.Tensor) -> None:
+            super().__init__()
+            self.register_buffer("conjugated", conjugated)
+            self.register_buffer("negative", negative)
+
+    saved = {"conjugated": torch.tensor([1 + 2j, 3 - 4j]), "negative": torch.tensor([5.0])}
+    save(tmp_path / "a", {"model": Model(**saved)}, state_dict_type=kind)
+    model = Model(torch.zeros(2, dtype=torch.complex64).conj(), torch.zeros(1, dtype=torch.complex64).conj().imag)
+    assert model.conjugated.is_conj()
+    assert model.negative.is_neg()
+    load(tmp_path / "a", {"model": model})
+    for name, value in saved.items():
+        assert torch.equal(getattr(model, name), value), name
+
+
 def test_reading_into_a_tensor_is_noticed_by_backward(tmp_path: Path) -> None:
     write_by_hand(tmp_path / "a", {"model": {"weight": torch.ones(2, 2), "bias": torch.ones(2)}}, whole)
     model = nn.Linear(2, 2)

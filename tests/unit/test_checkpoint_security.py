@@ -223,6 +223,14 @@ def test_a_header_length_beyond_the_file_takes_no_memory(folder: Path, mark: Pat
     refused(folder, mark, "damaged")
 
 
+@pytest.mark.parametrize("shape", [[0, 1 << 70], [0, 1 << 62, 1 << 62]])
+def test_an_empty_tensor_of_a_shape_that_torch_can_not_count_is_refused(
+    tmp_path: Path, mark: Path, shape: list[int]
+) -> None:
+    path = flat(tmp_path / "a.safetensors", {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}})
+    refused(path, mark, "damaged")
+
+
 # --- safetensors --------------------------------------------------------------------------------------------------
 
 
