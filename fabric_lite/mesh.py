@@ -87,12 +87,21 @@ def existing_group() -> tuple[int, int] | None:
 
 
 def build_mesh(device: torch.device, axes: Mapping[str, int]) -> DeviceMesh | None:
-    """Return the mesh with these axes over all ranks; None for no axes."""
+    """Return the mesh with these axes over all ranks; None for no axes.
+
+    One for all Fabrics of a process that ask for the same axes: a mesh makes process groups, whose connections and
+    threads stay until the default group ends.
+    """
     if not axes:
         return None
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    key = (device.type, *axes.items())
+    group, mesh = _meshes.get(key, (None, None))
+    if mesh is None or group is not dist.group.WORLD:
+        mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        _meshes[key] = (dist.group.WORLD, mesh)
+    return mesh
 
 
 def data_share(mesh: DeviceMesh | None, axes: tuple[str, ...] | None, ranks: tuple[int, int]) -> tuple[int, int]:
@@ -134,11 +143,14 @@ class _OwnGroup:
 
     def end(self) -> None:
         if self.group is not None and dist.is_initialized() and self.group is dist.group.WORLD:
+            _meshes.clear()
             dist.destroy_process_group()
         self.group, self.users = None, 0
 
 
 _own = _OwnGroup()
+# By device type and axes: the default group that it was made over, and the mesh.
+_meshes: dict[tuple[Any, ...], tuple[Any, DeviceMesh]] = {}
 
 
 def _store(topology: Topology, timeout: datetime.timedelta | None) -> Store:

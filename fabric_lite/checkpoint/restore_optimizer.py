@@ -153,7 +153,7 @@ def _laid_out(
             continue
         own_shape = not torch.nn.parameter.is_lazy(parameter) and value.shape == parameter.shape
         dtype = parameter.dtype if cast and own_shape and name != "step" else None
-        live = optimizer.state[parameter].get(name) if can_fill and parameter in optimizer.state else None
+        live: Any = optimizer.state[parameter].get(name) if can_fill and parameter in optimizer.state else None
         if dtype is not None and isinstance(value, StoredTensor) and _is_alike(live, parameter):
             check_part(live, value)
             to_fill.append((live, value))

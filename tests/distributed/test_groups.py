@@ -14,6 +14,7 @@ import torch.distributed as dist
 from fabric_lite import Fabric
 from fabric_lite.run import Arguments, resolve
 from fabric_lite.testing import RankPool
+from tests.models import make_net
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
 
@@ -98,3 +99,18 @@ def closes_in_a_group_of_the_pools() -> bool:
 
 def test_closing_leaves_a_group_that_was_there_before(ranks: RankPool) -> None:
     assert ranks.run(closes_in_a_group_of_the_pools) == [True, True]
+
+
+def threads_of_many_fabrics() -> list[int]:
+    counts = []
+    for _ in range(3):
+        fabric = Fabric(accelerator="cpu", devices=4, strategy="hsdp")
+        fabric.setup(make_net())
+        counts.append(len(os.listdir("/proc/self/task")))
+        fabric.close()
+    return counts
+
+
+def test_fabrics_with_the_same_axes_share_their_groups_and_threads(ranks: RankPool) -> None:
+    for first, *others in ranks.run(threads_of_many_fabrics, ranks=4):
+        assert others == [first, first]
