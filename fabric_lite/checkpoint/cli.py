@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from fabric_lite.checkpoint.archive import CheckpointNotFoundError, damaged
+from fabric_lite.checkpoint.commit import recovered
 from fabric_lite.checkpoint.conversion import KINDS, convert, kind_for
 from fabric_lite.checkpoint.folder_reading import CheckpointFolder
 from fabric_lite.checkpoint.formats import opened
-from fabric_lite.checkpoint.inspection import described, kind_of, lines
+from fabric_lite.checkpoint.inspection import described, kind_of, lines, printable
 from fabric_lite.checkpoint.plain import Place, values_where
 from fabric_lite.checkpoint.stored import is_tensor
 from fabric_lite.errors import FabricError, FabricKeyError, FabricValueError
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except FabricError as error:
-        print(f"fabric-ckpt: {error}", file=sys.stderr)
+        print("\n".join(map(printable, f"fabric-ckpt: {error}".split("\n"))), file=sys.stderr)
         asked_wrongly = isinstance(error, (CheckpointNotFoundError, FabricKeyError, FabricValueError))
         return 2 if asked_wrongly else 1
     return 0
@@ -58,16 +59,16 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    description = described(Path(options.path))
+    description = described(recovered(Path(options.path)))
     if options.json:
         print(json.dumps(dataclasses.asdict(description), indent=2))
         return
     for line in lines(description, options.path, options.tensors):
-        print(line)
+        print(printable(line))
 
 
 def _verify(options: argparse.Namespace) -> None:
-    path = Path(options.path)
+    path = recovered(Path(options.path))
     checkpoint = opened(path)
     checkpoint.verify()
     kind = kind_of(path, checkpoint)
@@ -103,7 +104,7 @@ def _check_record(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -
 
 def _convert(options: argparse.Namespace) -> None:
     kind = options.to or kind_for(options.destination)
-    convert(Path(options.path), Path(options.destination), kind, key=options.key, force=options.force)
+    convert(recovered(Path(options.path)), Path(options.destination), kind, key=options.key, force=options.force)
     print(f"{options.destination}: {kind} written")
 
 

@@ -18,7 +18,7 @@ from fabric_lite.checkpoint.plain import Place, values_where
 from fabric_lite.checkpoint.safetensors import SafetensorsFile
 from fabric_lite.checkpoint.stored import is_tensor
 
-__all__ = ["Description", "about", "described", "kind_of", "lines"]
+__all__ = ["Description", "about", "described", "kind_of", "lines", "printable"]
 
 _FACTS = ("format", "fabric_lite", "torch", "world_size", "strategy", "precision")
 
@@ -116,6 +116,13 @@ def lines(description: Description, name: str, with_tensors: bool) -> Iterator[s
     if with_tensors:
         for tensor in description.tensors:
             yield f"  {tensor['key']}  {tensor['dtype']}  {tuple(tensor['shape'])}  {tensor['bytes']} bytes"
+
+
+def printable(line: str) -> str:
+    """A line in which a checkpoint's own words can't steer the terminal: what is no visible character is spelt out."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in line
+    )
 
 
 def _size(count: int) -> str:

@@ -104,6 +104,25 @@ def test_inspect_knows_files_of_others(tmp_path: Path, capsys: pytest.CaptureFix
     assert "torch.pt: file of torch.save" in capsys.readouterr().out
 
 
+def test_names_in_a_checkpoint_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "a.ckpt", {"a\x1b]0;title\x07": {"b\x1b[2J": torch.ones(1)}, "\ud800": 1})
+    assert main(["inspect", "--tensors", str(tmp_path / "a.ckpt")]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert r"a\x1b]0;title\x07: 1 tensor" in text
+    assert r"\ud800: 1" in text
+    assert main(["convert", str(tmp_path / "a.ckpt"), str(tmp_path / "b"), "--key", "c"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "convert"])
+def test_a_checkpoint_that_a_crash_left_beside_its_name_is_found(tmp_path: Path, kind: str, command: str) -> None:
+    path = written(tmp_path, kind)
+    path.rename(tmp_path / f".fabric-old-{path.name}")
+    assert main([command, str(path), *([str(tmp_path / "new")] if command == "convert" else [])]) == 0
+
+
 @pytest.mark.parametrize("kind", ["folder", "file", "safetensors", "torch.pt"])
 def test_verify_says_that_a_sound_checkpoint_is_sound(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
