@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fabric_lite.extension import recomputes
 
-__all__ = ["follow_rank_zero", "keeps_statistics"]
+__all__ = ["keep_statistics_alike", "keeps_statistics"]
 
 
-def follow_rank_zero(module: nn.Module, group: Any, is_synchronising: Callable[[], bool]) -> Any:
+def keep_statistics_alike(module: nn.Module, group: Any, is_synchronising: Callable[[], bool]) -> Any:
     """Let BatchNorm's running statistics follow rank 0's, so that the model evaluates alike on all ranks.
 
     They are broadcast after each training forward that synchronises, one collective per dtype: what DDP does. Constant

@@ -1,4 +1,4 @@
-"""``fully_shard`` (FSDP2) as the sharded strategies use it; every touch of its private state is in this module."""
+"""``fully_shard`` (FSDP2) as sharded strategies use it; its private state is touched here and in ``hooked`` alone."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def shard_module(
         first, *others = type(part).__bases__
         if first is FSDPModule:
             type(part).__name__, type(part).__qualname__ = others[0].__name__, others[0].__qualname__
-    statistics = buffers.follow_rank_zero(module, None, lambda: is_synchronising(module))
+    statistics = buffers.keep_statistics_alike(module, None, lambda: is_synchronising(module))
     handles = () if statistics is None else (statistics,)
     return Engine(hooked=True, reset=lambda: _reset(module), handles=handles)
 

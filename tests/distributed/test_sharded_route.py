@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fabric_lite import Fabric, Strategy, StrategyError
 from fabric_lite.activation_checkpointing import checkpoint_activations
-from fabric_lite.buffers import follow_rank_zero
+from fabric_lite.buffers import keep_statistics_alike
 from fabric_lite.hooked import options_of
 from fabric_lite.strategies import Engine, FSDPStrategy, Placement
 from fabric_lite.strategies.sharding import is_synchronising
@@ -503,7 +503,7 @@ class Follows(FSDPStrategy):
         self, module: nn.Module, optimizers: Sequence[Optimizer], run: Callable[..., Any], placement: Placement
     ) -> Engine:
         engine = super().wrap(module, optimizers, run, placement)
-        follow_rank_zero(module, None, lambda: is_synchronising(module))
+        keep_statistics_alike(module, None, lambda: is_synchronising(module))
         return engine
 
 
