@@ -115,14 +115,15 @@ class ArchiveFile:
     def _left_in_file(self, descriptor: int) -> Any:
         """What is in the file, with a StoredTensor for each tensor; None if it has other kinds of tensors."""
         with zipfile.ZipFile(self._stream(descriptor)) as archive:
-            infos = [info for info in archive.infolist() if info.file_size]
-        records = {_data_begin(descriptor, self._path, info): info.file_size for info in infos}
+            infos = {name: info for name, info in records_of(archive, self._path).items() if info.file_size}
+        records = {_data_begin(descriptor, self._path, info): info.file_size for info in infos.values()}
         try:
             content = torch.load(self._stream(descriptor), map_location="meta", weights_only=True)
         except NotImplementedError:  # quantized tensors can't be on the meta device
             return None
         memo: dict[int, Any] = {}
         tensors = list(tensors_in(content, Place()))
+        data = {_data_begin(descriptor, self._path, info) for name, info in infos.items() if name.startswith("data/")}
         for place, tensor in tensors:
             storage = _storage_of(tensor, self._file, 0)
             if storage is None or (storage.bytes and records.get(storage.begin, -1) < storage.bytes):
@@ -130,6 +131,9 @@ class ArchiveFile:
             if not _fits(tensor, storage):
                 raise damaged(self._path, f"{place} reaches beyond its bytes")
             memo[id(tensor)] = _stored_as(tensor, storage)
+            data.discard(storage.begin)
+        if data:  # a tensor in a set, or an object's attribute, would stay on the meta device
+            return None
         return copy.deepcopy(content, memo)
 
     def _stream(self, descriptor: int) -> io.BufferedReader:

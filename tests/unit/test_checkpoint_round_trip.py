@@ -267,6 +267,16 @@ def test_files_of_plain_torch_save_load(tmp_path: Path, zipped: bool) -> None:
     assert same(states(other)[:2], states(saved)[:2])
 
 
+def test_tensors_in_odd_places_of_a_file_of_plain_torch_save_have_their_values(tmp_path: Path) -> None:
+    with_attribute: Any = collections.OrderedDict(weight=torch.ones(2))
+    with_attribute.extra = torch.full((3,), 2.0)
+    torch.save({"set": {torch.full((2,), 3.0)}, "ordered": with_attribute}, tmp_path / "a.ckpt")
+    saved = load(tmp_path / "a.ckpt")
+    assert [tensor.tolist() for tensor in saved["set"]] == [[3.0, 3.0]]
+    assert saved["ordered"].extra.tolist() == [2.0, 2.0, 2.0]
+    assert saved["ordered"]["weight"].tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_forward_module.", "_orig_mod.module."])
 def test_the_prefixes_of_other_wrappers_are_taken_off(tmp_path: Path, prefix: str) -> None:
     model = trained()["model"]
