@@ -60,6 +60,9 @@ class ModuleExtension:
     is_prepared: bool = False
     forward_methods: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     moved: list[tuple[nn.Module, Callable[..., Any] | None]] = dataclasses.field(default_factory=list)
+    # How many blocks of no_backward_sync are open, and whether gradients of shards wait for a backward outside of one.
+    windows: int = 0
+    waits: bool = False
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What the engine calls back."""
@@ -70,6 +73,8 @@ class ModuleExtension:
         """Run ``target`` in the run's precision, through the engine where gradients are to be synchronised."""
         if self.reset is not None and not torch.compiler.is_compiling() and not in_backward():
             self.reset()
+        if self.waits and not self.windows and torch.is_grad_enabled():
+            self.waits = False
         precision = self.precision
         if precision.compute_dtype is not None:
             with torch.autocast(self.device_type, precision.compute_dtype):

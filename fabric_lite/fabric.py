@@ -25,6 +25,7 @@ from fabric_lite.data import check_loaders, extend_loader, move_to_device
 from fabric_lite.device import Accelerator
 from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
 from fabric_lite.extension import ModuleExtension
+from fabric_lite.guards import check_nothing_waits
 from fabric_lite.identity import Identity
 from fabric_lite.init import tensors_on
 from fabric_lite.loss_scaling import LossScaler
@@ -306,6 +307,9 @@ class Fabric(Identity):
                 given=f"optimizer={optimizer!r:.80}",
                 fix="fabric.clip_gradients(model, optimizer, max_norm=1.0)",
             )
+        for other in self._set_up.modules():
+            if extension_of(other).waits:
+                check_nothing_waits(other, optimizer, "clip_gradients()")
         if self._scaler is not None:
             self._scaler.unscale(optimizer)
         parameters = parameters_of(optimizer)
@@ -332,14 +336,18 @@ class Fabric(Identity):
         if not enabled:
             yield
             return
+        extension.windows += 1
         try:
             with self.strategy.no_sync(module, extension.engine):
                 yield
+            extension.waits = bool(extension.sharded)
         except BaseException:
             for parameter in module.parameters():
                 parameter.grad = None
             self.strategy.forget_unsynchronised(module)
             raise
+        finally:
+            extension.windows -= 1
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context that ``forward`` runs in."""

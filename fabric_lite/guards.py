@@ -14,7 +14,7 @@ from fabric_lite.adopt import HOLDER, extension_of
 from fabric_lite.errors import StrategyError
 from fabric_lite.extension import ModuleExtension, in_backward
 
-__all__ = ["SynchronisationGuard", "guarded", "own_methods"]
+__all__ = ["SynchronisationGuard", "check_nothing_waits", "guarded", "own_methods"]
 
 # So often a method is watched on its way through the engine before it is trusted.
 _WATCHED_CALLS = 3
@@ -39,6 +39,8 @@ class SynchronisationGuard:
             extension: ModuleExtension = extension_of(module)
             for part in extension.sharded:
                 part.reshard()
+            if extension.waits:
+                check_nothing_waits(module, optimizer, "step()")
             if extension.engine is None:
                 continue
             seen, self._seen[id(extension)] = self._seen.get(id(extension), 0), extension.entries
@@ -55,6 +57,21 @@ class SynchronisationGuard:
                 given=f"{type(optimizer).__name__}.step() after submodules of it, or a generator method, ran directly",
                 fix="call model(...) itself, or model.mark_forward_method(name) for a method that runs submodules",
             )
+
+
+def check_nothing_waits(module: nn.Module, optimizer: torch.optim.Optimizer, call: str) -> None:
+    """Raise if gradients of ``module``'s shards are not there yet, which ``call`` would take for none at all.
+
+    Raises:
+        StrategyError: A window of ``no_backward_sync`` ended without a micro-step that synchronises.
+    """
+    own = {id(parameter) for parameter in module.parameters()}
+    if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise StrategyError(
+            f"The gradients of {type(module).__name__} still wait to be synchronised: {call} would find none.",
+            given=f"{call} after micro-steps in no_backward_sync(), without one outside it",
+            fix="no_backward_sync(model, enabled=False) for the last micro-step of every window, a short one too",
+        )
 
 
 def own_methods(kind: type) -> set[str]:

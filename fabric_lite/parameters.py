@@ -8,10 +8,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from fabric_lite.errors import StrategyError
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["local_part", "local_stand_ins", "mesh_of", "parameters_of", "reduced", "settle_gradient"]
+__all__ = [
+    "carry_over",
+    "check_exchangeable",
+    "local_part",
+    "local_stand_ins",
+    "mesh_of",
+    "parameters_of",
+    "reduced",
+    "settle_gradient",
+]
 
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
 
@@ -19,6 +30,34 @@ _PLAIN = (torch.nn.Parameter, torch.Tensor)
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Return all parameters of ``optimizer``, group by group."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def check_exchangeable(named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raise unless the parameters ``named`` can be exchanged for shards without a loss; nothing is changed.
+
+    Raises:
+        StrategyError: One has a gradient already, or a hook that autograd would call with the whole gradient.
+    """
+    for name, parameter in named:
+        if parameter.grad is not None and not parameter.grad.is_meta and parameter.grad.any():
+            raise StrategyError(
+                "Gradients from before setup cannot be taken over into shards.",
+                given=f"a gradient of {name}",
+                fix="setup() first, or zero_grad() before it",
+            )
+        if getattr(parameter, "_backward_hooks", None):
+            raise StrategyError(
+                "A hook on a parameter's gradient would not be called any more: no rank has the whole gradient.",
+                given=f"{name}.register_hook(...)",
+                fix=f"{name}.register_post_accumulate_grad_hook(...), which is given the shard",
+            )
+
+
+def carry_over(old: torch.Tensor, new: torch.Tensor) -> None:
+    """Give ``new``, which takes the place of ``old``, its attributes and the hooks for its accumulated gradient."""
+    new.__dict__.update(old.__dict__)
+    for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
+        new.register_post_accumulate_grad_hook(hook)
 
 
 def mesh_of(tensor: torch.Tensor) -> DeviceMesh | None:

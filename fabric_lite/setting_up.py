@@ -19,7 +19,7 @@ from fabric_lite.guards import SynchronisationGuard
 from fabric_lite.init import place
 from fabric_lite.loss_scaling import LossScaler
 from fabric_lite.optim import extend_optimizer, former_parameters, repoint
-from fabric_lite.parameters import parameters_of
+from fabric_lite.parameters import carry_over, check_exchangeable, parameters_of
 from fabric_lite.registry import Registry
 from fabric_lite.route import check_module, compiled_from, extend_module
 from fabric_lite.run import Run
@@ -63,6 +63,8 @@ class Setup:
         named = list(module.named_parameters(remove_duplicate=False))
         # A compiled module is a shell: the hooks that shard belong on the module inside.
         inside = (compiled_from(module) if strategy.is_sharded else None) or module
+        if strategy.is_sharded:
+            check_exchangeable(named)
         engine = strategy.wrap(inside, optimizers, extension.run, placement)
         if strategy.is_sharded and fill is not None:
             strategy.materialize(module, placement, fill)
@@ -71,6 +73,10 @@ class Setup:
         extend_module(module, extension)
         # Also those that are not given here: of setup_optimizers(), or of several models.
         extension.former = former_parameters(named, module)
+        current = dict(module.named_parameters(remove_duplicate=False))
+        for old, new in {id(old): (old, current[name]) for name, old in named}.values():
+            if new is not old:
+                carry_over(old, new)
         for optimizer in dict.fromkeys([*optimizers, *self.registry.optimizers()]):  # in one order on all ranks
             repoint(optimizer, extension.former, module)
         extension.handles += [*engine.handles, *self._hooks({id(inside): inside, id(module): module}, engine.hooked)]
@@ -101,8 +107,7 @@ class Setup:
         """What is removed again when the module, or a compiled module and the one inside, is released."""
         handles: list[Any] = []
         if hooked:
-            forget = self.run.strategy.forget_unsynchronised
-            handles += [extend_zero_grad(module, forget) for module in modules.values()]
+            handles += [extend_zero_grad(module, self._forget_all) for module in modules.values()]
         if self.scaler is not None:
             check = self.scaler.check_plain_backward
             parameters = next(iter(modules.values())).parameters()
@@ -110,7 +115,13 @@ class Setup:
             handles += [parameter.register_post_accumulate_grad_hook(check) for parameter in trainable]
         return handles
 
+    def _forget_all(self, module: nn.Module) -> None:
+        self.run.strategy.forget_unsynchronised(module)
+        extension_of(module).waits = False
+
     def _forget_unsynchronised(self, optimizer: Optimizer) -> None:
         parameters = {id(parameter) for parameter in parameters_of(optimizer)}
         for module in self.registry.modules():
             self.run.strategy.forget_unsynchronised(module, parameters)
+            if any(id(parameter) in parameters for parameter in module.parameters()):
+                extension_of(module).waits = False

@@ -67,15 +67,20 @@ def shard_module(
     }
     for part, own in _groups(module, blocks):
         if not isinstance(part, FSDPModule):  # else by the user's own hand
-            # Batch norm takes weights of its statistics' dtype alone; autocast still computes around it in half.
-            compute_dtype = None if any(map(_has_weights_beside_statistics, own)) else precision.compute_dtype
+            compute_dtype = None if any(map(_needs_own_dtype, own)) else precision.compute_dtype
             policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=precision.reduce_dtype)
+            # torch moves parameters to the device before it cuts them. Whoever still holds one, an optimizer that was
+            # made before, would keep it there whole.
+            homes = [(parameter, parameter.data) for parameter in part.parameters() if not parameter.is_meta]
             try:
                 fully_shard(part, mp_policy=policy, **options)  # type: ignore[arg-type]
             except TypeError as error:
                 if "layout differs" not in str(error):
                     raise
                 raise _refused_class(type(part)) from error
+            for parameter, data in homes:
+                if parameter.data.device != data.device:
+                    parameter.data = data
         # Programs look models up by the name of their class and print it; torch writes FSDP before it.
         first, *others = type(part).__bases__
         if first is FSDPModule:
@@ -182,7 +187,14 @@ def _groups(module: nn.Module, blocks: Sequence[nn.Module]) -> list[tuple[nn.Mod
     return groups
 
 
-def _has_weights_beside_statistics(module: nn.Module) -> bool:
+def _needs_own_dtype(module: nn.Module) -> bool:
+    """Whether half precision breaks what is done with the weights of ``module``; autocast still computes around it.
+
+    Batch norm takes weights of its statistics' dtype alone, and a parametrization (orthogonal, spectral_norm) computes
+    the weights from others in their dtype.
+    """
+    if nn.utils.parametrize.is_parametrized(module):
+        return True
     return buffers.keeps_statistics(module) and next(module.parameters(recurse=False), None) is not None
 
 
@@ -216,6 +228,20 @@ def _check(module: nn.Module) -> None:
             "A parameter without dimensions cannot be sharded.",
             given=f"{', '.join(scalars)} in {type(module).__name__}",
             fix="nn.Parameter(torch.ones(1)) in the place of nn.Parameter(torch.tensor(1.0))",
+        )
+    empty = [name for name, parameter in module.named_parameters() if parameter.numel() == 0]
+    if empty:
+        raise StrategyError(
+            "A parameter without elements cannot be sharded.",
+            given=f"{', '.join(empty)} in {type(module).__name__}",
+            fix="a buffer in its place, or None",
+        )
+    sparse = [name for name, child in module.named_modules() if getattr(child, "sparse", None) is True]
+    if sparse:
+        raise StrategyError(
+            "Sparse gradients cannot be divided over the ranks.",
+            given=f"sparse=True in {', '.join(sparse)}",
+            fix="sparse=False, or strategy='ddp'",
         )
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         raise StrategyError(

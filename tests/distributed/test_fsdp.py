@@ -648,3 +648,78 @@ def test_a_setup_that_is_refused_leaves_the_model_as_it_was(ranks: RankPool) -> 
 
 def test_a_group_of_two_dtypes_is_refused_with_their_names(ranks: RankPool) -> None:
     assert "first.weight of torch.float32 and last.weight of torch.float64" in ranks.run(two_dtypes)[0]
+
+
+def step_before_synchronising() -> list[str]:
+    fabric, model, optimizer = set_up("fsdp")
+    other = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    fabric.setup_optimizers(other)
+    messages = []
+    for call in (optimizer.step, lambda: fabric.clip_gradients(model, optimizer, max_norm=1.0)):
+        with fabric.no_backward_sync(model):
+            fabric.backward(model(batches(1)[0]).mean())
+        other.step()  # has no part in this model
+        with pytest.raises(StrategyError, match="still wait") as error:
+            call()
+        messages.append(str(error.value))
+        optimizer.zero_grad()
+        optimizer.step()  # nothing waits any more, and there is nothing to step on
+    fabric.backward(model(batches(1)[0]).mean())
+    optimizer.step()
+    return messages
+
+
+def test_a_step_on_gradients_that_still_wait_is_refused(ranks: RankPool) -> None:
+    for step, clip in ranks.run(step_before_synchronising):
+        assert "step() after micro-steps" in step
+        assert "clip_gradients() after micro-steps" in clip
+
+
+def exchanged_parameters() -> list[Any]:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="fsdp")
+    calls: list[str] = []
+    model = make_stack()
+    model.first.weight.learning_rate = 3  # type: ignore[attr-defined]
+    model.first.weight.register_post_accumulate_grad_hook(lambda parameter: calls.append(type(parameter).__name__))
+    fabric.setup(model)
+    fabric.backward(model(batches(1)[0]).mean())
+    found: list[Any] = [model.first.weight.learning_rate, calls]
+    hooked = make_stack()
+    hooked.last.weight.register_hook(lambda gradient: gradient)
+    with pytest.raises(StrategyError, match="hook on a parameter's gradient"):
+        fabric.setup(hooked)
+    used = make_stack()
+    used(batches(1)[0]).mean().backward()
+    with pytest.raises(StrategyError, match="Gradients from before setup"):
+        fabric.setup(used)
+    used.zero_grad()
+    fabric.setup(used)
+    for refused, match in ((nn.Embedding(4, 4, sparse=True), "Sparse gradients"), (Empty(), "without elements")):
+        with pytest.raises(StrategyError, match=match):
+            fabric.setup(refused)
+    return found
+
+
+class Empty(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.nothing = nn.Parameter(torch.ones(0, 4))
+
+
+def test_parameters_keep_attributes_and_hooks_or_setup_says_which_are_lost(ranks: RankPool) -> None:
+    assert ranks.run(exchanged_parameters) == [[3, ["DTensor"]]] * 2
+
+
+def orthogonal() -> float:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(8, 8)), nn.Linear(8, 4))
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="fsdp", precision="bf16-mixed")
+    torch.manual_seed(0)
+    raw = nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(8, 8)), nn.Linear(8, 4))
+    fabric.setup(model)
+    x = torch.randn(4, 8)
+    return float((model(x) - raw(x)).abs().max())
+
+
+def test_parametrized_weights_are_computed_in_their_own_dtype(ranks: RankPool) -> None:
+    assert max(ranks.run(orthogonal)) < 0.02
