@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from fabric_lite.activation_checkpointing import checkpoint_activations, release_activations
 from fabric_lite.collectives import gather_objects
@@ -126,7 +127,7 @@ class ModelParallelStrategy(Strategy):
             self._parallelize(module, mesh)
             _tie_again(module, tied)
         engine = self._shard(module, mesh, placement)
-        _watch_gradients(module, group)
+        engine = dataclasses.replace(engine, handles=(*engine.handles, *_watch_gradients(module, group)))
         # Last: laying out may draw numbers, and on an accelerator torch makes all states of a mesh equal in it.
         set_shared_random_state(state, placement.device)
         return engine
@@ -229,17 +230,23 @@ def _tie_again(module: nn.Module, tied: list[list[str]]) -> None:
             module.get_submodule(path).register_parameter(own_name, first)
 
 
-def _watch_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
-    """Settle gradients that autograd leaves as parts of a sum, and check those that the plan leaves to every rank."""
+def _watch_gradients(module: nn.Module, group: dist.ProcessGroup) -> list[RemovableHandle]:
+    """Settle gradients that autograd leaves as parts of a sum, and check those that the plan leaves to every rank.
+
+    Returns:
+        The hooks' handles, for the release of the module.
+    """
+    handles = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         mesh = mesh_of(parameter)
         if mesh is not None and _is_cut(parameter):
             if mesh.ndim == 1:  # fully_shard settles the others
-                parameter.register_post_accumulate_grad_hook(settle_gradient)
+                handles.append(parameter.register_post_accumulate_grad_hook(settle_gradient))
         elif group.size() > 1:
-            parameter.register_post_accumulate_grad_hook(_AlikeOnAllRanks(name, group))
+            handles.append(parameter.register_post_accumulate_grad_hook(_AlikeOnAllRanks(name, group)))
+    return handles
 
 
 @dataclasses.dataclass

@@ -626,3 +626,22 @@ def test_a_released_model_goes_on_when_it_is_set_up_again(ranks: RankPool, plan:
     for found in ranks.run(set_up_twice, plan, data, tensor, ranks=data * tensor):
         for one, two in zip(found, model.parameters(), strict=True):
             torch.testing.assert_close(one, two.detach(), rtol=0, atol=1e-12)
+
+
+def collectives_of_a_norm_outside_the_plan() -> list[int]:
+    """After each of three rounds of setup and release, in a backward that reaches nothing else."""
+    model = make_model()
+    counts = []
+    for _ in range(3):
+        fabric = planned("function", 1, 2)
+        fabric.setup(model)
+        fabric.release(model)
+        with CountCollectives() as counter:
+            model.norm(torch.linspace(0, 1, WIDTH).expand(2, WIDTH)).square().sum().backward()
+        counts.append(counter.count)
+        model.zero_grad()
+    return counts
+
+
+def test_a_released_model_watches_its_gradients_no_more(ranks: RankPool) -> None:
+    assert ranks.run(collectives_of_a_norm_outside_the_plan, ranks=2) == [[0, 0, 0]] * 2
