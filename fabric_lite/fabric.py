@@ -440,13 +440,15 @@ class Fabric(Identity):
         every rank writes its own part; None asks the strategy. See :func:`fabric_lite.checkpoint.save`.
         """
         self._launched()
-        checkpoint.save(
-            path,
-            state,
-            filter=filter,
-            state_dict_type=self.strategy.state_dict_type if state_dict_type is None else state_dict_type,
-            origin={"strategy": type(self.strategy).__name__, "precision": self.precision.name},
-        )
+        # Shards that inference mode makes views of cannot be detached.
+        with torch.inference_mode(False), torch.no_grad():
+            checkpoint.save(
+                path,
+                state,
+                filter=filter,
+                state_dict_type=self.strategy.state_dict_type if state_dict_type is None else state_dict_type,
+                origin={"strategy": type(self.strategy).__name__, "precision": self.precision.name},
+            )
 
     def load(
         self,

@@ -85,6 +85,8 @@ def resolve(arguments: Arguments, plugins: Any, config: RunConfig | None, enviro
         topology = dataclasses.replace(topology, world_size=len(indices), local_world_size=len(indices))
     strategy = parse_strategy(arguments.strategy, topology.world_size)
     if strategy.precision is not None:
+        strategy = strategy.with_precision(parse_precision(strategy.precision))
+        assert strategy.precision is not None
         if arguments.precision is not None and strategy.precision != precision:
             raise _precision_twice(f"precision={precision.name!r} and {strategy.precision.name!r} in the strategy")
         precision = strategy.precision

@@ -68,7 +68,8 @@ class Strategy:
     Each verb has a default, so a strategy writes down only what it changes. Every rank calls every verb.
 
     Args:
-        precision: The run's precision, as an alternative to ``Fabric(precision=)``, which fills it in otherwise.
+        precision: The run's precision, or its name, as an alternative to ``Fabric(precision=)``, which fills it in
+            otherwise.
     """
 
     precision: Precision | None = dataclasses.field(default=None, kw_only=True, compare=False)

@@ -61,11 +61,18 @@ class FSDPStrategy(Strategy):
     def __post_init__(self) -> None:
         check_policy(self.auto_wrap_policy, "auto_wrap_policy")
         check_policy(self.activation_checkpointing_policy, "activation_checkpointing_policy")
-        if self.replicas != "auto" and (not isinstance(self.replicas, int) or self.replicas < 1):
+        replicas, reshards = self.replicas, self.reshard_after_forward
+        if replicas != "auto" and (isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1):
             raise FabricValueError(
                 "replicas is the number of groups that hold the whole model.",
-                given=f"replicas={self.replicas!r}",
+                given=f"replicas={replicas!r}",
                 fix="1, a divisor of the number of ranks, or 'auto'",
+            )
+        if reshards is not None and (not isinstance(reshards, int) or reshards < 0):
+            raise FabricValueError(
+                "reshard_after_forward says whether parameters are freed after forward, or over how many ranks.",
+                given=f"reshard_after_forward={reshards!r}",
+                fix="True, False, a divisor of the number of ranks, or leave it out",
             )
         if self.state_dict_type not in ("sharded", "full"):
             raise FabricValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_policy
 
+import fabric_lite.checkpoint
 from fabric_lite import Fabric, FabricTypeError, FabricValueError, StrategyError
 from fabric_lite.precision import parse_precision
 from fabric_lite.strategies import FSDPStrategy, Placement
@@ -136,6 +138,8 @@ def test_a_policy_that_finds_nothing_says_what_there_is() -> None:
         (FabricTypeError, "auto_wrap_policy must be classes", {"auto_wrap_policy": "Block"}),
         (FabricTypeError, "auto_wrap_policy must be classes", {"auto_wrap_policy": {int}}),
         (FabricValueError, "replicas is the number", {"replicas": 0}),
+        (FabricValueError, "replicas is the number", {"replicas": True}),
+        (FabricValueError, "over how many ranks", {"reshard_after_forward": "no"}),
         (FabricValueError, "kind of checkpoint", {"state_dict_type": "local"}),
         (FabricValueError, "strategy='ddp' for NO_SHARD", {"sharding_strategy": "NO_SHARD"}),
         (FabricTypeError, "True or False", {"cpu_offload": "cpu"}),
@@ -723,3 +727,17 @@ def orthogonal() -> float:
 
 def test_parametrized_weights_are_computed_in_their_own_dtype(ranks: RankPool) -> None:
     assert max(ranks.run(orthogonal)) < 0.02
+
+
+def save_while_inferring(folder: str) -> bool:
+    fabric, model, _ = set_up(FSDPStrategy(precision="bf16-mixed"))  # type: ignore[arg-type]
+    with torch.inference_mode():
+        model(batches(1)[0])
+        fabric.save(folder, {"model": model})
+    fabric.backward(model(batches(1)[0]).mean())
+    return fabric.precision.name == "bf16-mixed"
+
+
+def test_a_checkpoint_may_be_saved_in_inference_mode(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(save_while_inferring, str(tmp_path / "ckpt")) == [True, True]
+    assert set(fabric_lite.checkpoint.load(tmp_path / "ckpt")["model"]) == set(make_stack().state_dict())
