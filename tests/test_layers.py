@@ -14,6 +14,7 @@ import fabric_lite
 PACKAGE = Path(fabric_lite.__file__).parent
 LAYERS = [
     {"errors", "trees", "attribute_dict"},
+    {"policy"},
     {"precision", "topology", "run_config", "deferred", "parameters", "activation_checkpointing"},
     {"adopt", "mesh", "collectives", "device", "init", "seed", "callbacks", "clearing", "loss_scaling", "clipping"},
     {"extension", "optim", "notices"},

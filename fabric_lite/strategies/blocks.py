@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import collections
-import inspect
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from fabric_lite.errors import FabricTypeError, StrategyError
+from fabric_lite.errors import StrategyError
+from fabric_lite.policy import Policy, check_policy, classes_of, description_of, is_torchs, predicate_of, size_of
 
 __all__ = ["WrapPolicy", "check_policy", "choose_blocks"]
 
-WrapPolicy: TypeAlias = Collection[type[nn.Module]] | type[nn.Module] | Callable[..., bool]
+WrapPolicy = Policy
 
 # Layers of one kind are worth a collective of their own if together they hold this share of the parameters.
 _WORTH_SHARE = 0.1
@@ -28,8 +27,9 @@ def choose_blocks(module: nn.Module, policy: WrapPolicy | None, option: str = "a
 
     Args:
         module: The whole model.
-        policy: Classes, or one, whose instances are blocks (subclasses too); or a function ``f(module) -> bool``; or
-            one of torch's policies, ``f(module, recurse, nonwrapped_numel) -> bool``. None finds repeated layers.
+        policy: Classes, or one, whose instances are blocks (subclasses too), none at all for no blocks; or a function
+            ``f(module) -> bool``; or one of torch's policies, ``f(module, recurse, nonwrapped_numel) -> bool``. None
+            finds repeated layers.
         option: The policy's name in errors.
 
     Raises:
@@ -37,31 +37,15 @@ def choose_blocks(module: nn.Module, policy: WrapPolicy | None, option: str = "a
     """
     if policy is None:
         wanted = _repeated_layers(module)
-    elif callable(policy) and not isinstance(policy, type):
-        is_torchs = "recurse" in inspect.signature(policy).parameters
-        wanted = _asked_in_turn(policy, module) if is_torchs else [m for m in _with_parameters(module) if policy(m)]
+    elif is_torchs(policy):
+        wanted = _asked_in_turn(policy, module)
     else:
-        classes = (policy,) if isinstance(policy, type) else tuple(policy)
-        wanted = [child for child in _inner_first(module) if isinstance(child, classes)]
-        if classes and not wanted and not isinstance(module, classes):
-            raise _found_nothing(module, classes, option)
+        wanted = list(filter(predicate_of(policy), _with_parameters(module)))
+        if classes_of(policy) and not any(map(predicate_of(policy), module.modules())):
+            raise _found_nothing(module, policy, option)
     candidates = [child for child in wanted if child is not module and not isinstance(child, _CONTAINERS)]
     is_tied = _tied_outside(module)
     return [child for child in candidates if not is_tied(child)]
-
-
-def check_policy(policy: Any, option: str) -> None:
-    """Raise FabricTypeError unless ``policy`` is None, classes of modules, or a function."""
-    if policy is None or (callable(policy) and not isinstance(policy, type)):
-        return
-    classes = [policy] if isinstance(policy, type) else policy
-    is_classes = isinstance(classes, Collection) and not isinstance(classes, str)
-    if not is_classes or not all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in classes):
-        raise FabricTypeError(
-            f"{option} must be classes of modules or a function.",
-            given=f"{option}={policy!r:.80}",
-            fix=f"{option}={{Block}}, {option}=lambda module: ..., or leave it out",
-        )
 
 
 def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
@@ -70,7 +54,7 @@ def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
 
 def _repeated_layers(root: nn.Module) -> list[nn.Module]:
     """The outermost layers of which a container holds several of one class, if they are a good part of the model."""
-    enough = _WORTH_SHARE * sum(parameter.numel() for parameter in root.parameters())
+    enough = _WORTH_SHARE * size_of(root)
     layers: list[nn.Module] = []
     todo = [root]
     while todo:
@@ -94,7 +78,7 @@ def _alike(container: nn.Module, enough: float) -> list[nn.Module]:
     return [
         layer
         for alike in by_class.values()
-        if len(alike) > 1 and sum(p.numel() for layer in alike for p in layer.parameters()) >= max(enough, 1)
+        if len(alike) > 1 and sum(map(size_of, alike)) >= max(enough, 1)
         for layer in alike
     ]
 
@@ -112,7 +96,7 @@ def _asked_in_turn(policy: Callable[..., bool], root: nn.Module) -> list[nn.Modu
     blocks: dict[nn.Module, None] = {}
 
     def visit(module: nn.Module) -> int:
-        count = sum(parameter.numel() for parameter in module.parameters())
+        count = size_of(module)
         if module in blocks or not count or not policy(module=module, recurse=True, nonwrapped_numel=count):
             return 0
         inside = sum(visit(child) for child in module.children())
@@ -140,11 +124,11 @@ def _tied_outside(root: nn.Module) -> Callable[[nn.Module], bool]:
     return is_tied
 
 
-def _found_nothing(module: nn.Module, classes: tuple[type, ...], option: str) -> StrategyError:
-    names = ", ".join(sorted(kind.__name__ for kind in classes))
+def _found_nothing(module: nn.Module, policy: Policy, option: str) -> StrategyError:
+    names = description_of(policy)
     present = sorted({type(child).__name__ for child in module.modules() if child is not module})
     return StrategyError(
-        f"{option}={{{names}}} found no {names} in the model, so nothing would be sharded per block.",
+        f"{option}={names} found no {names[1:-1]} in the model, so nothing would be sharded per block.",
         given=f"{type(module).__name__} made of {', '.join(present)}",
         fix=f"one of these classes in {option}, or leave it out to choose the blocks automatically",
     )

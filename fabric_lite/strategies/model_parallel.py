@@ -18,10 +18,11 @@ from fabric_lite.activation_checkpointing import checkpoint_activations, release
 from fabric_lite.collectives import gather_objects
 from fabric_lite.errors import FabricTypeError, FabricValueError, StrategyError
 from fabric_lite.parameters import local_part, mesh_of, settle_gradient
+from fabric_lite.policy import Policy, check_policy
 from fabric_lite.seed import set_shared_random_state, shared_random_state
 from fabric_lite.strategies import sharding
 from fabric_lite.strategies.base import Engine, Placement, Strategy
-from fabric_lite.strategies.blocks import WrapPolicy, check_policy, choose_blocks
+from fabric_lite.strategies.blocks import choose_blocks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -61,8 +62,8 @@ class ModelParallelStrategy(Strategy):
     data_parallel_size: int | str = "auto"
     tensor_parallel_size: int | str = "auto"
     reshard_after_forward: bool | int | None = dataclasses.field(default=None, kw_only=True)
-    auto_wrap_policy: WrapPolicy | None = dataclasses.field(default=None, kw_only=True, hash=False)
-    activation_checkpointing_policy: WrapPolicy | None = dataclasses.field(default=None, kw_only=True, hash=False)
+    auto_wrap_policy: Policy | None = dataclasses.field(default=None, kw_only=True, hash=False)
+    activation_checkpointing_policy: Policy | None = dataclasses.field(default=None, kw_only=True, hash=False)
     state_dict_type: str = dataclasses.field(default="sharded", kw_only=True)
 
     def __post_init__(self) -> None:

@@ -14,6 +14,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from fabric_lite import FabricTypeError, StrategyError
 from fabric_lite.activation_checkpointing import checkpoint_activations, release_activations
+from fabric_lite.strategies import FSDPStrategy
+from fabric_lite.strategies.blocks import choose_blocks
 
 
 class Layer(nn.Module):
@@ -166,6 +168,32 @@ def test_repeated_layers_compile_once() -> None:
 def test_a_policy_that_matches_nothing_names_the_classes_of_the_model() -> None:
     with pytest.raises(StrategyError, match=r"\{Conv2d\} matches nothing(.|\n)*Dropout, Layer, Linear, Model"):
         checkpoint_activations(made(), {nn.Conv2d})
-    for policy in (3, set(), {"Layer"}):
-        with pytest.raises(FabricTypeError, match=r"policy must say which modules"):
+    for policy in (3, int, {"Layer"}):
+        with pytest.raises(FabricTypeError, match=r"policy must be classes of modules or a function"):
             checkpoint_activations(made(), policy)  # type: ignore[arg-type]
+
+
+def test_a_policy_without_classes_is_about_no_module_wherever_it_is_given() -> None:
+    for none in (set(), ()):
+        assert checkpoint_activations(made(), none) == []
+        assert choose_blocks(made(), none) == []
+        FSDPStrategy(auto_wrap_policy=none, activation_checkpointing_policy=none)
+
+
+@pytest.mark.parametrize(
+    "policy", [Layer, {Layer}, lambda module: isinstance(module, Layer), ModuleWrapPolicy({Layer})]
+)
+def test_a_policy_chooses_the_same_modules_for_sharding_and_for_checkpointing(policy: Any) -> None:
+    model = made()
+    blocks = {id(block) for block in choose_blocks(model, policy)}
+    names = [name for name, module in model.named_modules() if id(module) in blocks]
+    assert names == checkpoint_activations(model, policy) == ["layers.0", "layers.1", "layers.2"]
+
+
+@pytest.mark.parametrize("policy", [int, {int}, "Layer", {"Layer"}, 3])
+def test_what_is_no_policy_is_refused_alike_by_every_option(policy: Any) -> None:
+    for option in ("auto_wrap_policy", "activation_checkpointing_policy"):
+        with pytest.raises(FabricTypeError, match=f"^{option} must be classes of modules or a function"):
+            FSDPStrategy(**{option: policy})
+    with pytest.raises(FabricTypeError, match=r"^activation_checkpointing_policy must be classes of modules or a func"):
+        checkpoint_activations(made(), policy)
