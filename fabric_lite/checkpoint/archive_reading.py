@@ -27,6 +27,9 @@ from fabric_lite.errors import CheckpointError
 __all__ = ["ArchiveFile", "errors_of", "located_tensor", "read_archive"]
 
 _TRUST = "load(..., weights_only=False) if you trust whoever wrote it"
+# How a file begins: a zip, a pickle, or the number before a pickle of a protocol without a first byte of its own.
+_BEGINNINGS = (b"PK", b"\x80", f"L{torch.serialization.MAGIC_NUMBER}L\n".encode())
+_TAR, _TAR_AT = b"ustar", 257  # torch before 0.1.10; the bytes that tell a tar come after the first file's name
 _LOCAL_HEADER = 30  # bytes of a zip record's fixed header; its last four are the lengths of name and extra field
 
 
@@ -41,7 +44,7 @@ class ArchiveFile:
 
     Raises:
         CheckpointNotFoundError: There is no such file.
-        CheckpointError: It could not be opened.
+        CheckpointError: It could not be opened, or begins as no checkpoint does.
     """
 
     def __init__(self, path: Path, weights_only: bool | None = None) -> None:
@@ -53,6 +56,7 @@ class ArchiveFile:
                 stacklevel=2,
             )
         with errors_of(path), path.open("rb") as file:
+            _check_beginning(path, file.read(_TAR_AT + len(_TAR)))
             self._file = OpenFile(path, file)
 
     def verify(self, share: tuple[int, int] = (0, 1)) -> None:
@@ -187,6 +191,17 @@ def _stored_as(tensor: torch.Tensor, storage: Storage) -> StoredTensor:
     located = Located(storage.file, storage.begin + storage.offset * tensor.itemsize, tensor.stride())
     piece = Piece.at((0,) * tensor.dim(), tensor.shape, located)
     return StoredTensor(tensor.dtype, tensor.shape, [piece], tensor.stride(), storage)
+
+
+def _check_beginning(path: Path, beginning: bytes) -> None:
+    """torch takes any file for a pickle, and advises to run its code."""
+    if beginning.startswith(_BEGINNINGS) or beginning[_TAR_AT:] == _TAR:
+        return
+    raise CheckpointError(
+        "This file is no checkpoint, or its beginning is damaged.",
+        given=f"{path}: it begins with {beginning[:16]!r}" if beginning else f"{path}: it is empty",
+        fix="a file or folder of fabric.save(), a file of torch.save(), or a safetensors file named NAME.safetensors",
+    )
 
 
 def _is_zip(descriptor: int) -> bool:

@@ -10,7 +10,7 @@ from fabric_lite.checkpoint.commit import recovered
 from fabric_lite.checkpoint.dcp_reading import METADATA, DcpFolder
 from fabric_lite.checkpoint.folder_reading import CheckpointFolder
 from fabric_lite.checkpoint.safetensors import SafetensorsFile
-from fabric_lite.errors import FabricValueError
+from fabric_lite.errors import CheckpointError, FabricValueError
 
 __all__ = ["StoredCheckpoint", "opened"]
 
@@ -51,6 +51,12 @@ def opened(path: Path, weights_only: bool | None = None) -> StoredCheckpoint:
     """
     path = recovered(path)
     is_folder = path.is_dir()
+    if path.exists() and not is_folder and not path.is_file():  # opening a pipe would wait for a writer
+        raise CheckpointError(
+            "A checkpoint is a regular file or a folder.",
+            given=f"{path}: a pipe, a socket or a device",
+            fix="a path on disk; what comes out of a pipe is to be written to a file first",
+        )
     is_flat = not is_folder and path.suffix == ".safetensors"
     if weights_only is False and (is_folder or is_flat):
         raise FabricValueError(

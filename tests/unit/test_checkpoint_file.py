@@ -301,6 +301,36 @@ def test_a_file_that_is_something_else_is_a_clear_error(tmp_path: Path, content:
         load(tmp_path / "a.ckpt")
 
 
+@pytest.mark.parametrize("content", ["# A title\n\nand text.\n", ""])
+@pytest.mark.parametrize("weights_only", [None, True])
+def test_what_begins_as_no_checkpoint_does_is_not_said_to_need_its_code_run(
+    tmp_path: Path, content: str, weights_only: bool | None
+) -> None:
+    (tmp_path / "README.md").write_text(content)
+    with pytest.raises(CheckpointError, match=r"(?s)^This file is no checkpoint.*README\.md: it.*Try: ") as caught:
+        load(tmp_path / "README.md", weights_only=weights_only)
+    assert "weights_only" not in str(caught.value)
+    assert "Error" not in str(caught.value)
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4])
+def test_old_files_of_torch_are_read_whatever_the_protocol_of_their_pickles(tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "old.pt"
+    torch.save({"a": 1}, path, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
+    with pytest.warns(UserWarning, match="run any code"):
+        assert load(path, weights_only=False) == {"a": 1}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
+@pytest.mark.parametrize("name", ["pipe", "pipe.safetensors"])
+def test_a_pipe_and_a_device_are_refused_before_they_are_opened(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    for path in (tmp_path / name, tmp_path / "link", Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match=r"(?s)regular file or a folder.*Given: .*a pipe.*Try: "):
+            load(path)
+
+
 def test_a_missing_file_is_also_the_builtin_error(tmp_path: Path) -> None:
     for missing in (tmp_path / "none.ckpt", tmp_path / "none" / "a.ckpt"):
         with pytest.raises(CheckpointNotFoundError, match="none") as caught:

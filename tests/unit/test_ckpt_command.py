@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import struct
 import sys
 from pathlib import Path
@@ -238,6 +239,15 @@ def test_a_damaged_checkpoint_is_not_converted(tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[:-1] + b"\x99")
     assert main(["convert", str(path), str(tmp_path / "a.ckpt")]) == 1
     assert not (tmp_path / "a.ckpt").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
+@pytest.mark.parametrize("command", ["inspect", "verify", "convert"])
+def test_a_pipe_is_refused_by_every_command(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    destination = [str(tmp_path / "a.ckpt")] if command == "convert" else []
+    assert main([command, str(tmp_path / "pipe"), *destination]) == 1
+    assert "A checkpoint is a regular file or a folder." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
