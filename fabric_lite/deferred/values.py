@@ -20,6 +20,10 @@ __all__ = ["DeferredValues", "values_of"]
 
 _MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 _FIX = "make the whole model in one block of fabric.init_module(), or leave out empty_init"
+_FIX_WRITTEN = (
+    "weights from a file by fabric.load_raw(path, model) or fabric.load() after setup, or by "
+    "model.load_state_dict(..., assign=True) before it; other values inside the block of fabric.init_module()"
+)
 
 
 def values_of(module: nn.Module) -> DeferredValues | None:
@@ -44,6 +48,7 @@ def values_of(module: nn.Module) -> DeferredValues | None:
     _raise_for(
         [name for name, recording in recordings.items() if recording.was_written_since(on_meta[name])],
         "was written after its block of fabric.init_module(empty_init=True), when it had no values",
+        _FIX_WRITTEN,
     )
     _check_containers(module, on_meta)
     return DeferredValues({name: (recordings[name], Piece.of(tensor)) for name, tensor in on_meta.items()})
@@ -200,7 +205,7 @@ def _is_sharded(value: Any) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def _raise_for(names: list[str], what: str) -> None:
+def _raise_for(names: list[str], what: str, fix: str = _FIX) -> None:
     if names:
         others = f", and {len(names) - 5} more" if len(names) > 5 else ""
-        raise StrategyError(f"{names[0]} {what}.", given=", ".join(names[:5]) + others, fix=_FIX)
+        raise StrategyError(f"{names[0]} {what}.", given=", ".join(names[:5]) + others, fix=fix)

@@ -133,7 +133,8 @@ class Strategy:
             raise StrategyError(
                 f"{type(module).__name__} has no values yet: it was made on the meta device.",
                 given=f"{len(on_meta)} such tensors, the first is {on_meta[0]}",
-                fix="make it in fabric.init_module(), with empty_init=True if its weights are loaded next",
+                fix="make it in fabric.init_module(), with empty_init=True if its weights are loaded after setup by "
+                "fabric.load_raw() or fabric.load()",
             )
 
     def wrap(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fabric_lite import StrategyError
 from fabric_lite.testing import RankPool
 from tests.distributed.layouts import (
     CONTEXT,
@@ -203,6 +205,64 @@ def test_a_module_made_in_place_has_the_values_of_a_plain_one(
         for mine, plain in zip(values, expected, strict=True):
             assert mine.dtype == plain.dtype
             assert torch.equal(mine, plain)
+
+
+def pretrained(layout: str, when: str, path: Path) -> tuple[list[torch.Tensor], str]:
+    """Weights of a file in a model made without memory; return them, and what was said where it can't be so."""
+    fabric = LAYOUTS[layout].fabric(precision="64-true")
+    said = ""
+    with fabric.init_module(empty_init=True):
+        model = Initialised()
+    weights = torch.load(path, weights_only=True)
+    if when == "written before":
+        with pytest.warns(UserWarning, match="no-op"):
+            model.load_state_dict(weights)
+    if when == "assigned before":
+        model.load_state_dict(weights, assign=True)
+    if when == "made elsewhere":
+        with torch.device("meta"):
+            model = Initialised()
+    try:
+        fabric.setup(model)
+        if when == "after":
+            fabric.load_raw(path, model)
+        values = [full(tensor) for tensor in model.state_dict().values()]
+    except StrategyError as error:
+        said, values = str(error), []
+    fabric.close()
+    return values, said
+
+
+def written_weights(path: Path) -> list[torch.Tensor]:
+    torch.manual_seed(3)
+    model = Initialised().double()
+    torch.save(model.state_dict(), path)
+    return list(model.state_dict().values())
+
+
+@pytest.mark.parametrize("layout", ["fsdp 2", "tensor parallel 2"])
+@pytest.mark.parametrize("when", ["after", "assigned before"])
+def test_weights_of_a_file_reach_a_model_made_without_memory(
+    ranks: RankPool, tmp_path: Path, layout: str, when: str
+) -> None:
+    expected = written_weights(tmp_path / "weights.pt")
+    for values, said in ranks.run(pretrained, layout, when, tmp_path / "weights.pt", ranks=LAYOUTS[layout].ranks):
+        assert said == ""
+        for mine, saved in zip(values, expected, strict=True):
+            assert torch.equal(mine, saved)
+
+
+@pytest.mark.parametrize("when", ["written before", "made elsewhere"])
+def test_weights_written_where_there_is_no_memory_yet_are_told_the_ways_that_work(
+    ranks: RankPool, tmp_path: Path, when: str
+) -> None:
+    written_weights(tmp_path / "weights.pt")
+    for _, said in ranks.run(pretrained, "fsdp 2", when, tmp_path / "weights.pt", ranks=2):
+        ways = said.partition("Try: ")[2]
+        assert "after setup" in ways
+        assert "fabric.load_raw(" in ways
+        assert "fabric.load()" in ways
+        assert ("load_state_dict(..., assign=True) before it" in ways) is (when == "written before")
 
 
 def by_hand(layout: str, mesh: Any) -> tuple[Any, Callable[[bool], contextlib.AbstractContextManager[Any]]]:
