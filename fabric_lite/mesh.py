@@ -5,13 +5,14 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import datetime
+import itertools
 import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from fabric_lite.errors import LaunchError
 from fabric_lite.topology import Topology
@@ -151,12 +152,24 @@ class _OwnGroup:
 _own = _OwnGroup()
 # By device type and axes: the default group that it was made over, and the mesh.
 _meshes: dict[tuple[Any, ...], tuple[Any, DeviceMesh]] = {}
+_stores: dict[tuple[str, int], Store] = {}
+_group_numbers = itertools.count()  # every rank joins the same groups in the same order
 
 
 def _store(topology: Topology, timeout: datetime.timedelta | None) -> Store:
     """The store of ranks that a launcher without one (srun, mpirun) started; rank 0 serves it."""
     if topology.main_address is None or topology.main_port is None:
         return HashStore()  # a process alone, in a strategy that wants a group all the same
+    # Kept for the groups to come: a rank that joins again at once would else reach the store that rank 0 is closing.
+    key = (topology.main_address, topology.main_port)
+    if key not in _stores:
+        _stores[key] = _served(topology, timeout)
+    return PrefixStore(f"group {next(_group_numbers)}", _stores[key])
+
+
+def _served(topology: Topology, timeout: datetime.timedelta | None) -> Store:
+    assert topology.main_address is not None
+    assert topology.main_port is not None
     listener = None
     if topology.rank == 0:
         # TCPStore by itself listens on every interface; a socket of our own listens only where it is needed.
