@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from fabric_lite.errors import StrategyError
-from fabric_lite.policy import Policy, check_policy, classes_of, description_of, is_torchs, predicate_of, size_of
+from fabric_lite.policy import Policy, classes_of, description_of, is_torchs, predicate_of, size_of
 
-__all__ = ["WrapPolicy", "check_policy", "choose_blocks"]
-
-WrapPolicy = Policy
+__all__ = ["choose_blocks"]
 
 # Layers of one kind are worth a collective of their own if together they hold this share of the parameters.
 _WORTH_SHARE = 0.1
@@ -20,7 +18,7 @@ _WORTH_SHARE = 0.1
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-def choose_blocks(module: nn.Module, policy: WrapPolicy | None, option: str = "auto_wrap_policy") -> list[nn.Module]:
+def choose_blocks(module: nn.Module, policy: Policy | None, option: str = "auto_wrap_policy") -> list[nn.Module]:
     """Return the submodules to shard by themselves, inner ones first; ``module`` itself is never among them.
 
     Submodules whose parameters are shared with modules outside them (tied weights) are left to the root's group.

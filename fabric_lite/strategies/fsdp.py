@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from fabric_lite.activation_checkpointing import checkpoint_activations, release_activations
 from fabric_lite.errors import FabricTypeError, FabricValueError
 from fabric_lite.notices import rank_zero_info
+from fabric_lite.policy import Policy, check_policy
 from fabric_lite.strategies import sharding
 from fabric_lite.strategies.base import Engine, Placement, Strategy
-from fabric_lite.strategies.blocks import WrapPolicy, check_policy, choose_blocks
+from fabric_lite.strategies.blocks import choose_blocks
 
 __all__ = ["FSDPStrategy"]
 
@@ -49,11 +50,11 @@ class FSDPStrategy(Strategy):
         limit_all_gathers: FSDP1's; FSDP2 always does. Accepted and of no effect.
     """
 
-    auto_wrap_policy: WrapPolicy | None = dataclasses.field(default=None, hash=False)
+    auto_wrap_policy: Policy | None = dataclasses.field(default=None, hash=False)
     reshard_after_forward: bool | int | None = None
     replicas: int | str = 1
     cpu_offload: Any = False
-    activation_checkpointing_policy: WrapPolicy | None = dataclasses.field(default=None, hash=False)
+    activation_checkpointing_policy: Policy | None = dataclasses.field(default=None, hash=False)
     state_dict_type: str = "sharded"
     sharding_strategy: Any = None
     limit_all_gathers: bool | None = None

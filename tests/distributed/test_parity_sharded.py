@@ -111,7 +111,8 @@ def one_process(precision: str, accumulate: int, clip: float | None, optimizer_n
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    return Run(flat(model), torch.tensor([float(norm) for norm in norms], dtype=torch.float64), skips(scaler.get_scale()))
+    found = torch.tensor([float(norm) for norm in norms], dtype=torch.float64)
+    return Run(flat(model), found, skips(scaler.get_scale()))
 
 
 def skips(scale: float) -> int:
