@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_lite import Fabric, Strategy, StrategyError
+from fabric_lite import Fabric, Strategy, StrategyError, checkpoint
 from fabric_lite.strategies import Engine, FSDPStrategy, Placement
 from fabric_lite.testing import RankPool
 from tests.models import batches, full, make_net
@@ -71,7 +71,7 @@ def test_a_checkpoint_of_one_layout_goes_on_under_any_other(
     # Adam divides by the root of tiny second moments, so the last bits of a mean over ranks grow.
     for one, two in zip(resumed[0] + resumed[1], whole[0] + whole[1], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-    keys = {path: list(torch.load(tmp_path / path, weights_only=True)["model"]) for path in ("half.ckpt", "end.ckpt")}
+    keys = {path: list(checkpoint.load(tmp_path / path)["model"]) for path in ("half.ckpt", "end.ckpt")}
     assert keys["half.ckpt"] == keys["end.ckpt"] == list(make_net().state_dict())
 
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from fabric_lite.checkpoint import load, load_raw, save
 from fabric_lite.checkpoint.archive import read_manifest
+from fabric_lite.checkpoint.dcp_reading import _Unpickler
 from fabric_lite.checkpoint.manifest import MANIFEST, Manifest
 from fabric_lite.errors import CheckpointError
 
@@ -460,3 +461,12 @@ def test_the_manifest_of_a_folder_is_all_that_is_decoded(folder: Path) -> None:
     assert set(Manifest.read(folder).parts) == {"part-00000.safetensors"}
     (folder / "notes.pkl").write_bytes(b"\x80\x05garbage")
     assert load(folder)["step"] == 3
+
+
+def test_getattr_in_foreign_metadata_gets_nothing() -> None:
+    """Some Pythons pickle members of enumerations by it; here the call is a record of its arguments."""
+    named = b"cbuiltins\ngetattr\n(ctorch.distributed.checkpoint.metadata\nMetadataIndex\nV__init__\ntR."
+    found = _Unpickler(io.BytesIO(named)).load()
+    assert type(found).__name__ == "getattr"
+    assert found.args[1] == "__init__"
+    assert not callable(found)
