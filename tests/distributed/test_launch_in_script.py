@@ -31,6 +31,8 @@ SUPERVISED = """
             finally:
                 print("never")
         print(json.dumps([os.environ["RANK"], os.environ["WORLD_SIZE"], sys.argv[1:], current().devices]), flush=True)
+        if os.path.exists("printed"):  # a pipe: rank 1, which fails, ends the job only after rank 0 has printed
+            open("printed", "w" if os.environ["RANK"] == "0" else "r").close()
         if "wait" in sys.argv:
             import pathlib, signal
             pathlib.Path("ready" + os.environ["RANK"]).touch()
@@ -42,6 +44,7 @@ SUPERVISED = """
 @pytest.mark.parametrize("way", [["script.py"], ["-u", "script.py"], ["-X", "utf8", "-m", "script"], ["-um", "script"]])
 def test_script_is_run_again_in_every_rank(tmp_path: Path, way: list[str]) -> None:
     write(tmp_path, SUPERVISED)
+    os.mkfifo(tmp_path / "printed")
     done = run([sys.executable, *way, "a", "--devices", "9", "-m"], cwd=tmp_path)
     assert done.returncode == 4, done.stderr
     lines = sorted(json.loads(line) for line in done.stdout.splitlines())
