@@ -138,9 +138,7 @@ class _Group:
         self.folder.cleanup()
 
 
-def _serve(
-    rank: int, ranks: int, pipe: Any, folder: str, timeout_seconds: float, path: list[str]
-) -> None:  # pragma: no cover - in a child
+def _serve(rank: int, ranks: int, pipe: Any, folder: str, timeout_seconds: float, path: list[str]) -> None:
     """A rank's life: join the group, then run one function after the other."""
     import datetime
 
@@ -166,7 +164,7 @@ def _serve(
             _answer(pipe, pipe.recv_bytes())
 
 
-def _end_with_parent() -> None:  # pragma: no cover - in a child
+def _end_with_parent() -> None:
     """End this rank, wherever it is, when the process that started the pool has ended: killed, say, by a time limit."""
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -174,7 +172,7 @@ def _end_with_parent() -> None:  # pragma: no cover - in a child
         os._exit(1)
 
 
-def _answer(pipe: Any, call: bytes) -> None:  # pragma: no cover - in a child
+def _answer(pipe: Any, call: bytes) -> None:
     """Run one function, from the same random state each time, and send its value or its error."""
     import numpy
     import torch

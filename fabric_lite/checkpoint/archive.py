@@ -13,7 +13,16 @@ from typing import Any
 
 from fabric_lite.errors import CheckpointError
 
-__all__ = ["FORMAT", "MANIFEST", "CheckpointNotFoundError", "damaged", "manifest_of", "read_manifest", "records_of"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "CheckpointNotFoundError",
+    "damaged",
+    "manifest_of",
+    "not_found",
+    "read_manifest",
+    "records_of",
+]
 
 FORMAT = 1
 MANIFEST = "fabric_lite.json"
@@ -21,6 +30,15 @@ MANIFEST = "fabric_lite.json"
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """There is no checkpoint under this name."""
+
+
+def not_found(path: Path) -> CheckpointNotFoundError:
+    """The error for a name under which there is nothing."""
+    return CheckpointNotFoundError(
+        "There is no checkpoint of this name.",
+        given=f"{path}, seen from {Path.cwd()}",
+        fix="the path that was given to fabric.save(); on several nodes, one that all of them see",
+    )
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 
-from fabric_lite.checkpoint.archive import MANIFEST, CheckpointNotFoundError, damaged, manifest_of, records_of
+from fabric_lite.checkpoint.archive import (
+    MANIFEST,
+    damaged,
+    manifest_of,
+    not_found,
+    records_of,
+)
 from fabric_lite.checkpoint.plain import Place, tensors_in
 from fabric_lite.checkpoint.stored import Located, Piece, Storage, StoredTensor
 from fabric_lite.checkpoint.stored_files import OpenFile, StoredFile, Window, crc32_of, read_bytes
@@ -226,11 +232,7 @@ def errors_of(path: Path, way_out: str = "a checkpoint without code in it") -> I
     except CheckpointError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointNotFoundError(
-            "There is no checkpoint of this name.",
-            given=f"{path}, seen from {Path.cwd()}",
-            fix="the path that was given to fabric.save(); on several nodes, one that all of them see",
-        ) from error
+        raise not_found(path) from error
     except OSError as error:
         raise CheckpointError("This checkpoint could not be read.", given=f"{path}: {error}") from error
     except pickle.UnpicklingError as error:

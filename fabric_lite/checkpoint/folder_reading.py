@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fabric_lite.checkpoint.archive import CheckpointNotFoundError
+from fabric_lite.checkpoint.archive import not_found
 from fabric_lite.checkpoint.manifest import DTYPES, Chunk, Manifest, TensorEntry, decode, is_part_name
 from fabric_lite.checkpoint.stored import Located, Piece, StoredTensor, row_major
 from fabric_lite.checkpoint.stored_files import OpenFolder, crc32_of, read_bytes
@@ -35,11 +35,7 @@ class CheckpointFolder:
         try:
             self._folder = OpenFolder(path)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise CheckpointNotFoundError(
-                "There is no checkpoint of this name.",
-                given=f"{path}, seen from {Path.cwd()}",
-                fix="the path that was given to fabric.save(); on several nodes, one that all of them see",
-            ) from error
+            raise not_found(path) from error
         except OSError as error:
             raise CheckpointError("This checkpoint could not be read.", given=f"{path}: {error}") from error
         self.manifest = Manifest.read(path)
