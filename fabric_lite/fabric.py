@@ -8,25 +8,25 @@ import gc
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_lite import checkpoint, collectives, run_config
+from fabric_lite import collectives, run_config
 from fabric_lite import seed as random_seed
 from fabric_lite.adopt import extension_of
 from fabric_lite.callbacks import call_hook
+from fabric_lite.checkpointing import Checkpointing
 from fabric_lite.clipping import clip_grad_value
 from fabric_lite.collectives import Collectives
+from fabric_lite.communication import Communication
 from fabric_lite.data import check_loaders, extend_loader, move_to_device
 from fabric_lite.device import Accelerator
-from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
+from fabric_lite.errors import FabricTypeError, FabricValueError
 from fabric_lite.extension import ModuleExtension
 from fabric_lite.guards import check_nothing_waits
-from fabric_lite.identity import Identity
 from fabric_lite.init import tensors_on
 from fabric_lite.loss_scaling import LossScaler
 from fabric_lite.mesh import build_mesh, data_share, join, leave
@@ -44,7 +44,7 @@ __all__ = ["Fabric"]
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Fabric(Identity):
+class Fabric(Communication, Checkpointing):
     """Your loop on any hardware: devices, processes, precision, data and checkpoints behind a few calls.
 
     Args:
@@ -381,113 +381,6 @@ class Fabric(Identity):
             random_seed.set_shared_random_state(state, self.device)
         return tensors_on(self.device, self.precision.param_dtype, deferred=True)
 
-    # --- collectives --------------------------------------------------------------------------------------------
-
-    def barrier(self, name: str | None = None) -> None:
-        """Wait until every rank is here; ``name`` is for the reader."""
-        del name
-        self._launched()
-        self._collectives.barrier()
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return rank ``src``'s object, of any kind, on every rank; tensors keep their dtype."""
-        self._launched()
-        return self._collectives.broadcast(obj, src)
-
-    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
-        """Return each leaf ``(*shape)`` of all ranks as ``(world_size, *shape)``; a process alone: no extra dim."""
-        self._launched()
-        return self._collectives.all_gather(data, group, sync_grads=sync_grads)
-
-    def all_reduce(self, data: Any, group: Any = None, reduce_op: str = "mean") -> Any:
-        """Return each leaf reduced over the ranks: ``mean avg sum min max product``. The input is not changed."""
-        self._launched()
-        return self._collectives.all_reduce(data, group, reduce_op)
-
-    def gather(self, data: Any) -> Any:
-        """Return each leaf ``(n, *shape)`` as the rows of all ranks, ``(sum of n, *shape)``; n may differ by rank."""
-        self._launched()
-        return self._collectives.gather_uneven(data)
-
-    @contextlib.contextmanager
-    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
-        """Run the block on rank 0 (of each node, if ``local``) first, then on the others.
-
-        Raises:
-            CollectiveError: On the others, at once, when it raised on the first.
-        """
-        self._launched()
-        with self._collectives.rank_zero_first((self.local_rank if local else self.global_rank) == 0):
-            yield
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """``print`` on rank 0."""
-        if self.is_global_zero:
-            print(*args, **kwargs)
-
-    # --- checkpoints --------------------------------------------------------------------------------------------
-
-    def save(
-        self,
-        path: str | Path,
-        state: Mapping[str, Any],
-        filter: dict[str, Callable[[str, Any], bool]] | None = None,
-        state_dict_type: str | None = None,
-    ) -> None:
-        """Write ``state`` to one file or a folder, old or new and never in between; every rank calls.
-
-        ``state_dict_type`` is "full" for a file that plain ``torch.load`` reads, "sharded" for a folder into which
-        every rank writes its own part; None asks the strategy. See :func:`fabric_lite.checkpoint.save`.
-        """
-        self._launched()
-        # Shards that inference mode makes views of cannot be detached.
-        with torch.inference_mode(False), torch.no_grad():
-            checkpoint.save(
-                path,
-                state,
-                filter=filter,
-                state_dict_type=self.strategy.state_dict_type if state_dict_type is None else state_dict_type,
-                origin={"strategy": type(self.strategy).__name__, "precision": self.precision.name},
-            )
-
-    def load(
-        self,
-        path: str | Path,
-        state: dict[str, Any] | None = None,
-        strict: bool = True,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        """Restore the objects and values in ``state`` in place; returns what the checkpoint holds beside them.
-
-        Every rank calls it. The checkpoint may be of any strategy and world size, a file or a folder, also one of
-        ``torch.save``, ``torch.distributed.checkpoint``, safetensors or Lightning Fabric. Each rank reads what it
-        keeps. See :func:`fabric_lite.checkpoint.load`.
-        """
-        self._launched()
-        return checkpoint.load(path, state, strict=strict, weights_only=weights_only)
-
-    def load_raw(self, path: str | Path, obj: nn.Module | Optimizer, strict: bool = True) -> None:
-        """Load one bare state dict, from anything that :meth:`load` reads, into a module or optimizer.
-
-        Every rank calls it.
-        """
-        self._launched()
-        checkpoint.load_raw(path, obj, strict=strict)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The random state of every rank and the loss scaler's; every rank calls."""
-        state: dict[str, Any] = {"random": collectives.gather_objects(random_seed.random_state())}
-        if self._scaler is not None:
-            state["loss_scaler"] = self._scaler.state_dict()
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`; random state only at the world size that it was saved at."""
-        if len(state["random"]) == self.world_size:
-            random_seed.set_random_state(state["random"][self.global_rank])
-        if self._scaler is not None and "loss_scaler" in state:
-            self._scaler.load_state_dict(state["loss_scaler"])
-
     # --- the rest -----------------------------------------------------------------------------------------------
 
     def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
@@ -534,21 +427,6 @@ class Fabric(Identity):
             shares = placement.data_world_size
             who = "ranks" if shares == placement.world_size else "shares of the data"
             rank_zero_info(f"batch_size={batch_size} on each of {shares} {who}: {batch_size * shares} samples a step")
-
-    def _launched(self) -> Placement:
-        if self._is_closed:
-            raise FabricRuntimeError(
-                "This Fabric is closed.",
-                given="a call after fabric.close()",
-                fix="make a new Fabric, or close it later",
-            )
-        if self._placement is None:
-            raise FabricRuntimeError(
-                f"This run has {self.world_size} processes, and they are not started yet.",
-                given=f"devices={self._arguments['devices']!r} in a script started with python",
-                fix="fabric.launch() right after Fabric(...), or fabric-run --devices N script.py",
-            )
-        return self._placement
 
 
 def _close_at_exit(reference: weakref.ref[Fabric]) -> None:

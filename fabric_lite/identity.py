@@ -7,18 +7,22 @@ from typing import Any
 import torch
 
 from fabric_lite.device import Accelerator
+from fabric_lite.errors import FabricRuntimeError
 from fabric_lite.precision import Precision
 from fabric_lite.run import Run
-from fabric_lite.strategies import Strategy
+from fabric_lite.strategies import Placement, Strategy
 
 __all__ = ["Identity"]
 
 
 class Identity:
-    """The read-only properties of a Fabric."""
+    """The read-only properties of a Fabric, and whether it can be used."""
 
     _run: Run
     _loggers: list[Any]
+    _arguments: dict[str, Any]
+    _placement: Placement | None
+    _is_closed: bool
 
     @property
     def device(self) -> torch.device:
@@ -74,3 +78,18 @@ class Identity:
     def logger(self) -> Any:
         """The first logger, or None."""
         return self._loggers[0] if self._loggers else None
+
+    def _launched(self) -> Placement:
+        if self._is_closed:
+            raise FabricRuntimeError(
+                "This Fabric is closed.",
+                given="a call after fabric.close()",
+                fix="make a new Fabric, or close it later",
+            )
+        if self._placement is None:
+            raise FabricRuntimeError(
+                f"This run has {self.world_size} processes, and they are not started yet.",
+                given=f"devices={self._arguments['devices']!r} in a script started with python",
+                fix="fabric.launch() right after Fabric(...), or fabric-run --devices N script.py",
+            )
+        return self._placement

@@ -23,6 +23,7 @@ LAYERS = [
     {"strategies", "checkpoint", "data", "launch"},
     {"run", "registry"},
     {"identity", "setting_up"},
+    {"communication", "checkpointing"},
     {"fabric"},
     {"testing", "__main__"},
 ]

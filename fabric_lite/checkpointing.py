@@ -1,0 +1,85 @@
+"""What a Fabric saves and loads, and what of its own belongs into a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_lite import checkpoint, collectives
+from fabric_lite import seed as random_seed
+from fabric_lite.identity import Identity
+from fabric_lite.loss_scaling import LossScaler
+
+__all__ = ["Checkpointing"]
+
+
+class Checkpointing(Identity):
+    """The checkpoints of a Fabric."""
+
+    _scaler: LossScaler | None
+
+    def save(
+        self,
+        path: str | Path,
+        state: Mapping[str, Any],
+        filter: dict[str, Callable[[str, Any], bool]] | None = None,
+        state_dict_type: str | None = None,
+    ) -> None:
+        """Write ``state`` to one file or a folder, old or new and never in between; every rank calls.
+
+        ``state_dict_type`` is "full" for a file that plain ``torch.load`` reads, "sharded" for a folder into which
+        every rank writes its own part; None asks the strategy. See :func:`fabric_lite.checkpoint.save`.
+        """
+        self._launched()
+        # Shards that inference mode makes views of cannot be detached.
+        with torch.inference_mode(False), torch.no_grad():
+            checkpoint.save(
+                path,
+                state,
+                filter=filter,
+                state_dict_type=self.strategy.state_dict_type if state_dict_type is None else state_dict_type,
+                origin={"strategy": type(self.strategy).__name__, "precision": self.precision.name},
+            )
+
+    def load(
+        self,
+        path: str | Path,
+        state: dict[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Restore the objects and values in ``state`` in place; returns what the checkpoint holds beside them.
+
+        Every rank calls it. The checkpoint may be of any strategy and world size, a file or a folder, also one of
+        ``torch.save``, ``torch.distributed.checkpoint``, safetensors or Lightning Fabric. Each rank reads what it
+        keeps. See :func:`fabric_lite.checkpoint.load`.
+        """
+        self._launched()
+        return checkpoint.load(path, state, strict=strict, weights_only=weights_only)
+
+    def load_raw(self, path: str | Path, obj: nn.Module | Optimizer, strict: bool = True) -> None:
+        """Load one bare state dict, from anything that :meth:`load` reads, into a module or optimizer.
+
+        Every rank calls it.
+        """
+        self._launched()
+        checkpoint.load_raw(path, obj, strict=strict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random state of every rank and the loss scaler's; every rank calls."""
+        state: dict[str, Any] = {"random": collectives.gather_objects(random_seed.random_state())}
+        if self._scaler is not None:
+            state["loss_scaler"] = self._scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`; random state only at the world size that it was saved at."""
+        if len(state["random"]) == self.world_size:
+            random_seed.set_random_state(state["random"][self.global_rank])
+        if self._scaler is not None and "loss_scaler" in state:
+            self._scaler.load_state_dict(state["loss_scaler"])
