@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def figures(request: pytest.FixtureRequest) -> Iterator[Figures]:
-    """``figures("bits flipped in a file", trials=500, found=500)``: one row of the table, written when the test passes."""
+    """``figures("bits flipped in a file", trials=500, found=500)``: one row of the table, once passed."""
     rows: dict[str, dict[str, Any]] = {}
     yield lambda name, **values: rows.update({name: values})
     path: Path | None = request.config.getoption("--figures")
