@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["RUN_ID_PREFIX", "RunConfig", "current", "install"]
+__all__ = ["EXIT_PREEMPTED", "RUN_ID_PREFIX", "RunConfig", "current", "install"]
 
+# What a rank exits with that was asked to leave (SIGTERM, SIGUSR1) and has saved its work: EX_TEMPFAIL, "try again".
+EXIT_PREEMPTED = 75
 
 # The run id that ranks of fabric_lite find in TORCHELASTIC_RUN_ID begins so.
 RUN_ID_PREFIX = "fabric_run_"
