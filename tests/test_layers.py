@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "trees", "attribute_dict"},
     {"policy"},
     {"precision", "topology", "run_config", "deferred", "parameters", "activation_checkpointing"},
-    {"adopt", "mesh", "collectives", "device", "init", "seed", "callbacks", "clearing", "loss_scaling", "clipping"},
+    {"adopt", "mesh", "side_store", "collectives", "device", "init", "seed", "callbacks", "clearing", "loss_scaling", "clipping"},
     {"extension", "optim", "notices"},
     {"guards", "hooked", "buffers"},
     {"route"},

@@ -1,0 +1,97 @@
+"""A thread beside the training loop that talks to the other ranks through the store, never through collectives."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import select
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+__all__ = ["SideThread", "connect"]
+
+_JOIN_SECONDS = 10.0
+
+
+def connect(name: str) -> Any:
+    """A connection of the caller's own to the store of the default process group, its keys apart under ``name``.
+
+    The group's own connection is held for as long as a call on it waits; this one is nobody else's. Every rank that
+    asks with the same name sees the same keys; they stay until the store ends, so a name is used once in a process.
+    """
+    # The one name that torch has for the store that a group was made with, whoever made it.
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return PrefixStore(f"fabric_lite/{name}", _get_default_store().clone())  # type: ignore[attr-defined]
+
+
+class SideThread:
+    """A daemon thread with its own store connection, which :meth:`close` ends, and else the process's end.
+
+    It has to end before Python does: one that comes back from torch's C++ later aborts a process that has finished
+    well. So ``work`` never waits in the store; it looks, and waits in :meth:`wait`. A forked child has no such thread,
+    and its copy of this object does nothing.
+
+    Args:
+        name: For the thread and for the keys in the store.
+        work: Called in the thread with this object and the store; it returns when :meth:`wait` says so. What it
+            raises ends the thread silently once :meth:`close` was called, and goes to ``threading.excepthook`` else.
+    """
+
+    def __init__(self, name: str, work: Callable[[SideThread, Any], None]) -> None:
+        self._work = work
+        self._store = connect(name)
+        self._process = os.getpid()
+        self._receiver, self._sender = os.pipe()
+        os.set_blocking(self._receiver, False)
+        os.set_blocking(self._sender, False)
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name=f"fabric_lite {name}", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def wait(self, seconds: float, *descriptors: int) -> bool:
+        """Wait, in the thread, until time is up, :meth:`wake` is called or one of ``descriptors`` can be read.
+
+        Returns:
+            Whether to go on: False once :meth:`close` was called.
+        """
+        if not self._is_closing:
+            ready, _, _ = select.select([self._receiver, *descriptors], [], [], seconds)
+            if self._receiver in ready:
+                os.read(self._receiver, 4096)
+        return not self._is_closing
+
+    def wake(self) -> None:
+        """End the thread's :meth:`wait` now, or its next one. From any thread, and from a signal handler."""
+        if not self._is_closing:
+            self._write()
+
+    def close(self) -> None:
+        """End the thread and wait until it has; again does nothing."""
+        atexit.unregister(self.close)
+        if self._is_closing or os.getpid() != self._process:
+            return
+        self._is_closing = True
+        self._write()
+        self._thread.join(_JOIN_SECONDS)
+        if not self._thread.is_alive():
+            self._store = None
+            os.close(self._receiver)
+            os.close(self._sender)
+
+    def _write(self) -> None:
+        try:
+            os.write(self._sender, b"\0")
+        except BlockingIOError:
+            return  # so many bytes wait there that it wakes anyhow
+
+    def _run(self) -> None:
+        try:
+            self._work(self, self._store)
+        except Exception:
+            if not self._is_closing:
+                raise
