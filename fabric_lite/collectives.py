@@ -64,8 +64,8 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
     return [_unpack(one) for one in packed]
 
 
-def broadcast_object(value: Any, src: int = 0) -> Any:
-    """Return rank ``src``'s picklable ``value`` on every rank.
+def broadcast_object(value: Any, src: int = 0, group: Any = None) -> Any:
+    """Return rank ``src``'s picklable ``value`` on every rank of ``group`` (None: all ranks).
 
     Raises:
         CollectiveError: On every rank, when it could not be pickled.
@@ -73,7 +73,7 @@ def broadcast_object(value: Any, src: int = 0) -> Any:
     if not is_distributed():
         return value
     box = [_pack(value) if rank() == src else None]
-    dist.broadcast_object_list(box, src=src)
+    dist.broadcast_object_list(box, src=src, group=group)
     return value if rank() == src and isinstance(box[0], bytes) else _unpack(box[0])
 
 
@@ -83,15 +83,16 @@ def barrier() -> None:
         dist.barrier()
 
 
-def raise_together(error: BaseException | None, what: str, kind: type[FabricError]) -> None:
+def raise_together(error: BaseException | None, what: str, kind: type[FabricError], group: Any = None) -> None:
     """Raise on every rank if ``error`` is set on any: the own error where there is one, else ``kind`` naming the rank.
 
     Args:
         error: What went wrong on this rank, or None.
         what: What was being done, for the message of the ranks where nothing went wrong.
         kind: An error type of :mod:`fabric_lite.errors`, raised on those ranks.
+        group: Through which the ranks tell each other, one of all ranks; None is the default group.
     """
-    failures = gather_objects(None if error is None else _in_words(error))
+    failures = gather_objects(None if error is None else _in_words(error), group)
     if error is not None:
         raise error
     for failed, message in enumerate(failures):
