@@ -6,16 +6,20 @@ from fabric_lite.data.loader import (
     extend_loader,
     is_extended_loader,
     owner_of_loader,
+    place_of,
     release_loader,
 )
 from fabric_lite.data.move import move_to_device
+from fabric_lite.data.place import Place
 
 __all__ = [
     "ExtendedLoader",
+    "Place",
     "check_loaders",
     "extend_loader",
     "is_extended_loader",
     "move_to_device",
     "owner_of_loader",
+    "place_of",
     "release_loader",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fabric_lite.collectives import Collectives
+from fabric_lite.data.place import Place
 from fabric_lite.errors import FabricRuntimeError
 
 __all__ = ["MovedIterable", "end_together"]
@@ -84,6 +85,11 @@ class MovedIterable:
         if callable(own := getattr(self.iterable, "state_dict", None)):
             return own()
         return {"epoch": self._epoch, "seen": self._yielded or self._to_skip}
+
+    def place(self) -> Place:
+        """The place for a person, counted in batches."""
+        seen = self._yielded or self._to_skip
+        return Place(self._epoch, seen, seen, "batches")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next iteration go on at ``state_dict``."""

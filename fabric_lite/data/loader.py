@@ -15,6 +15,7 @@ from fabric_lite import adopt
 from fabric_lite.collectives import Collectives, is_distributed
 from fabric_lite.data.iterables import MovedIterable, end_together
 from fabric_lite.data.move import mover
+from fabric_lite.data.place import Place
 from fabric_lite.data.progress import Progress
 from fabric_lite.data.samplers import CountedBatchSampler, CountedSampler, Dealer, Pass, ShardedSampler, length_of
 from fabric_lite.data.workers import WorkerSeed
@@ -26,6 +27,7 @@ __all__ = [
     "extend_loader",
     "is_extended_loader",
     "owner_of_loader",
+    "place_of",
     "release_loader",
 ]
 
@@ -136,6 +138,17 @@ def owner_of_loader(loader: Any) -> Any:
     if isinstance(loader, MovedIterable):
         return loader.owner
     return getattr(adopt.extension_of(loader), "owner", None)
+
+
+def place_of(loader: Any) -> Place:
+    """Return where a set-up loader goes on; communicates nothing.
+
+    Raises:
+        FabricValueError: ``pad=False`` leaves some rank without a sample at this world size.
+    """
+    own: Any = loader if isinstance(loader, MovedIterable) else adopt.extension_of(loader).progress
+    place: Place = own.place()
+    return place
 
 
 def release_loader(loader: Any) -> Any:

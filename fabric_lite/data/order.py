@@ -26,12 +26,14 @@ class Position:
         seen: Items of the epoch that all ranks together have seen.
         draw: The random state from which the user's sampler drew this epoch's order, where it drew by itself.
         is_loaded: Whether the place was loaded, so that the iterator that starts here goes on for an earlier one.
+        batch: Batches of the epoch that each rank has been given.
     """
 
     epoch: int = 0
     seen: int = 0
     draw: dict[str, Any] | None = None
     is_loaded: bool = False
+    batch: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,16 @@ class Plan:
     def seen_after(self, steps: int) -> int:
         """Items of the epoch that have been seen after ``steps`` steps."""
         return min(self.edge(steps), self.total)
+
+    @property
+    def repeated(self) -> int:
+        """Items that are seen twice, for padding."""
+        return max(0, self.edge(self.steps) - self.total)
+
+    @property
+    def skipped(self) -> int:
+        """Items that nobody sees, since no full step is left for them."""
+        return max(0, self.total - max(self.start, self.edge(self.steps)))
 
     def shares(self, rank: int, first: int = 0) -> Iterator[range]:
         """Yield the items that ``rank`` gets at each step; an item ``i >= total`` stands for ``i % total``."""

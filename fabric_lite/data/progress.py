@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fabric_lite.data.order import Position
+from fabric_lite.data.place import Place
 from fabric_lite.data.randomness import decode, encode, generators_of
-from fabric_lite.data.samplers import Dealer, Pass
+from fabric_lite.data.samplers import Dealer, Pass, length_of
 from fabric_lite.data.workers import WorkerSeed
 from fabric_lite.errors import FabricValueError
 from fabric_lite.seed import worker_seed_base
@@ -38,6 +40,7 @@ class Progress:
         self._rank = rank
         self._world_size = world_size
         self._next: Position | None = Position()  # None: the epoch after that of the latest pass
+        self._loaded_world_size = world_size
         self._latest: Pass | None = None
         self._pinned: Pass | None = None
         self._followed: Any = None
@@ -115,6 +118,7 @@ class Progress:
         state = {
             "epoch": place.epoch,
             "seen": place.seen,
+            "batch": place.batch,
             "unit": self._unit,
             "seed": self._seed,
             "world_size": self._world_size,
@@ -140,7 +144,25 @@ class Progress:
         for generator, own_state in zip(self._generators, state.get("generators", ()), strict=False):
             generator.set_state(decode(own_state))
         self._seed = int(state["seed"])
-        self._next = Position(int(state["epoch"]), int(state["seen"]), state.get("draw"), is_loaded=True)
+        self._next = Position(
+            int(state["epoch"]), int(state["seen"]), state.get("draw"), True, int(state.get("batch", 0))
+        )
+        self._loaded_world_size = int(state["world_size"])
+
+    def place(self) -> Place:
+        """The place that :meth:`state_dict` tells, for a person; after loading, what going on from there costs."""
+        now = self._place()
+        repeated = skipped = 0
+        old = self._loaded_world_size
+        is_elsewhere = now.is_loaded and old != self._world_size
+        if is_elsewhere and self._dealer is not None:
+            total = length_of(self._dealer.sampler)
+            if total is not None:
+                rest = self._dealer.plan(total, now.seen)
+                whole = dataclasses.replace(rest, start=0, world_size=old)
+                repeated = max(0, rest.repeated - whole.repeated)
+                skipped = max(0, rest.skipped - whole.skipped)
+        return Place(now.epoch, now.batch, now.seen, self._unit, repeated, skipped, old if is_elsewhere else None)
 
     def _check_place(self, state: dict[str, Any]) -> None:
         theirs = (state["unit"], state["is_dealt"], state["world_size"])
@@ -189,16 +211,17 @@ class Progress:
         if self._next is not None or self._latest is None or self._latest.is_finished:
             return self._upcoming()
         latest, start, epoch, steps = self._latest, self._latest.start, self._latest.start.epoch, self._latest.yielded
-        seen = start.seen
+        seen, batch = start.seen, start.batch + steps
         if self._dealer is None:
-            return Position(epoch, seen + steps)
+            return Position(epoch, seen + steps, batch=batch)
         if latest.total is None:
             width = self._dealer.plan(0).width
-            return Position(epoch, seen + steps * width, latest.draws.get(epoch))
+            return Position(epoch, seen + steps * width, latest.draws.get(epoch), batch=batch)
         plan = self._dealer.plan(latest.total, seen)
         while steps > plan.steps > 0:
             steps, epoch, plan = steps - plan.steps, epoch + 1, self._dealer.plan(latest.total)
-        return Position(epoch, plan.seen_after(steps), latest.draws.get(epoch))
+            batch = steps
+        return Position(epoch, plan.seen_after(steps), latest.draws.get(epoch), batch=batch)
 
     # A sampler that counts epochs itself
 

@@ -20,7 +20,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from fabric_lite.data import extend_loader
+from fabric_lite.data import extend_loader, place_of
 from fabric_lite.errors import FabricValueError
 
 CPU = torch.device("cpu")
@@ -312,3 +312,40 @@ def test_a_place_in_batches_is_not_one_in_samples() -> None:
     next(iter(loader))
     with pytest.raises(FabricValueError, match=r"(?s)1?2 batches dealt out to 2 ranks; here: samples"):
         set_up(KINDS["shuffled"](), 0, 2).load_state_dict(loader.state_dict())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_place_in_words_counts_batches_over_every_stop(world_size: int) -> None:
+    loader = set_up(KINDS["shuffled"](), 0, world_size)
+    list(loader)
+    batches = len(loader)
+    for expected in range(1, batches):
+        iterator = iter(loader)
+        next(iterator)
+        state = written_and_read(loader.state_dict())
+        loader = set_up(KINDS["shuffled"](), 0, world_size)
+        loader.load_state_dict(state)
+        assert str(place_of(loader)) == f"epoch 1, batch {expected}; 0 samples repeated, 0 skipped"
+    assert len(list(loader)) == 1
+    assert str(place_of(loader)) == "epoch 2, batch 0; 0 samples repeated, 0 skipped"
+
+
+def test_the_place_in_words_tells_what_another_world_size_costs() -> None:
+    loader = set_up(KINDS["drop_last"](), 0, 2)  # 22 samples: 3 steps of 6, 4 are dropped
+    next(iter(loader))
+    for world_size, skipped in [(1, 0), (2, 0), (4, 0), (8, 12)]:
+        again = set_up(KINDS["drop_last"](), 0, world_size)
+        again.load_state_dict(loader.state_dict())
+        assert place_of(again).skipped == skipped
+    loader = set_up(KINDS["shuffled"](), 0, 2)
+    next(iter(loader))
+    again = set_up(KINDS["shuffled"](), 0, 3)
+    again.load_state_dict(loader.state_dict())
+    assert str(place_of(again)) == "epoch 0, batch 1 of 2 ranks; 2 samples repeated, 0 skipped"
+    assert len(flat(again)) * 3 == 18, "16 samples are left, and 2 come again"
+
+
+def test_the_place_in_words_of_a_list_of_batches() -> None:
+    loader = set_up([1, 2, 3])
+    next(iter(loader))
+    assert str(place_of(loader)) == "epoch 0, batch 1; 0 batches repeated, 0 skipped"
