@@ -2,11 +2,13 @@
 
 The manifest (``fabric_lite.json``) lists every record with its size and CRC-32, and the tensors that live in it. So
 one rename commits data and manifest together, and plain ``torch.load(path, weights_only=True)`` reads the file.
+What lies around the records has a checksum in the zip's comment: :mod:`fabric_lite.checkpoint.seal`.
 """
 
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,7 @@ def manifest_of(archive: zipfile.ZipFile, path: Path) -> dict[str, Any] | None:
         raise damaged(path, f"{MANIFEST} is compressed")
     try:
         manifest: dict[str, Any] = json.loads(archive.read(found))
-    except (ValueError, RecursionError, zipfile.BadZipFile) as error:
+    except (ValueError, RuntimeError, EOFError, struct.error, zipfile.BadZipFile) as error:
         raise damaged(path, f"{MANIFEST}: {type(error).__name__}: {error}") from error
     if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
         raise damaged(path, f"{MANIFEST} has no format")

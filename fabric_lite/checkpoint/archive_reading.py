@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import os
 import pickle
-import struct
 import sys
 import warnings
 import zipfile
@@ -25,6 +25,7 @@ from fabric_lite.checkpoint.archive import (
     records_of,
 )
 from fabric_lite.checkpoint.plain import Place, tensors_in
+from fabric_lite.checkpoint.seal import begin_of_data, checksum_around, is_seal, sealed_checksum
 from fabric_lite.checkpoint.stored import Located, Piece, Storage, StoredTensor
 from fabric_lite.checkpoint.stored_files import OpenFile, StoredFile, Window, crc32_of, read_bytes
 from fabric_lite.collectives import rank
@@ -36,7 +37,6 @@ _TRUST = "load(..., weights_only=False) if you trust whoever wrote it"
 # How a file begins: a zip, a pickle, or the number before a pickle of a protocol without a first byte of its own.
 _BEGINNINGS = (b"PK", b"\x80", f"L{torch.serialization.MAGIC_NUMBER}L\n".encode())
 _TAR, _TAR_AT = b"ustar", 257  # torch before 0.1.10; the bytes that tell a tar come after the first file's name
-_LOCAL_HEADER = 30  # bytes of a zip record's fixed header; its last four are the lengths of name and extra field
 
 
 class ArchiveFile:
@@ -80,8 +80,11 @@ class ArchiveFile:
             with zipfile.ZipFile(self._stream(descriptor)) as archive:
                 manifest = manifest_of(archive, self._path)
                 records = records_of(archive, self._path)
+                comment = archive.comment
             if manifest is not None:
                 self._compare(descriptor, records, manifest["records"], share)
+            if (manifest is not None and manifest.get("sealed")) or is_seal(comment):
+                self._check_seal(descriptor, records, manifest, comment, share)
 
     def content(self) -> Any:
         """Return what is in the file. Plain tensors are left in it; those of other kinds are mapped into memory.
@@ -112,6 +115,29 @@ class ArchiveFile:
             if not sound:
                 tensors = [tensor["key"] for tensor in record.get("tensors", [])]
                 raise damaged(self._path, ", ".join(tensors) if tensors else f"record {name}")
+
+    def _check_seal(
+        self,
+        descriptor: int,
+        records: dict[str, zipfile.ZipInfo],
+        manifest: Any,
+        comment: bytes,
+        share: tuple[int, int],
+    ) -> None:
+        if manifest is None:
+            raise damaged(self._path, f"it has lost its {MANIFEST}")
+        if not is_seal(comment):
+            raise damaged(self._path, "it has lost its seal, at the end")
+        if share[0] != 0:
+            return
+        checksum = checksum_around(
+            records.values(),
+            os.fstat(descriptor).st_size,
+            functools.partial(read_bytes, descriptor, self._path),
+            functools.partial(crc32_of, descriptor, self._path),
+        )
+        if sealed_checksum(comment) != b"%08x" % checksum:
+            raise damaged(self._path, "a header, or the zip's directory")
 
     def _is_in_place(self, descriptor: int) -> bool:
         """Whether the bytes of the tensors lie in the file as they lie in memory."""
@@ -215,8 +241,7 @@ def _is_zip(descriptor: int) -> bool:
 
 
 def _data_begin(descriptor: int, path: Path, info: zipfile.ZipInfo) -> int:
-    header = read_bytes(descriptor, path, info.header_offset, _LOCAL_HEADER)
-    return info.header_offset + _LOCAL_HEADER + sum(struct.unpack("<HH", header[-4:]))
+    return begin_of_data(info, functools.partial(read_bytes, descriptor, path))
 
 
 @contextlib.contextmanager

@@ -220,7 +220,11 @@ class Manifest:
             value = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise _damaged(path, f"{type(error).__name__}: {error}") from error
-        return Manifest.from_json(value, path)
+        manifest = Manifest.from_json(value, path)
+        # Other letters can stand for the same values: \u00e9 and \u00E9.
+        if _text(value) != data:
+            raise _damaged(path, "its checksum fits, and it is not written as it was")
+        return manifest
 
     def write(self, folder: Path) -> None:
         """Write it into ``folder`` and onto the disk. Raises OSError."""
@@ -228,7 +232,7 @@ class Manifest:
             folder / MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
         )
         with os.fdopen(descriptor, "wb") as file:
-            file.write(json.dumps(self.to_json(), separators=(",", ":")).encode())
+            file.write(_text(self.to_json()))
             file.flush()
             os.fsync(file.fileno())
 
@@ -292,8 +296,12 @@ Fault = Callable[[str], NoReturn]
 
 
 def _checksum(body: dict[str, Any]) -> int:
-    """CRC-32 of a manifest's values, however they are laid out in the file; their order counts."""
-    return zlib.crc32(json.dumps(body, separators=(",", ":")).encode())
+    """CRC-32 of a manifest's values; their order counts."""
+    return zlib.crc32(_text(body))
+
+
+def _text(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def _fields(kind: type, value: Any, fault: Fault) -> None:

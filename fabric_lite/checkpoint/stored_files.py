@@ -177,9 +177,11 @@ def read_bytes(descriptor: int, path: Path, begin: int, count: int) -> bytes:
     return bytes(memory)
 
 
-def crc32_of(descriptor: int, path: Path, begin: int, end: int) -> int:
-    """The CRC-32 of the bytes of a file from ``begin`` to ``end``; CheckpointError if it ends before."""
-    checksum = 0
+def crc32_of(descriptor: int, path: Path, begin: int, end: int, checksum: int = 0) -> int:
+    """The CRC-32 of the bytes of a file from ``begin`` to ``end``, going on from that of what comes before them.
+
+    Raises CheckpointError if the file ends before.
+    """
     buffer = memoryview(bytearray(min(_STEP, max(end - begin, 0))))
     while begin < end:
         part = buffer[: min(_STEP, end - begin)]

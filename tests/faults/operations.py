@@ -38,7 +38,7 @@ class Operation:
     path: str
     other: str = ""
     begin: int = 0
-    data: bytes = b""
+    data: bytes = dataclasses.field(default=b"", repr=False)
 
 
 class Watch:
@@ -74,9 +74,10 @@ class Watch:
             number = len(self.operations)
             self._before(number)
             self.operations.append(operation)
-            result = function(*args, **kwargs)
-            self._after(number)
-            return result
+            try:
+                return function(*args, **kwargs)
+            finally:  # making a folder fails where its parent has to be made first
+                self._after(number)
 
     def _install(self) -> None:
         for name, kind in (("mkdir", "mkdir"), ("rmdir", "rmdir"), ("unlink", "unlink"), ("remove", "unlink")):

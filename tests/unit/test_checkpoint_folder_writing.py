@@ -233,7 +233,7 @@ def changed(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     change(value)
     body = {key: item for key, item in value.items() if key != "checksum"}
     value["checksum"] = zlib.crc32(json.dumps(body, separators=(",", ":")).encode())
-    (path / MANIFEST).write_text(json.dumps(value))
+    (path / MANIFEST).write_text(json.dumps(value, separators=(",", ":")))
 
 
 def chunk(value: dict[str, Any]) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     change(value)
     body = {key: item for key, item in value.items() if key != "checksum"}
     value["checksum"] = zlib.crc32(json.dumps(body, separators=(",", ":")).encode())
-    (folder / MANIFEST).write_text(json.dumps(value))
+    (folder / MANIFEST).write_text(json.dumps(value, separators=(",", ":")))
 
 
 def set_part(value: dict[str, Any], name: str) -> None:
