@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from fabric_lite.fabric import Fabric
     from fabric_lite.precision import Precision
+    from fabric_lite.run_config import EXIT_PREEMPTED
     from fabric_lite.seed import seed_everything
     from fabric_lite.strategies import (
         DDPStrategy,
@@ -49,6 +50,7 @@ _HOMES = {
     "CheckpointError": "errors",
     "CollectiveError": "errors",
     "DDPStrategy": "strategies",
+    "EXIT_PREEMPTED": "run_config",
     "FSDPStrategy": "strategies",
     "ModelParallelStrategy": "strategies",
     "Fabric": "fabric",
@@ -74,6 +76,7 @@ __all__ = [  # noqa: RUF022 - the order of a first reading
     "plain",
     "AttributeDict",
     "Precision",
+    "EXIT_PREEMPTED",
     "Strategy",
     "SingleDeviceStrategy",
     "DDPStrategy",

@@ -14,14 +14,38 @@ from fabric_lite import checkpoint, collectives
 from fabric_lite import seed as random_seed
 from fabric_lite.identity import Identity
 from fabric_lite.loss_scaling import LossScaler
+from fabric_lite.preemption import Preemption
+from fabric_lite.steps import Steps
 
 __all__ = ["Checkpointing"]
 
 
 class Checkpointing(Identity):
-    """The checkpoints of a Fabric."""
+    """The checkpoints of a Fabric, and when it is time for one."""
 
     _scaler: LossScaler | None
+    _steps: Steps
+    _preemption: Preemption | None
+
+    @property
+    def steps(self) -> int:
+        """The completed steps of the first optimizer that was set up, over all parts of a run that was resumed."""
+        return self._steps.total
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether this run was asked to leave and has made the last of its steps: save, then exit.
+
+        SIGTERM or SIGUSR1 to any one rank asks for all. It becomes true on every rank after the same step, the one
+        that the ranks were in or the next, at no cost to the steps; between two steps it does not change. The first
+        look at it, after ``setup``, is what makes the signals mean this; a repeated signal ends the process. ::
+
+            if fabric.should_stop:
+                fabric.save(path, state)
+                raise SystemExit(fabric_lite.EXIT_PREEMPTED)
+        """
+        self._launched()
+        return self._preemption is not None and self._preemption.should_stop
 
     def save(
         self,
@@ -71,14 +95,17 @@ class Checkpointing(Identity):
         checkpoint.load_raw(path, obj, strict=strict)
 
     def state_dict(self) -> dict[str, Any]:
-        """The random state of every rank and the loss scaler's; every rank calls."""
-        state: dict[str, Any] = {"random": collectives.gather_objects(random_seed.random_state())}
+        """The steps, the random state of every rank and the loss scaler's; every rank calls."""
+        random = collectives.gather_objects(random_seed.random_state())
+        state: dict[str, Any] = {"random": random, "steps": self.steps}
         if self._scaler is not None:
             state["loss_scaler"] = self._scaler.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`; random state only at the world size that it was saved at."""
+        if "steps" in state:
+            self._steps.restore(int(state["steps"]))
         if len(state["random"]) == self.world_size:
             random_seed.set_random_state(state["random"][self.global_rank])
         if self._scaler is not None and "loss_scaler" in state:

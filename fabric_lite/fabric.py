@@ -34,10 +34,13 @@ from fabric_lite.notices import rank_zero_info
 from fabric_lite.optim import check_belongs
 from fabric_lite.parameters import parameters_of
 from fabric_lite.precision import Precision
+from fabric_lite.preemption import Preemption
 from fabric_lite.registry import Registry, release_from_others
 from fabric_lite.run import Arguments, resolve
 from fabric_lite.setting_up import Setup
+from fabric_lite.steps import Steps
 from fabric_lite.strategies import Placement, Strategy
+from fabric_lite.watch import HangWatch, choose_hang_timeout, group_timeout_seconds
 
 __all__ = ["Fabric"]
 
@@ -56,6 +59,9 @@ class Fabric(Communication, Checkpointing):
         callbacks: Objects whose methods :meth:`call` calls by name.
         loggers: Objects with ``log_metrics(metrics, step)``.
         plugins: A ``Precision``, instead of ``precision``.
+        check_collectives: Whether the ranks compare each collective before they enter it; slow, for finding bugs.
+        hang_timeout: Of a job in which nothing has moved on any rank for so many seconds, it is said who did not
+            arrive, and it is ended. 0: never; None: 600. Not where the process group was there already.
 
     Raises:
         FabricValueError: A value is not allowed; FabricTypeError: a type is not.
@@ -73,20 +79,27 @@ class Fabric(Communication, Checkpointing):
         callbacks: Any = None,
         loggers: Any = None,
         plugins: Any = None,
+        check_collectives: bool = False,
+        hang_timeout: float | None = None,
     ) -> None:
         arguments = Arguments(accelerator, strategy, devices, num_nodes, precision)
         self._arguments = {**vars(arguments), "callbacks": callbacks, "loggers": loggers, "plugins": plugins}
+        self._arguments |= {"check_collectives": check_collectives, "hang_timeout": hang_timeout}
         self._run = resolve(arguments, plugins, run_config.current(), os.environ)
         self._callbacks = (
             tuple(callbacks) if isinstance(callbacks, (list, tuple)) else () if callbacks is None else (callbacks,)
         )
         self._loggers = list(loggers) if isinstance(loggers, (list, tuple)) else [] if loggers is None else [loggers]
-        self._collectives = Collectives(self.device, check=self._run.config.check_collectives)
+        self._collectives = Collectives(self.device, check=check_collectives or self._run.config.check_collectives)
+        self._hang_timeout = choose_hang_timeout(hang_timeout, self._run.config.hang_timeout)
+        self._watch: HangWatch | None = None
         self._scaler = LossScaler(self.device.type) if self.precision.loss_scale else None
         self._owns_group = False
         self._placement: Placement | None = None
         self._set_up = Registry(self, self.strategy, self._scaler)
-        self._setup = Setup(self, self._run, self._scaler, self._callbacks, self._set_up)
+        self._steps = Steps(self)
+        self._preemption: Preemption | None = None
+        self._setup = Setup(self, self._run, self._scaler, self._callbacks, self._set_up, self._steps)
         self._is_closed = False
         if not self._run.needs_launch:
             self._connect()
@@ -256,6 +269,10 @@ class Fabric(Communication, Checkpointing):
 
     def close(self) -> None:
         """Release everything and leave the process group, if it was made here; the Fabric cannot be used any more."""
+        if self._preemption is not None:
+            self._preemption.close()
+        if self._watch is not None:
+            self._watch.close()
         self._set_up.release_all()
         if self.world_size > 1:
             # What DDP leaves in reference cycles holds the process group: alive at the interpreter's end, gloo aborts.
@@ -412,12 +429,15 @@ class Fabric(Communication, Checkpointing):
             torch.accelerator.set_device_index(self.device.index)
         axes = self.strategy.mesh_axes(self.world_size, self._run.topology.local_world_size)
         if self.world_size > 1 or axes:
-            self._owns_group = join(self._run.topology, self.device)
+            self._owns_group = join(self._run.topology, self.device, group_timeout_seconds(self._hang_timeout))
         if self._owns_group:
             atexit.register(_close_at_exit, weakref.ref(self))
         mesh = build_mesh(self.device, axes)
         share = data_share(mesh, self.strategy.data_axes, (self.global_rank, self.world_size))
         self._placement = Placement(self.device, self.precision, self.world_size, mesh, *share)
+        self._preemption = Preemption(self._steps, self.global_rank, self.world_size)
+        if self._owns_group and self.world_size > 1 and self._hang_timeout:
+            self._watch = HangWatch(self.global_rank, self.world_size, self._hang_timeout, self._set_up.movement)
         for notice in self._run.notices:
             rank_zero_info(notice)
 

@@ -99,7 +99,7 @@ def extend_optimizer(
     scaler: LossScaler | None,
     before_step: Callable[..., None] | None = None,
     engine_step: Callable[[torch.optim.Optimizer], None] | None = None,
-    after_step: Callable[..., None] | None = None,
+    after_step: Sequence[Callable[..., None]] = (),
 ) -> None:
     """Mark ``optimizer`` as set up and let others follow its steps; its state comes to its parameters' device.
 
@@ -109,7 +109,7 @@ def extend_optimizer(
         scaler: Unscales gradients and skips steps that overflowed.
         before_step: A pre-hook of ``step``, ahead of all others.
         engine_step: Called in place of torch's own step, which then finds no gradients.
-        after_step: A post-hook of ``step``.
+        after_step: Post-hooks of ``step``, behind all others.
     """
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
@@ -122,8 +122,7 @@ def extend_optimizer(
         handles += _replace_step(optimizer, engine_step)
     # The innermost: what stands around a step sees the options as the user gave them.
     handles += _step_mixtures_one_by_one(optimizer)
-    if after_step is not None:
-        handles.append(optimizer.register_step_post_hook(after_step))
+    handles += [optimizer.register_step_post_hook(hook) for hook in after_step]
     # Not pickled: an optimizer's state is its state, its groups and its defaults.
     optimizer.__dict__[HOLDER] = OptimizerExtension(owner, handles)
 

@@ -23,6 +23,7 @@ from fabric_lite.parameters import carry_over, check_exchangeable, parameters_of
 from fabric_lite.registry import Registry
 from fabric_lite.route import check_module, compiled_from, extend_module
 from fabric_lite.run import Run
+from fabric_lite.steps import Steps
 from fabric_lite.strategies import Placement
 
 __all__ = ["Setup"]
@@ -38,6 +39,7 @@ class Setup:
         scaler: Of a precision that scales the loss.
         callbacks: Told of every module that was set up and of every step.
         registry: Remembers what was set up.
+        steps: Counts those of the first optimizer.
     """
 
     owner: Any
@@ -45,6 +47,7 @@ class Setup:
     scaler: LossScaler | None
     callbacks: tuple[Any, ...]
     registry: Registry
+    steps: Steps
 
     def lay_out(
         self, module: nn.Module, optimizers: Sequence[Optimizer], placement: Placement, move_to_device: bool
@@ -91,14 +94,15 @@ class Setup:
         def after_step(stepped: Optimizer, *_: Any) -> None:
             call_hook(self.callbacks, "on_after_optimizer_step", strategy=self.run.strategy, optimizer=stepped)
 
-        wanted = has_hook(self.callbacks, "on_after_optimizer_step")
+        wanted = after_step if has_hook(self.callbacks, "on_after_optimizer_step") else None
+        hooks = [hook for hook in (self.steps.follow(optimizer), wanted) if hook is not None]
         strategy = self.run.strategy
         engine_step = strategy.step if strategy.owns_step else None
         # With several ranks, gradients that no engine has seen would let the ranks drift apart; and parts of a sharded
         # model that a forward without gradients has gathered would go on with the values from before the step.
         several = self.run.topology.world_size > 1 or strategy.is_sharded
         guard = SynchronisationGuard(self.registry.modules) if several else None
-        extend_optimizer(optimizer, self.owner, self.scaler, guard, engine_step, after_step if wanted else None)
+        extend_optimizer(optimizer, self.owner, self.scaler, guard, engine_step, hooks)
         if strategy.is_sharded:
             extension_of(optimizer).handles.append(extend_zero_grad(optimizer, self._forget_unsynchronised))
         self.registry.add(optimizer)
