@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_lite import collectives, run_config
+from fabric_lite import checkpoint, collectives, run_config
 from fabric_lite import seed as random_seed
 from fabric_lite.adopt import extension_of
 from fabric_lite.callbacks import call_hook
@@ -268,7 +268,11 @@ class Fabric(Communication, Checkpointing):
         return plain_objects[0] if len(plain_objects) == 1 else plain_objects
 
     def close(self) -> None:
-        """Release everything and leave the process group, if it was made here; the Fabric cannot be used any more."""
+        """Release everything and leave the process group, if it was made here; the Fabric cannot be used any more.
+
+        Waits for an asynchronous save; what went wrong there, and was not raised yet, is raised when all else is done.
+        """
+        save_error = checkpoint.finish()
         if self._preemption is not None:
             self._preemption.close()
         if self._watch is not None:
@@ -281,6 +285,8 @@ class Fabric(Communication, Checkpointing):
         if self._owns_group:
             leave()
             self._owns_group = False
+        if save_error is not None:
+            raise save_error
 
     # --- the step -----------------------------------------------------------------------------------------------
 
@@ -452,6 +458,7 @@ class Fabric(Communication, Checkpointing):
 def _close_at_exit(reference: weakref.ref[Fabric]) -> None:
     fabric = reference()
     if fabric is not None and not fabric._is_closed:
+        checkpoint.finish_at_exit()
         fabric.close()
 
 
@@ -459,4 +466,8 @@ def _call_with_fabric(
     arguments: dict[str, Any], function: Callable[..., Any], args: Sequence[Any], **kwargs: Any
 ) -> Any:
     """In each started rank: make its Fabric and call the user's function."""
-    return function(Fabric(**arguments), *args, **kwargs)
+    value = function(Fabric(**arguments), *args, **kwargs)
+    save_error = checkpoint.finish()
+    if save_error is not None:
+        raise save_error
+    return value

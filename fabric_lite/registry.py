@@ -47,6 +47,10 @@ class Registry:
         """The optimizers among them."""
         return [target for target in self._objects.values() if isinstance(target, Optimizer)]
 
+    def movement(self) -> list[Any]:
+        """Counts that change while what was set up is used; from any thread."""
+        return [_movement_of(reference()) for reference in self._objects.valuerefs()]
+
     def check_new(self, targets: Sequence[Any], kind: type) -> None:
         """Raise unless every one of ``targets`` is a ``kind`` that is not set up yet; another Fabric's is released.
 
@@ -107,6 +111,10 @@ def release_from_others(targets: Sequence[Any]) -> None:
         if owner is not None:
             owner.release(target)
             rank_zero_info(f"a {type(target).__name__} that another Fabric had set up was released first")
+
+
+def _movement_of(target: Any) -> Any:
+    return getattr(extension_of(target), "entries", None)
 
 
 def _owner_of(target: Any) -> Any:

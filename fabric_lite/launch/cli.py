@@ -44,6 +44,7 @@ def parse_arguments(arguments: Sequence[str]) -> LaunchPlan:
     options = _parser().parse_args(arguments)
     _check_at_least("--num-nodes", options.num_nodes, 1)
     _check_at_least("--max-restarts", options.max_restarts, 0)
+    _check_at_least("--hang-timeout", options.hang_timeout, 0)
     if options.devices is not None:
         parse_devices(options.devices)
     rendezvous = _rendezvous(options)
@@ -56,6 +57,7 @@ def parse_arguments(arguments: Sequence[str]) -> LaunchPlan:
             devices=options.devices,
             num_nodes=options.num_nodes,
             check_collectives=options.check_collectives,
+            hang_timeout=options.hang_timeout,
         ),
         max_restarts=options.max_restarts,
         log_dir=options.log_dir,
@@ -100,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
         "--check-collectives",
         action="store_true",
         help="before each collective, compare operation, shapes and dtypes over the ranks",
+    )
+    add(
+        "--hang-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end a job in which nothing has moved for so long, and say who did not arrive (default: 600; 0: never)",
     )
     add("-m", dest="is_module", action="store_true", help="SCRIPT is the name of a module")
     add("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS...]", help="what to run, and its own arguments")
@@ -154,6 +162,6 @@ def _check_static(options: argparse.Namespace, num_nodes: int) -> None:
         )
 
 
-def _check_at_least(option: str, value: int | None, least: int) -> None:
+def _check_at_least(option: str, value: float | None, least: int) -> None:
     if value is not None and value < least:
         raise LaunchError(f"{option} must be at least {least}.", given=f"{option} {value}", fix=f"{option} {least}")
