@@ -16,6 +16,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults")
     group.addoption("--figures", type=Path, help="merge what is measured into this JSON file")
     group.addoption("--progress", type=Path, help="leave out the tests that this file says have passed, and add to it")
+    group.addoption("--times", type=int, default=1, help="so many times the trials of the tests that kill at random")
+
+
+@pytest.fixture
+def times(request: pytest.FixtureRequest) -> int:
+    """By how much to multiply a count of random trials."""
+    return int(request.config.getoption("--times"))
 
 
 @pytest.fixture

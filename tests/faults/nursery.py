@@ -12,19 +12,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import importlib
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 __all__ = ["End", "Nursery"]
 
 TIMEOUT = datetime.timedelta(seconds=30)
+PRELOAD = ("torch.distributed.tensor", "fabric_lite.checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +40,16 @@ class End:
 
 
 class Nursery:
-    """A warm process that forks ranks on demand; a context manager."""
+    """A warm process that forks ranks on demand; a context manager.
 
-    def __init__(self) -> None:
+    Args:
+        preload: Modules that it imports once, for all ranks.
+    """
+
+    def __init__(self, preload: Sequence[str] = PRELOAD) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, list(sys.path)), daemon=False)
+        self._process = context.Process(target=_serve, args=(theirs, list(sys.path), tuple(preload)), daemon=False)
         self._process.start()
         theirs.close()
 
@@ -54,28 +62,32 @@ class Nursery:
         self._process.kill()
         self._process.join()
 
-    def run(self, function: Callable[..., Any], *args: Any, ranks: int = 1) -> list[End]:
-        """Call ``function(*args)`` on new ranks and wait until all have ended; an End for each, by rank."""
-        self._pipe.send((function, args, ranks))
+    def run(
+        self, function: Callable[..., Any], *args: Any, ranks: int = 1, kill: tuple[Path, float] | None = None
+    ) -> list[End]:
+        """Call ``function(*args)`` on new ranks and wait until all have ended; an End for each, by rank.
+
+        With ``kill``, a path and seconds, all are killed so long after there is a file of that name.
+        """
+        self._pipe.send((function, args, ranks, kill))
         return self._pipe.recv()  # type: ignore[no-any-return]
 
 
-def _serve(pipe: Any, path: list[str]) -> None:
+def _serve(pipe: Any, path: list[str], preload: tuple[str, ...]) -> None:
     sys.path[:] = path
     import torch
-    import torch.distributed.tensor
 
-    import fabric_lite.checkpoint
-    import fabric_lite.fabric  # noqa: F401
-
+    for name in preload:
+        importlib.import_module(name)
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):
         while True:
-            function, args, ranks = pipe.recv()
-            pipe.send(_forked(function, args, ranks))
+            pipe.send(_forked(*pipe.recv()))
 
 
-def _forked(function: Callable[..., Any], args: tuple[Any, ...], ranks: int) -> list[End]:
+def _forked(
+    function: Callable[..., Any], args: tuple[Any, ...], ranks: int, kill: tuple[Path, float] | None
+) -> list[End]:
     with tempfile.TemporaryDirectory(prefix="fabric_lite_nursery_") as folder:
         processes: list[int] = []
         for rank in range(ranks):
@@ -87,10 +99,20 @@ def _forked(function: Callable[..., Any], args: tuple[Any, ...], ranks: int) -> 
             with contextlib.suppress(OSError):
                 os.setpgid(process, processes[0] if processes else process)
             processes.append(process)
+        if kill is not None:
+            _kill_later(processes, *kill)
         codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
         files = [Path(folder) / f"value-{rank}" for rank in range(ranks)]
         values = [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
     return [End(code, value) for code, value in zip(codes, values, strict=True)]
+
+
+def _kill_later(processes: list[int], ready: Path, seconds: float) -> None:
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(seconds)
+    os.killpg(processes[0], signal.SIGKILL)
 
 
 def _live(function: Callable[..., Any], args: tuple[Any, ...], rank: int, ranks: int, folder: Path) -> None:

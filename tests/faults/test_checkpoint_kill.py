@@ -15,6 +15,7 @@ import torch
 
 from fabric_lite.checkpoint import load, save
 from fabric_lite.checkpoint.commit import is_temporary
+from tests.faults.conftest import Figures
 
 
 def save_for_ever(path: Path, first: int, pipe: Any) -> None:
@@ -44,11 +45,13 @@ def killed_at_random(path: Path, first: int, delay_seconds: float) -> int:
     return int(reported)
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.full)])
-def test_a_save_killed_at_a_random_moment_leaves_the_old_or_the_new_file(tmp_path: Path, kills: int) -> None:
+@pytest.mark.parametrize("kills", [5, pytest.param(300, marks=pytest.mark.full)])
+def test_a_save_killed_at_a_random_moment_leaves_the_old_or_the_new_file(
+    tmp_path: Path, kills: int, times: int, figures: Figures
+) -> None:
     path, moments = tmp_path / "a.ckpt", random.Random(0)
     number, unfinished = 0, 0
-    for _ in range(kills):
+    for _ in range(kills * times):
         reported = killed_at_random(path, number + 1, moments.uniform(0.0, 0.05))
         content = load(path)  # compares the checksums
         number = content["number"]
@@ -60,3 +63,4 @@ def test_a_save_killed_at_a_random_moment_leaves_the_old_or_the_new_file(tmp_pat
     assert unfinished, "no kill came in the middle of a save: the test shows nothing"
     save(path, {"number": -1})
     assert [name.name for name in tmp_path.iterdir()] == ["a.ckpt"]
+    figures("SIGKILL at a random moment: file", kills=kills * times, within_a_save=unfinished, lost=0, mixed=0)
