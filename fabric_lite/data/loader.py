@@ -4,8 +4,7 @@ in the data is a few numbers."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,13 +12,22 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from fabric_lite import adopt
 from fabric_lite.collectives import Collectives, is_distributed
-from fabric_lite.data.iterables import MovedIterable, end_together
+from fabric_lite.data.extended import REPLACED, ExtendedLoader, Holder, members, originals_of, own_samplers
+from fabric_lite.data.iterables import MovedIterable
 from fabric_lite.data.move import mover
 from fabric_lite.data.place import Place
 from fabric_lite.data.progress import Progress
-from fabric_lite.data.samplers import CountedBatchSampler, CountedSampler, Dealer, Pass, ShardedSampler, length_of
-from fabric_lite.data.workers import WorkerSeed
-from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
+from fabric_lite.data.samplers import (
+    CountedBatchSampler,
+    CountedSampler,
+    Dealer,
+    RequestSampler,
+    ShardedSampler,
+    length_of,
+)
+from fabric_lite.data.streams import stream_of
+from fabric_lite.data.window import Window
+from fabric_lite.errors import FabricTypeError, FabricValueError
 
 __all__ = [
     "ExtendedLoader",
@@ -30,9 +38,6 @@ __all__ = [
     "place_of",
     "release_loader",
 ]
-
-# DataLoader guards these against assignment, so they are written through its __dict__.
-_REPLACED = ("sampler", "batch_sampler", "worker_init_fn")
 
 
 def extend_loader(
@@ -46,6 +51,7 @@ def extend_loader(
     uneven: str | None = None,
     seed: int = 0,
     owner: Any = None,
+    window: Window | None = None,
 ) -> Any:
     """Set ``loader`` up in place and return it.
 
@@ -72,6 +78,7 @@ def extend_loader(
             data whose length is not known. Every rank must then leave the loop at the same batch.
         seed: The seed of the order, as in ``DistributedSampler``.
         owner: Who sets the loader up; found again with :func:`owner_of_loader`.
+        window: Tells which batches' gradients wait for their step.
 
     Raises:
         FabricValueError: The loader is set up already, or ``pad`` or ``uneven`` cannot be had with it.
@@ -88,13 +95,21 @@ def extend_loader(
         is_shared = shard and world_size > 1 and rank == 0
         return MovedIterable(loader, move=move, together=ends, is_shared=is_shared, owner=owner)
     dealer = _dealer_for(loader, rank, world_size, shard, pad, is_counted=shard and is_distributed())
-    progress = Progress(dealer, seed=seed, rank=rank, world_size=world_size, generator=loader.generator)
-    holder = _Holder(progress, move, ends, {name: loader.__dict__[name] for name in _REPLACED}, owner)
-    if dealer is not None:
-        loader.__dict__.update(_samplers(loader, dealer, progress))
+    progress = Progress(
+        dealer,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        generator=loader.generator,
+        workers=loader.num_workers,
+        stream=stream_of(loader),
+        window=window,
+    )
+    holder = Holder(progress, move, ends, {name: loader.__dict__[name] for name in REPLACED}, owner)
+    loader.__dict__.update(_requests(loader, progress) if dealer is None else _samplers(loader, dealer, progress))
     # Persistent workers of an earlier iteration would go on with the samplers that have just been taken out.
     loader.__dict__["_iterator"] = None
-    adopt.extend(loader, _members, holder, mark=ExtendedLoader)
+    adopt.extend(loader, members, holder, mark=ExtendedLoader)
     return loader
 
 
@@ -126,9 +141,9 @@ def check_loaders(
             raise _set_up_already(loader)
         plain = loader.iterable if isinstance(loader, MovedIterable) else loader
         if isinstance(plain, DataLoader):
-            with _own_samplers(plain) if isinstance(plain, ExtendedLoader) else contextlib.nullcontext():
+            with own_samplers(plain) if isinstance(plain, ExtendedLoader) else contextlib.nullcontext():
                 _dealer_for(plain, 0, world_size, shard, pad)
-            adopt.check_extendable(plain, _members, ExtendedLoader)
+            adopt.check_extendable(plain, members, ExtendedLoader)
         else:
             _check_iterable(plain, pad)
 
@@ -156,7 +171,7 @@ def release_loader(loader: Any) -> Any:
     if isinstance(loader, MovedIterable):
         loader.owner = None
         return loader.iterable
-    originals = _originals(loader)
+    originals = originals_of(loader)
     adopt.release(loader)
     loader.__dict__.update(originals)
     loader.__dict__["_iterator"] = None
@@ -166,79 +181,6 @@ def release_loader(loader: Any) -> Any:
 def is_extended_loader(loader: Any) -> bool:
     """Whether :func:`extend_loader` returned ``loader``."""
     return isinstance(loader, (ExtendedLoader, MovedIterable))
-
-
-@dataclasses.dataclass
-class _Holder:
-    """All that a set-up loader carries beside the user's own attributes."""
-
-    progress: Progress
-    move: Callable[[Any], Any] | None
-    ends: Collectives | None
-    originals: dict[str, Any]
-    owner: Any = None
-
-
-class _Batches:
-    """One iterator over a set-up loader; every other attribute is that of torch's iterator.
-
-    Not a generator, which would hold on to the batch that the user has let go.
-    """
-
-    def __init__(
-        self, holder: _Holder, current: Pass, inner: Iterator[Any], pin: Callable[[], None], kind: str
-    ) -> None:
-        self._inner = inner
-        self._current = current
-        self._pin = pin
-        self._move = holder.move
-        self._advance = inner.__next__ if holder.ends is None else end_together(inner, holder.ends).__next__
-        self._is_new = True
-        self._must_deal = holder.progress.must_deal(current)
-        self._kind = kind
-        # Without indices, what was seen has to be read again and dropped.
-        self._to_drop = current.start.seen if holder.progress.counts_batches_read else 0
-
-    def __iter__(self) -> _Batches:
-        return self
-
-    def __next__(self) -> Any:
-        if self._is_new:
-            self._start()
-        try:
-            batch = self._advance()
-        except StopIteration:
-            self._current.is_finished = True
-            raise
-        if self._is_new:
-            self._is_new = False
-            self._check_dealt()
-        self._current.yielded += 1
-        return batch if self._move is None else self._move(batch)
-
-    def _start(self) -> None:
-        if self._current.claims == 0:
-            # The user's __iter__ is a generator: only now it comes to torch's own, perhaps after that of another
-            # iterator.
-            self._pin()
-        for _ in range(self._to_drop):
-            next(self._inner, None)
-
-    def _check_dealt(self) -> None:
-        if self._must_deal and self._current.claims == 0:
-            raise FabricRuntimeError(
-                "This loader's own __iter__ leaves its samplers aside: all ranks would see all data, or see it again.",
-                given=f"{self._kind}.__iter__, which yielded a batch without iterating batch_sampler or sampler",
-                fix="iterate super().__iter__() in it, or do not shard (use_distributed_sampler=False)",
-            )
-
-    def __len__(self) -> int:
-        return len(self._inner)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_inner":
-            raise AttributeError(name)
-        return getattr(self._inner, name)
 
 
 def _set_up_already(loader: Any) -> FabricValueError:
@@ -328,83 +270,8 @@ def _samplers(loader: DataLoader, dealer: Dealer, progress: Progress) -> dict[st
     return {"batch_sampler": batches, "sampler": batches.sampler}
 
 
-class ExtendedLoader(DataLoader[Any]):
-    """The mark of an extended loader class.
-
-    As :class:`fabric_lite.adopt.Extended`, but a DataLoader: an object of a Generic class takes no class that has
-    another first base ("object layout differs").
-    """
-
-    @classmethod
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Hide from the registries of users."""
-
-
-def _members(kind: type) -> dict[str, Any]:
-    """What the extended class of a loader class defines."""
-    plain_iter = kind.__iter__  # type: ignore[attr-defined]  # a DataLoader class
-    plain_set_epoch = getattr(kind, "set_epoch", None)
-
-    def __iter__(self: Any) -> Iterator[Any]:
-        holder: _Holder = adopt.extension_of(self)
-        current = holder.progress.begin()
-        _seed_workers(self, holder)
-
-        def pin() -> None:
-            holder.progress.pin(current, has_persistent_workers=self.persistent_workers)
-
-        pin()
-        inner = iter(plain_iter(self))
-        current.rewind()
-        return _Batches(holder, current, inner, pin, kind.__name__)
-
-    def set_epoch(self: Any, epoch: int) -> None:
-        """Let the next iteration be epoch ``epoch``; a place within that epoch that was loaded is kept."""
-        adopt.extension_of(self).progress.set_epoch(epoch)
-        if plain_set_epoch is not None:
-            plain_set_epoch(self, epoch)
-
-    def state_dict(self: Any) -> dict[str, Any]:
-        """Return the place of the latest iterator: plain numbers, the same on every rank."""
-        return adopt.extension_of(self).progress.state_dict()
-
-    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
-        """Let the next iteration begin at the place ``state_dict``, also of another world size."""
-        adopt.extension_of(self).progress.load_state_dict(state_dict)
-
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        with _own_samplers(self):
-            return adopt.reduce_plainly(self, protocol)
-
-    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
-        with _own_samplers(self):
-            return adopt.deepcopy_plainly(self, memo)
-
-    return {
-        function.__name__: function
-        for function in (__iter__, set_epoch, state_dict, load_state_dict, __reduce_ex__, __deepcopy__)
-    }
-
-
-@contextlib.contextmanager
-def _own_samplers(loader: Any) -> Iterator[None]:
-    """The user's own samplers in the loader for the length of the block."""
-    ours = {name: loader.__dict__[name] for name in _REPLACED}
-    loader.__dict__.update(_originals(loader))
-    try:
-        yield
-    finally:
-        loader.__dict__.update(ours)
-
-
-def _originals(loader: Any) -> dict[str, Any]:
-    originals = dict(adopt.extension_of(loader).originals)
-    if not isinstance(loader.worker_init_fn, WorkerSeed):
-        originals["worker_init_fn"] = loader.worker_init_fn  # the user has set another since
-    return originals
-
-
-def _seed_workers(loader: Any, holder: _Holder) -> None:
-    current = loader.worker_init_fn
-    user_function = current.user_function if isinstance(current, WorkerSeed) else current
-    loader.__dict__["worker_init_fn"] = holder.progress.worker_seed(user_function)
+def _requests(loader: DataLoader, progress: Progress) -> dict[str, Any]:
+    """What stands in the ``__dict__`` of a loader over an ``IterableDataset``."""
+    if loader.batch_size is None:
+        return {"sampler": RequestSampler(loader.sampler, None, progress.claim)}
+    return {"batch_sampler": RequestSampler(loader.batch_sampler, [None] * loader.batch_size, progress.claim)}

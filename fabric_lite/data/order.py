@@ -27,6 +27,8 @@ class Position:
         draw: The random state from which the user's sampler drew this epoch's order, where it drew by itself.
         is_loaded: Whether the place was loaded, so that the iterator that starts here goes on for an earlier one.
         batch: Batches of the epoch that each rank has been given.
+        noise: What the random numbers of the epoch's batches are counted from in worker processes, where it was drawn.
+        stream: The state that an ``IterableDataset`` keeps of itself on this rank.
     """
 
     epoch: int = 0
@@ -34,6 +36,8 @@ class Position:
     draw: dict[str, Any] | None = None
     is_loaded: bool = False
     batch: int = 0
+    noise: int | None = None
+    stream: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

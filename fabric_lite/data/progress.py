@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from fabric_lite.collectives import gather_objects, is_distributed
 from fabric_lite.data.order import Position
 from fabric_lite.data.place import Place
-from fabric_lite.data.randomness import decode, encode, generators_of
+from fabric_lite.data.randomness import capture, decode, encode, generators_of, replayed
 from fabric_lite.data.samplers import Dealer, Pass, length_of
+from fabric_lite.data.streams import Stream
+from fabric_lite.data.window import Window
 from fabric_lite.data.workers import WorkerSeed
 from fabric_lite.errors import FabricValueError
 from fabric_lite.seed import worker_seed_base
@@ -28,12 +33,28 @@ class Progress:
         rank: The rank of this process.
         world_size: The number of ranks.
         generator: The loader's own.
+        workers: How many worker processes it has.
+        stream: Where an ``IterableDataset`` keeps the place.
+        window: Tells which batches' gradients wait for their step.
     """
 
     def __init__(
-        self, dealer: Dealer | None, *, seed: int, rank: int, world_size: int, generator: torch.Generator | None = None
+        self,
+        dealer: Dealer | None,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        generator: torch.Generator | None = None,
+        workers: int = 0,
+        stream: Stream | None = None,
+        window: Window | None = None,
     ) -> None:
         self._dealer = dealer
+        self._generator = generator
+        self._workers = workers
+        self._stream = stream
+        self.window = Window() if window is None else window
         own = generators_of(dealer.sampler) if dealer is not None else []
         self._generators = own if generator is None or generator in own else [*own, generator]
         self._seed = seed
@@ -43,6 +64,9 @@ class Progress:
         self._loaded_world_size = world_size
         self._latest: Pass | None = None
         self._pinned: Pass | None = None
+        self.before_window: tuple[Pass, int] | None = None  # pass and batches of it, written per batch
+        self._passes = 0
+        self._worker_seed: int | None = None  # loaded: it travels with the state, as the seed of the order does
         self._followed: Any = None
         self._followed_epoch: int | None = None
         if dealer is not None:
@@ -51,12 +75,16 @@ class Progress:
     # Iterators
 
     def begin(self) -> Pass:
-        """Start the pass of a new iterator."""
+        """Start the pass of a new iterator; what the data keep of a loaded place is given back to them."""
         self._obey_followed()
-        self._latest = Pass(self._upcoming(), self._seed)
+        self._passes += 1
+        start = self._upcoming()
+        self._latest = Pass(start, self._seed, noise=self._noise(start), number=self._passes)
         self._next = None
         if self._followed is not None:
             self._followed_epoch = self._latest.start.epoch
+        if self._stream is not None and start.stream is not None:
+            self._stream.set(start.stream)
         return self._latest
 
     def pin(self, current: Pass, *, has_persistent_workers: bool) -> None:
@@ -79,6 +107,20 @@ class Progress:
 
             current.rewind = rewind
 
+    def reading_again(self, current: Pass, dataset: Any) -> contextlib.AbstractContextManager[None]:
+        """Where the process reads what it has read before of an ``IterableDataset``: in the random state of then.
+
+        Only what is drawn when the epoch begins, an order say, is drawn again as it was. What is drawn bit by bit, by
+        a shuffle buffer say, depends on what the rest of the script draws between; such a dataset needs a
+        ``state_dict``, a generator of its own, or a worker.
+        """
+        start = current.start
+        if self._dealer is not None or self._workers > 0 or start.stream is not None:
+            return contextlib.nullcontext()
+        draw = start.draw if start.seen else capture(dataset)
+        current.draws[start.epoch] = draw
+        return contextlib.nullcontext() if start.seen == 0 or draw is None else replayed(dataset, draw)[1]
+
     def claim(self) -> tuple[Pass, Position]:
         """The pass that the sampler being iterated serves, and where it begins."""
         current = self._pinned
@@ -93,13 +135,30 @@ class Progress:
 
     def worker_seed(self, user_function: Callable[[int], Any] | None) -> Callable[[int], Any] | None:
         """The ``worker_init_fn`` of the latest pass."""
-        base = worker_seed_base()
-        if base is None and self._rank == 0:
-            return user_function  # nothing to add to torch's own seeds
+        if self._workers == 0:
+            return user_function
         assert self._latest is not None
-        start = self._latest.start
-        entropy = None if base is None else (base, start.epoch, start.seen, self._rank)
+        base = self._worker_seed_base
+        entropy = None if base is None else (base, self._latest.start.epoch, self._rank)
         return WorkerSeed(entropy, self._rank, user_function)
+
+    @property
+    def _worker_seed_base(self) -> int | None:
+        return worker_seed_base() if self._worker_seed is None else self._worker_seed
+
+    def _noise(self, start: Position) -> tuple[int, int] | None:
+        """What the random numbers of the workers' batches are counted from: the seed, or what torch would draw."""
+        if self._workers == 0:
+            return None
+        base = self._worker_seed_base
+        if base is None:
+            base = start.noise
+        if base is None:
+            generator = torch.default_generator if self._generator is None else self._generator
+            state = generator.get_state()
+            base = int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
+            generator.set_state(state)
+        return base, self._rank
 
     # State
 
@@ -112,10 +171,11 @@ class Progress:
         """The place as numbers and strings.
 
         After the last batch, but within the loop, the place is the end of the epoch: what resumes there sees no batch,
-        then the next epoch.
+        then the next epoch. While gradients wait for their step, the place is before the first batch of them. Where an
+        ``IterableDataset`` keeps a state of its own, every rank calls.
         """
         place = self._place()
-        state = {
+        state: dict[str, Any] = {
             "epoch": place.epoch,
             "seen": place.seen,
             "batch": place.batch,
@@ -128,7 +188,27 @@ class Progress:
             state["generators"] = [encode(generator.get_state()) for generator in self._generators]
         if place.seen and place.draw is not None:
             state["draw"] = place.draw
+        if self._worker_seed_base is not None:
+            state["worker_seed"] = self._worker_seed_base
+        elif place.seen and place.noise is not None:
+            state["noise"] = place.noise
+        if self._dealer is None:
+            state["workers"] = self._workers
+        if self._stream is not None:
+            state["streams"] = gather_objects(self._stream_state(self._stream, place))
         return state
+
+    @property
+    def is_in_window(self) -> bool:
+        """Whether gradients wait for a step that we would see."""
+        return self.window.waiting > 0 and self.window.has_steps
+
+    def _stream_state(self, stream: Stream, place: Position) -> Any:
+        if place.is_loaded:
+            return place.stream
+        has_none_yet = self._latest is None and stream.workers > 0
+        is_between_epochs = self._latest is not None and self._latest.is_finished
+        return None if has_none_yet or (is_between_epochs and stream.has_none_between_epochs) else stream.get()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass begin where ``state`` was taken."""
@@ -144,8 +224,15 @@ class Progress:
         for generator, own_state in zip(self._generators, state.get("generators", ()), strict=False):
             generator.set_state(decode(own_state))
         self._seed = int(state["seed"])
+        self._worker_seed = state.get("worker_seed", self._worker_seed)
         self._next = Position(
-            int(state["epoch"]), int(state["seen"]), state.get("draw"), True, int(state.get("batch", 0))
+            int(state["epoch"]),
+            int(state["seen"]),
+            state.get("draw"),
+            is_loaded=True,
+            batch=int(state.get("batch", 0)),
+            noise=state.get("noise"),
+            stream=self._own_stream(state),
         )
         self._loaded_world_size = int(state["world_size"])
 
@@ -178,6 +265,21 @@ class Progress:
                 given=f"{state['seen']} {there}; here: {here}",
                 fix="the same kind of loader and, where each rank reads on its own, the same number of ranks",
             )
+        # One worker reads what none would; two read something else each.
+        workers = max(1, state.get("workers", self._workers))
+        if self._dealer is None and workers != max(1, self._workers):
+            raise FabricValueError(
+                "Other workers would read an IterableDataset in another order.",
+                given=f"{state['seen']} batches read by {workers} workers; here: num_workers={self._workers}",
+                fix=f"num_workers={workers} to go on within the epoch",
+            )
+
+    def _own_stream(self, state: dict[str, Any]) -> Any:
+        streams = state.get("streams")
+        if self._stream is None or not streams or state["workers"] != self._stream.workers:
+            return None
+        rank, world_size = _rank_and_world_size()
+        return streams[rank] if len(streams) == world_size else None
 
     def must_deal(self, current: Pass) -> bool:
         """Whether ``current`` would be wrong if the loader did not use its samplers."""
@@ -210,18 +312,26 @@ class Progress:
     def _place(self) -> Position:
         if self._next is not None or self._latest is None or self._latest.is_finished:
             return self._upcoming()
-        latest, start, epoch, steps = self._latest, self._latest.start, self._latest.start.epoch, self._latest.yielded
+        latest, steps = self._latest, self._latest.yielded
+        if self.is_in_window and self.before_window is not None and self._stream is None:
+            latest, steps = self.before_window
+        return self._place_in(latest, steps)
+
+    def _place_in(self, latest: Pass, steps: int) -> Position:
+        """The place after ``steps`` batches of a pass."""
+        start, epoch = latest.start, latest.start.epoch
+        noise = None if latest.noise is None else latest.noise[0]
         seen, batch = start.seen, start.batch + steps
         if self._dealer is None:
-            return Position(epoch, seen + steps, batch=batch)
+            return Position(epoch, seen + steps, latest.draws.get(epoch), batch=batch, noise=noise)
         if latest.total is None:
             width = self._dealer.plan(0).width
-            return Position(epoch, seen + steps * width, latest.draws.get(epoch), batch=batch)
+            return Position(epoch, seen + steps * width, latest.draws.get(epoch), batch=batch, noise=noise)
         plan = self._dealer.plan(latest.total, seen)
         while steps > plan.steps > 0:
             steps, epoch, plan = steps - plan.steps, epoch + 1, self._dealer.plan(latest.total)
             batch = steps
-        return Position(epoch, plan.seen_after(steps), latest.draws.get(epoch), batch=batch)
+        return Position(epoch, plan.seen_after(steps), latest.draws.get(epoch), batch=batch, noise=noise)
 
     # A sampler that counts epochs itself
 
@@ -241,3 +351,7 @@ class Progress:
 
 def _nothing() -> None:
     pass
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)

@@ -32,7 +32,10 @@ def generators_of(sampler: Any) -> list[torch.Generator]:
 
 
 def capture(sampler: Any) -> dict[str, Any] | None:
-    """What :func:`replayed` needs to let ``sampler`` draw the same order again. Changes no random state."""
+    """What :func:`replayed` needs to let ``sampler``, or a dataset, draw the same order again.
+
+    Changes no random state.
+    """
     if type(sampler) in (SequentialSampler, DistributedSampler):
         return None
     generators = generators_of(sampler)
@@ -42,7 +45,7 @@ def capture(sampler: Any) -> dict[str, Any] | None:
     states: dict[str, Any] = {"generators": [encode(generator.get_state()) for generator in generators]}
     if not (type(sampler) is RandomSampler and generators):
         states["torch"] = encode(torch.get_rng_state())
-    if not type(sampler).__module__.startswith("torch.utils.data"):
+    if type(sampler).__module__ not in ("torch.utils.data.sampler", "torch.utils.data.distributed"):
         version, words, gauss = random.getstate()
         kind, keys, position, has_gauss, cached = np.random.get_state()
         states["python"] = [version, list(words), gauss]

@@ -12,9 +12,10 @@ from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSam
 
 from fabric_lite.data.order import Plan, Position
 from fabric_lite.data.randomness import Apart, capture, replayed, seeded
+from fabric_lite.data.workers import seeded_batches, seeded_requests
 from fabric_lite.errors import FabricValueError
 
-__all__ = ["CountedBatchSampler", "CountedSampler", "Dealer", "Pass", "ShardedSampler", "length_of"]
+__all__ = ["CountedBatchSampler", "CountedSampler", "Dealer", "Pass", "RequestSampler", "ShardedSampler", "length_of"]
 
 
 @dataclasses.dataclass
@@ -31,6 +32,8 @@ class Pass:
         claims: How many samplers have begun to deal for it: one, unless the user's ``__iter__`` goes round.
         is_dealt: Whether the latest of these samplers has been used up.
         rewind: Puts back the random state that an uninterrupted run would have here.
+        noise: In a loader with workers, what the random numbers of each batch are counted from, and the rank.
+        number: Tells the iterators of a loader apart.
     """
 
     start: Position
@@ -42,6 +45,8 @@ class Pass:
     claims: int = 0
     is_dealt: bool = False
     rewind: Callable[[], None] = lambda: None
+    noise: tuple[int, int] | None = None
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +92,12 @@ class Dealer:
 
     def deal(self, current: Pass, start: Position) -> Iterator[Any]:
         """Yield what the loader fetches at each step from ``start`` on, and note in ``current`` how it was drawn."""
+        items = self._deal(current, start)
+        if current.noise is None:
+            return items
+        return seeded_batches(items, (*current.noise, start.epoch), start.batch)
+
+    def _deal(self, current: Pass, start: Position) -> Iterator[Any]:
         # Counted here and not where the sampler is iterated: torch iterates it twice per multi-worker iterator.
         current.claims, current.is_dealt = current.claims + 1, False
         current.rewind()
@@ -209,6 +220,35 @@ class CountedBatchSampler(_Counted, BatchSampler):
 
 class CountedSampler(_Counted, Sampler):
     """Stands in ``loader.sampler`` of a loader that fetches one item at a time."""
+
+
+class RequestSampler(Sampler):
+    """Stands where the loader of an ``IterableDataset`` takes its requests from, which hold no indices."""
+
+    def __init__(self, original: Any, request: Any, claim: Claim) -> None:
+        self._original = original
+        self._request = request
+        self._claim = claim
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._requests(*self._claim())
+
+    def _requests(self, current: Pass, start: Position) -> Iterator[Any]:
+        current.claims, current.is_dealt = current.claims + 1, True
+        current.rewind()
+        if current.noise is None:
+            yield from itertools.repeat(self._request)
+        else:
+            read = start.seen if start.stream is not None else 0
+            yield from seeded_requests(self._request, (*current.noise, start.epoch), current.number, read)
+
+    def __len__(self) -> int:
+        return len(self._original)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_original":
+            raise AttributeError(name)
+        return getattr(self._original, name)
 
 
 class ShardedSampler(Sampler):
