@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fabric_lite.adopt import is_wrapped, plain
     from fabric_lite.attribute_dict import AttributeDict
+    from fabric_lite.checkpoint import SaveHandle
+    from fabric_lite.checkpoints import Checkpoints
     from fabric_lite.errors import (
         CheckpointError,
         CollectiveError,
@@ -48,6 +50,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AttributeDict": "attribute_dict",
     "CheckpointError": "errors",
+    "Checkpoints": "checkpoints",
     "CollectiveError": "errors",
     "DDPStrategy": "strategies",
     "EXIT_PREEMPTED": "run_config",
@@ -61,6 +64,7 @@ _HOMES = {
     "FabricValueError": "errors",
     "LaunchError": "errors",
     "Precision": "precision",
+    "SaveHandle": "checkpoint",
     "SingleDeviceStrategy": "strategies",
     "Strategy": "strategies",
     "StrategyError": "errors",
@@ -76,12 +80,14 @@ __all__ = [  # noqa: RUF022 - the order of a first reading
     "plain",
     "AttributeDict",
     "Precision",
+    "Checkpoints",
     "EXIT_PREEMPTED",
     "Strategy",
     "SingleDeviceStrategy",
     "DDPStrategy",
     "FSDPStrategy",
     "ModelParallelStrategy",
+    "SaveHandle",
     "FabricError",
     "FabricKeyError",
     "FabricRuntimeError",

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import secrets
+import socket
 import stat
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -26,9 +30,13 @@ try:
 except ImportError:  # Windows has no advisory locks; there a process id alone tells a live save
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["committed_file", "committed_folder", "fsync_folder", "is_temporary", "recovered"]
+__all__ = ["committed_file", "committed_folder", "fsync_folder", "is_temporary", "recovered", "remove"]
 
-_TEMPORARY = re.compile(r"\.fabric-save-(\d+)-[0-9a-f]{8}\.tmp")
+# The place (see _place), the process, and a number. Earlier versions left the place out.
+_TEMPORARY = re.compile(r"\.fabric-save-(?:([0-9a-f]{8})-)?(\d+)-[0-9a-f]{8}\.tmp")
+# What was made on another machine is left alone that long after it was last written to: not all shared file systems
+# pass on the locks, and the clocks differ.
+_ELSEWHERE_SECONDS = 3600.0
 _KEPT = ".fabric-old-"
 # What torch.distributed.checkpoint and Lightning Fabric put into their folders.
 _DCP_MARK = ".metadata"
@@ -113,13 +121,40 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def remove(target: Path) -> None:
+    """Delete a checkpoint, which is there as a whole until it is gone; the next save sweeps what a crash leaves.
+
+    Raises:
+        OSError: The folder did not allow it.
+    """
+    temporary = _temporary_beside(target)
+    os.rename(recovered(target), temporary)
+    fsync_folder(target.parent)
+    _remove(temporary)
+
+
+def _temporary_beside(target: Path) -> Path:
+    return target.parent / f".fabric-save-{_place()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
 def _prepared(target: Path) -> tuple[Path, Path]:
     """The name to replace, free or a checkpoint's, and a temporary name beside it."""
     target = Path(os.path.realpath(target))
     _check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make(target.parent)
     _sweep(target.parent)
-    return target, target.parent / f".fabric-save-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    return target, _temporary_beside(target)
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and those above it, and put their names onto the disk: a checkpoint in them is to be found."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        fsync_folder(each.parent)
 
 
 def _check_replaceable(target: Path) -> None:
@@ -168,6 +203,8 @@ def _put_in_place(temporary: Path, target: Path, in_one_step: Callable[[Path, Pa
         _remove(temporary)
     else:
         _remove(kept)
+        if os.path.lexists(kept):  # something that is not ours has got into it
+            os.rename(kept, _temporary_beside(target))
         os.rename(target, kept)
         try:
             os.rename(temporary, target)
@@ -190,7 +227,8 @@ def _remove(path: Path) -> None:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             os.unlink(path)
         elif _has_names_of_checkpoint(path):  # ours by its own name, also with a manifest that is half written
-            for name in os.listdir(path):
+            # The manifest goes first: without it nobody takes the rest for a checkpoint.
+            for name in sorted(os.listdir(path), key=lambda name: (name not in (MANIFEST, _DCP_MARK), name)):
                 os.unlink(path / name)
             os.rmdir(path)
 
@@ -222,20 +260,47 @@ def _lock(descriptor: int) -> bool:
 def _sweep(folder: Path) -> None:
     """Remove what killed saves left in ``folder``; not what is being written, nor anything that is not ours."""
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if is_temporary(entry.name) and not entry.is_symlink()]
-    for name in names:
+        left = [entry.name for entry in entries if is_temporary(entry.name) and _is_plain(entry)]
+    for name in left:
         match = _TEMPORARY.fullmatch(name)
         assert match is not None
-        if _is_alive(int(match[1])):
+        if match[1] in (None, _place()):
+            if _is_alive(int(match[2])):
+                continue
+        elif not _is_old(folder / name):
             continue
-        # Under the same process id, or from another machine or container, the lock tells a live save.
+        # Under the same process id, or from a container that an earlier version ran in, the lock tells a live save.
         with contextlib.suppress(OSError):  # swept by somebody else, or not ours to sweep: no harm to this save
-            descriptor = os.open(folder / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            # Without O_NONBLOCK, a pipe that has taken the name since would wait for a writer.
+            flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+            descriptor = os.open(folder / name, flags)
             try:
                 if _lock(descriptor):
                     _remove(folder / name)
             finally:
                 os.close(descriptor)
+
+
+def _is_plain(entry: os.DirEntry[str]) -> bool:
+    return entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)
+
+
+@functools.cache
+def _place() -> str:
+    """Eight digits for the machine, and the container, in which the ids of processes have their meaning."""
+    processes = "/proc/self/ns/pid"
+    container = os.stat(processes).st_ino if os.path.exists(processes) else 0
+    return f"{zlib.crc32(f'{socket.gethostname()} {container}'.encode()):08x}"
+
+
+def _is_old(path: Path) -> bool:
+    """Whether nothing has been written there for long."""
+    try:
+        inside = [path / name for name in os.listdir(path)] if path.is_dir() else []
+        latest = max(os.lstat(each).st_mtime for each in [path, *inside])
+    except OSError:  # somebody else sweeps it
+        return False
+    return time.time() - latest > _ELSEWHERE_SECONDS
 
 
 def _is_alive(process: int) -> bool:

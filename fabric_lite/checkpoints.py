@@ -1,0 +1,309 @@
+"""``Checkpoints``: a run that saves itself, goes on where it stopped, and leaves when it is asked to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fabric_lite.checkpoint.asynchronous import SaveHandle
+from fabric_lite.checkpoint.commit import remove
+from fabric_lite.checkpoint.formats import opened
+from fabric_lite.checkpoint.together import on_every_rank
+from fabric_lite.checkpointing import Checkpointing
+from fabric_lite.collectives import broadcast_object, rank, world_size
+from fabric_lite.data import is_extended_loader, place_of
+from fabric_lite.errors import CheckpointError, FabricTypeError, FabricValueError
+from fabric_lite.kept import MARK, Entry, Rule, by_step, numbers, own_entries, path_of
+from fabric_lite.notices import rank_zero_info
+from fabric_lite.run_config import EXIT_PREEMPTED
+
+__all__ = ["Checkpoints"]
+
+Result = TypeVar("Result")
+
+
+class Checkpoints:
+    """The checkpoints of one run in one folder, ``step-0001200`` and so on. ::
+
+        checkpoints = Checkpoints("runs/a", every=100)
+        state = {"fabric": fabric, "model": model, "optimizer": optimizer, "loader": loader, "epoch": 0}
+        checkpoints.resume(state)
+        for epoch in range(state["epoch"], epochs):
+            state["epoch"] = epoch
+            for batch in loader:
+                ...
+                optimizer.step()
+                checkpoints.step(state)
+
+    Started again, such a script goes on after the step that its last checkpoint was saved at. Each checkpoint is what
+    ``fabric.save`` writes: one file, or a folder where the strategy says so. An older one is deleted only when the new
+    one is on the disk and has been read back; what is damaged or not this run's is never deleted.
+
+    Args:
+        folder: Where they are; made by the first save. A run has its own.
+        every: How many steps lie between two saves of :meth:`step`. None: it saves when the run is asked to leave.
+        keep_last: How many of the newest to keep; None: all. The second newest is what a damaged newest one costs
+            least with.
+        keep_best: How many of the best to keep as well.
+        monitor: Which of the ``metrics`` tells the best.
+        mode: Whether the best has the ``"min"`` or the ``"max"``. NaN is never the best.
+        async_: Whether saves are written beside the loop, ``fabric.save(..., async_=True)``. Then older ones are
+            deleted at the next save.
+
+    Raises:
+        FabricValueError: A value is not allowed; FabricTypeError: a type is not.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        every: int | None = None,
+        keep_last: int | None = 2,
+        keep_best: int = 0,
+        monitor: str | None = None,
+        mode: str = "min",
+        async_: bool = False,
+    ) -> None:
+        if not isinstance(folder, (str, os.PathLike)):
+            raise FabricTypeError("The folder of Checkpoints is a path.", given=f"{folder!r:.80}", fix='"runs/a"')
+        for name, value, least in (("every", every, 1), ("keep_last", keep_last, 1), ("keep_best", keep_best, 0)):
+            _check_count(name, value, least, may_be_none=name != "keep_best")
+        if mode not in ("min", "max"):
+            raise FabricValueError("The best value is the least or the greatest.", given=f"mode={mode!r}", fix='"min"')
+        if keep_best and monitor is None:
+            raise FabricValueError(
+                "To keep the best checkpoints, the value that tells them has to be named.",
+                given=f"keep_best={keep_best} without monitor",
+                fix='monitor="val_loss", and checkpoints.save(state, metrics={"val_loss": loss})',
+            )
+        self.folder = Path(folder)
+        self._every = every
+        self._rule = Rule(keep_last, keep_best, monitor, mode)
+        self._async = async_
+        self._known: dict[Path, tuple[Any, Entry | None]] = {}
+        self._own_steps: set[int] = set()  # what is there by the right of this run, though it may be of later steps
+        self._counted: int | None = None  # the steps at the latest step()
+        self._saved: int | None = None
+        self._pending: tuple[SaveHandle | None, int] | None = None
+
+    def resume(self, state: dict[str, Any]) -> Path | None:
+        """Restore ``state`` from the newest checkpoint that is whole, and say so in one line; every rank calls.
+
+        One that is damaged is passed over, on all ranks alike and with a line that names it. From here on SIGTERM and
+        SIGUSR1 let the run leave at its next :meth:`step`.
+
+        Returns:
+            Where it is; None when there is none and the run starts fresh.
+
+        Raises:
+            FabricValueError: There is no Fabric in ``state``; only with its random states and steps a run goes on.
+            FabricError: The checkpoint is whole, but not of these objects, as ``fabric.load`` says.
+        """
+        fabric = _fabric_in(state)
+        _ = fabric.should_stop
+        self._settle()
+        found = _of_rank_zero("resume()", lambda: by_step(self.folder))
+        self._own_steps.update(found)
+        for step, path in found.items():
+            try:
+                rest = fabric.load(path, state)
+            except CheckpointError:
+                damage = _damage(path)
+                if damage is None:
+                    raise
+                rank_zero_info(f"skipped {path}, which is damaged: {damage}")
+                continue
+            self._counted = self._saved = fabric.steps
+            _say(f"resumed from step {step}{_places(state)}{_changes(rest, fabric)}")
+            return path
+        _say("starting fresh")
+        return None
+
+    def step(self, state: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> None:
+        """Save when it is time to; to be called on every rank after ``optimizer.step()``, or once in each micro step.
+
+        When the run was asked to leave (SIGTERM or SIGUSR1 to any rank), it saves after the step that all ranks have
+        agreed on, and the process ends.
+
+        Args:
+            state: As for :meth:`resume`.
+            metrics: As for :meth:`save`; looked at only when it saves.
+
+        Raises:
+            SystemExit: With ``EXIT_PREEMPTED``, after the save.
+        """
+        fabric = _fabric_in(state)
+        steps = fabric.steps
+        if steps == self._counted or (steps == 0 and self._counted is None):
+            return  # inside a window of accumulation
+        self._counted = steps
+        if fabric.should_stop:
+            if self._saved != steps:
+                self._save(fabric, state, metrics, beside=False)
+            self._settle()
+            _say(f"saved {path_of(self.folder, steps)}; started again, this run goes on from there")
+            raise SystemExit(EXIT_PREEMPTED)
+        if self._every is not None and steps % self._every == 0 and self._saved != steps:
+            self._save(fabric, state, metrics, beside=self._async)
+
+    def save(self, state: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> Path:
+        """Save now, named by the steps made so far; every rank calls.
+
+        Args:
+            state: What ``fabric.save`` takes, the Fabric among it.
+            metrics: Values by name, kept with the checkpoint; rank 0's count.
+
+        Returns:
+            Where it is.
+
+        Raises:
+            FabricValueError: There is no Fabric in ``state``.
+            CheckpointError: It could not be written, and the earlier ones are as they were. Or the folder has
+                checkpoints of a run that has got further.
+        """
+        return self._save(_fabric_in(state), state, metrics, beside=self._async)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that is whole, all of which is read for that; any rank may ask."""
+        return next((path for path in by_step(self.folder).values() if _is_whole(path)), None)
+
+    def best(self) -> Path | None:
+        """The checkpoint with the best value that is whole; any rank may ask."""
+        ranked = self._rule.ranked(own_entries(self.folder, self._known))
+        return next((entry.path for entry in ranked if _is_whole(entry.path)), None)
+
+    def _save(
+        self, fabric: Checkpointing, state: Mapping[str, Any], metrics: Mapping[str, Any] | None, *, beside: bool
+    ) -> Path:
+        self._settle()
+        _ = fabric.should_stop
+        step = fabric.steps
+        values = _of_rank_zero("save()", lambda: numbers(metrics))
+        _of_rank_zero("save()", lambda: self._check_place(step))
+        mark = {"step": step, "metrics": values, "world_size": fabric.world_size}
+        path = path_of(self.folder, step)
+        handle = fabric.save(path, {**state, MARK: mark}, async_=beside)
+        self._own_steps.add(step)
+        self._saved = step
+        self._pending = handle, step
+        if not beside:
+            self._settle()
+        return path
+
+    def _check_place(self, step: int) -> None:
+        """Raise if another run has been here and has got further: which of the two is the newest, nobody could tell."""
+        others = [other for other in by_step(self.folder) if other >= step and other not in self._own_steps]
+        if others:
+            raise CheckpointError(
+                "This folder has checkpoints of a run that has got further.",
+                given=f"{path_of(self.folder, max(others))}, and this run is at step {step}",
+                fix="checkpoints.resume(state) before the first step, or another folder",
+            )
+
+    def _settle(self) -> None:
+        """See the latest save through, and delete what it makes superfluous. Every rank calls it."""
+        if self._pending is None:
+            return
+        (handle, step), self._pending = self._pending, None
+        if handle is not None:
+            handle.result()
+        outdated = _of_rank_zero(
+            "save()", lambda: self._rule.outdated(own_entries(self.folder, self._known), newest=step)
+        )
+        if not outdated:
+            return
+        on_every_rank("reading the new checkpoint back", _verify, path_of(self.folder, step))
+        if rank() == 0:
+            for entry in outdated:
+                self._delete(entry.path)
+
+    def _delete(self, path: Path) -> None:
+        try:
+            remove(path)
+        except OSError as error:
+            rank_zero_info(f"{path} is not needed any more and could not be deleted: {error}")
+
+
+def _check_count(name: str, value: Any, least: int, *, may_be_none: bool) -> None:
+    if value is None and may_be_none:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise FabricTypeError(f"{name} is a whole number.", given=f"{name}={value!r:.80}", fix=f"{name}={least}")
+    if value < least:
+        raise FabricValueError(f"{name} is {least} at least.", given=f"{name}={value}", fix=f"{name}={least}")
+
+
+def _fabric_in(state: Mapping[str, Any]) -> Checkpointing:
+    if not isinstance(state, Mapping):
+        raise FabricTypeError(
+            "The state of a run is a dict, so that each part has a name.",
+            given=type(state).__name__,
+            fix='{"fabric": fabric, "model": model, "optimizer": optimizer, "loader": loader}',
+        )
+    fabric = next((value for value in state.values() if isinstance(value, Checkpointing)), None)
+    if fabric is None:
+        raise FabricValueError(
+            "The Fabric is not in the state; without its steps and random states a run can't go on as it was.",
+            given=f"keys {', '.join(map(repr, state))}",
+            fix='{"fabric": fabric, ...}',
+        )
+    if MARK in state:
+        raise FabricValueError("Checkpoints has this key for itself.", given=f"state[{MARK!r}]", fix="another key")
+    return fabric
+
+
+def _of_rank_zero(what: str, function: Callable[[], Result]) -> Result:
+    """What ``function`` returns on rank 0; what it raises there, raised on every rank. Every rank calls it."""
+    result: Result = broadcast_object(on_every_rank(what, lambda: function() if rank() == 0 else None))
+    return result
+
+
+def _verify(path: Path) -> None:
+    """Compare this rank's share of a checkpoint with its checksums."""
+    checkpoint = opened(path)
+    checkpoint.verify((rank(), world_size()))
+    checkpoint.content()
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in one line; None if nothing is. Every rank calls it."""
+    try:
+        on_every_rank("resume()", _verify, path)
+    except CheckpointError as error:
+        return " ".join(line.strip() for line in str(error).splitlines()[:2])
+    return None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        checkpoint = opened(path)
+        checkpoint.verify()
+        checkpoint.content()
+    except CheckpointError:
+        return False
+    return True
+
+
+def _places(state: Mapping[str, Any]) -> str:
+    """Where the loaders go on."""
+    loaders = {name: value for name, value in state.items() if is_extended_loader(value)}
+    if len(loaders) == 1:
+        return f", {place_of(*loaders.values())}"
+    return "".join(f"; {name}: {place_of(loader)}" for name, loader in loaders.items())
+
+
+def _changes(rest: Mapping[str, Any], fabric: Checkpointing) -> str:
+    """What is not as it was."""
+    mark = rest.get(MARK)
+    ranks = mark.get("world_size") if isinstance(mark, Mapping) else None
+    if ranks in (None, fabric.world_size):
+        return ""
+    return f"; saved by {ranks} ranks, now {fabric.world_size}, whose random states begin anew"
+
+
+def _say(line: str) -> None:
+    if rank() == 0:
+        print(line, flush=True)
