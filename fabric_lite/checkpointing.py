@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from fabric_lite import checkpoint, collectives
 from fabric_lite import seed as random_seed
+from fabric_lite.checkpoint import SaveHandle
 from fabric_lite.identity import Identity
 from fabric_lite.loss_scaling import LossScaler
 from fabric_lite.preemption import Preemption
@@ -53,21 +54,25 @@ class Checkpointing(Identity):
         state: Mapping[str, Any],
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
         state_dict_type: str | None = None,
-    ) -> None:
+        async_: bool = False,
+    ) -> SaveHandle | None:
         """Write ``state`` to one file or a folder, old or new and never in between; every rank calls.
 
         ``state_dict_type`` is "full" for a file that plain ``torch.load`` reads, "sharded" for a folder into which
-        every rank writes its own part; None asks the strategy. See :func:`fabric_lite.checkpoint.save`.
+        every rank writes its own part; None asks the strategy. With ``async_`` it returns as soon as the state was
+        copied once in memory, and gives a handle: ``done()``, and ``result()``, which waits and raises. See
+        :func:`fabric_lite.checkpoint.save`.
         """
         self._launched()
         # Shards that inference mode makes views of cannot be detached.
         with torch.inference_mode(False), torch.no_grad():
-            checkpoint.save(
+            return checkpoint.save(
                 path,
                 state,
                 filter=filter,
                 state_dict_type=self.strategy.state_dict_type if state_dict_type is None else state_dict_type,
                 origin={"strategy": type(self.strategy).__name__, "precision": self.precision.name},
+                async_=async_,
             )
 
     def load(

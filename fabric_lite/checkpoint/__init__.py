@@ -13,13 +13,25 @@ Writing                                                 Reading
                                                           boxes.py             parts of tensors: shared, whole or not
   packing.py          views and shared storages           plain_json.py            plain values as JSON, exactly
   commit.py           temporary name, fsync, in place     together.py              what fails on one rank fails on all
+  asynchronous.py     beside the training loop
+  staging.py          the copy that is written so
 
 ``fabric-ckpt`` is cli.py over inspection.py and conversion.py; flat.py is its whole checkpoint in a safetensors file.
 """
 
 from fabric_lite.attribute_dict import AttributeDict
 from fabric_lite.checkpoint.archive import CheckpointNotFoundError
+from fabric_lite.checkpoint.asynchronous import SaveHandle, finish, finish_at_exit
 from fabric_lite.checkpoint.loading import load, load_raw
 from fabric_lite.checkpoint.saving import save
 
-__all__ = ["AttributeDict", "CheckpointNotFoundError", "load", "load_raw", "save"]
+__all__ = [
+    "AttributeDict",
+    "CheckpointNotFoundError",
+    "SaveHandle",
+    "finish",
+    "finish_at_exit",
+    "load",
+    "load_raw",
+    "save",
+]

@@ -9,7 +9,6 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import torch
@@ -17,8 +16,9 @@ from torch.utils.serialization import config
 
 from fabric_lite.checkpoint.archive import FORMAT, MANIFEST
 from fabric_lite.checkpoint.packing import storages
-from fabric_lite.checkpoint.part_writing import Blocks, write_blocks
+from fabric_lite.checkpoint.part_writing import Beside, Blocks, write_blocks
 from fabric_lite.checkpoint.plain import Place, tensors_in
+from fabric_lite.checkpoint.seal import UNSEALED, seal
 from fabric_lite.collectives import world_size
 from fabric_lite.errors import CheckpointError
 
@@ -40,10 +40,11 @@ def write_archive(file: BinaryIO, content: Any, origin: Origin) -> None:
     into the zip's directory, so that any zip tool can check the file.
     """
     records = _storage_records(content)
-    with ThreadPoolExecutor(1) as thread:
-        checksums = thread.submit(lambda: {name: _crc32_of(storage) for name, (storage, _) in records.items()})
+    checksums = Beside(lambda: {name: _crc32_of(storage) for name, (storage, _) in records.items()})
+    try:
         with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
             torch.save(content, file)
+    finally:
         crc_by_name = checksums.result()
     _finish(file, records, crc_by_name, origin)
 
@@ -92,8 +93,7 @@ class StreamedArchive:
 
     def _fill(self, name: str, blocks: Iterable[memoryview]) -> None:
         self._file.seek(self._starts[name])
-        with ThreadPoolExecutor(1) as thread:
-            self._crc_by_name[name] = write_blocks(self._file, blocks, thread)
+        self._crc_by_name[name] = write_blocks(self._file, blocks)
 
 
 def _finish(file: BinaryIO, records: _Records, crc_by_name: dict[str, int], origin: Origin) -> None:
@@ -101,6 +101,8 @@ def _finish(file: BinaryIO, records: _Records, crc_by_name: dict[str, int], orig
         described = _describe(archive, file, records, crc_by_name)
         folder = archive.infolist()[0].filename.split("/", 1)[0]
         archive.writestr(zipfile.ZipInfo(f"{folder}/{MANIFEST}"), json.dumps(_manifest(described, origin)))
+        archive.comment = UNSEALED
+    seal(file)
 
 
 def _storage_records(content: Any) -> _Records:
@@ -140,6 +142,7 @@ def _manifest(records: dict[str, Any], origin: Origin) -> dict[str, Any]:
         "world_size": origin.get("world_size") or world_size(),
         "strategy": origin.get("strategy"),
         "precision": origin.get("precision"),
+        "sealed": True,
         "records": records,
     }
 

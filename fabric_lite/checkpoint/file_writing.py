@@ -12,17 +12,17 @@ import torch
 from fabric_lite.checkpoint.archive_writing import Origin, StreamedArchive, placeholder, write_archive
 from fabric_lite.checkpoint.commit import committed_file
 from fabric_lite.checkpoint.gathering import Gathering
-from fabric_lite.checkpoint.layout import ShardPlan, shard_plan
+from fabric_lite.checkpoint.layout import ShardPlan
 from fabric_lite.checkpoint.packing import packed
 from fabric_lite.checkpoint.plain import Place, tensors_in
-from fabric_lite.checkpoint.together import on_every_rank, system_errors_explained
+from fabric_lite.checkpoint.together import Together, system_errors_explained
 from fabric_lite.collectives import rank
 from fabric_lite.trees import map_leaves
 
 __all__ = ["write_file"]
 
 
-def write_file(target: Path, content: Any, sharded: Mapping[str, Any], origin: Origin) -> None:
+def write_file(target: Path, content: Any, plan: ShardPlan, origin: Origin, together: Together) -> None:
     """Write a checkpoint file; every rank calls it, rank 0 writes.
 
     Sharded tensors take no more memory than two staging buffers, unless they have to be redistributed first
@@ -32,20 +32,20 @@ def write_file(target: Path, content: Any, sharded: Mapping[str, Any], origin: O
     Args:
         target: The file's name; rank 0's counts.
         content: Plain data; rank 0's is written.
-        sharded: This rank's DTensors in it, by ``str`` of their place.
+        plan: Of the sharded tensors in it.
         origin: Names for the manifest.
+        together: How the ranks agree.
 
     Raises:
-        CheckpointError: The ranks hold different sharded tensors, or the file could not be written.
+        CheckpointError: The file could not be written.
     """
-    plan = shard_plan(sharded)
     if not plan.writers:
-        on_every_rank("save()", _write_at_once, target, content, origin)
+        together.on_every_rank("save()", _write_at_once, target, content, origin)
         return
     with contextlib.ExitStack() as stack:
-        streamed = on_every_rank("save()", _opened, stack, target, content, plan)
+        gathering = together.on_every_rank("save()", Gathering, plan, together)
+        streamed = together.on_every_rank("save()", _opened, stack, target, content, plan)
         error: Exception | None = None
-        gathering = Gathering()
         for place, writers in plan.writers.items():
             blocks = gathering.blocks(plan.tensors[place], writers)
             if streamed is not None and error is None:
@@ -55,7 +55,7 @@ def write_file(target: Path, content: Any, sharded: Mapping[str, Any], origin: O
                     error = exception
             for _ in blocks:  # the others send, whether or not it can be written
                 pass
-        on_every_rank("save()", _commit, stack, target, streamed, error, origin)
+        together.on_every_rank("save()", _commit, stack, target, streamed, error, origin)
 
 
 class _Streamed:
@@ -82,7 +82,7 @@ def _opened(stack: contextlib.ExitStack, target: Path, content: Any, plan: Shard
         return None
     leaves = [(str(place), tensor) for place, tensor in tensors_in(content, Place())]
     sharded = {place: plan.tensors[place] for place in plan.writers}
-    placeholders = {place: placeholder(tuple(tensor.shape), tensor.dtype) for place, tensor in sharded.items()}
+    placeholders = {place: placeholder(shard.shape, shard.dtype) for place, shard in sharded.items()}
     written = packed([tensor for place, tensor in leaves if place not in plan.tensors])
     for place, tensor in leaves:
         if place in plan.tensors:

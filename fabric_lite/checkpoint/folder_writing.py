@@ -15,17 +15,17 @@ import torch
 from fabric_lite.checkpoint.archive_writing import Origin, own_version
 from fabric_lite.checkpoint.commit import committed_folder
 from fabric_lite.checkpoint.contents import Contents
-from fabric_lite.checkpoint.layout import ShardPlan, shard_plan
+from fabric_lite.checkpoint.layout import ShardPlan
 from fabric_lite.checkpoint.manifest import FORMAT, MANIFEST, Chunk, Manifest, Part, TensorEntry, part_name
 from fabric_lite.checkpoint.part_writing import Piece, write_part
-from fabric_lite.checkpoint.together import on_every_rank, system_errors_explained
-from fabric_lite.collectives import broadcast_object, gather_objects, rank, world_size
+from fabric_lite.checkpoint.together import Together, system_errors_explained
+from fabric_lite.collectives import rank, world_size
 from fabric_lite.errors import CheckpointError
 
 __all__ = ["manifest_of", "write_folder"]
 
 
-def write_folder(target: Path, content: Any, sharded: Mapping[str, Any], origin: Origin) -> None:
+def write_folder(target: Path, content: Any, plan: ShardPlan, origin: Origin, together: Together) -> None:
     """Write a checkpoint folder; every rank calls it.
 
     A rank needs no more memory than one staging buffer: it writes from the tensors' own memory where that is in order.
@@ -34,24 +34,24 @@ def write_folder(target: Path, content: Any, sharded: Mapping[str, Any], origin:
     Args:
         target: The folder's name; rank 0's counts.
         content: Plain data; rank 0's is written.
-        sharded: This rank's DTensors in it, by ``str`` of their place.
+        plan: Of the sharded tensors in it.
         origin: Names for the manifest.
+        together: How the ranks agree.
 
     Raises:
         FabricTypeError: A tensor is of a kind that a folder can't hold; nothing was written.
-        CheckpointError: The ranks hold different sharded tensors, or the folder could not be written.
+        CheckpointError: The folder could not be written.
     """
-    plan = shard_plan(sharded)
-    contents = on_every_rank("save()", _contents, content, plan)
-    numbers = broadcast_object(contents and contents.numbers_and_names())
+    contents = together.on_every_rank("save()", _contents, content, plan)
+    numbers = together.broadcast(contents and contents.numbers_and_names())
     own = _own_shards(plan, numbers)
     if contents is not None:
         own += _plain_tensors(contents)
     with contextlib.ExitStack() as stack:
-        folder = broadcast_object(on_every_rank("save()", _opened, stack, target))
-        written = on_every_rank("save()", _write_own_part, folder, own, target)
-        parts = gather_objects(written)
-        on_every_rank("save()", _commit, stack, folder, contents, parts, origin, target)
+        folder = together.broadcast(together.on_every_rank("save()", _opened, stack, target))
+        written = together.on_every_rank("save()", _write_own_part, folder, own, target)
+        parts = together.gather(written)
+        together.on_every_rank("save()", _commit, stack, folder, contents, parts, origin, target)
 
 
 def manifest_of(
@@ -115,7 +115,7 @@ def _own_shards(plan: ShardPlan, numbers: Mapping[str, tuple[int, str]]) -> list
         number, name = numbers[place]
         for (offset, shape), writer in writers.items():
             if writer == rank():
-                local = plan.tensors[place].to_local()
+                local = plan.tensors[place].local
                 own.append(_Own(number, offset, Piece(name, local.dtype, shape, functools.partial(_itself, local))))
     return own
 

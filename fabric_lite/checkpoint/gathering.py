@@ -2,75 +2,82 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fabric_lite.checkpoint.boxes import Box, common
+from fabric_lite.checkpoint.layout import Shard, ShardPlan
 from fabric_lite.checkpoint.part_writing import STAGING_BYTES, bytes_of, row_major_boxes
+from fabric_lite.checkpoint.together import Together
 from fabric_lite.collectives import rank
 
 __all__ = ["Gathering"]
 
 
 class Gathering:
-    """Brings whole DTensors to rank 0, one after the other, through two buffers of ``STAGING_BYTES`` at most.
+    """Brings whole sharded tensors to rank 0, one after the other, through two buffers of ``STAGING_BYTES`` at most.
 
-    ``full_tensor()`` would hold each several times on every rank, and in what the allocator keeps.
+    ``full_tensor()`` would hold each several times on every rank, and in what the allocator keeps. All memory is taken
+    here, before the first piece travels: a rank that got none later would leave the others waiting for it.
+
+    Args:
+        plan: Of the tensors to bring; its ``local`` tensors of one rank are sent from their devices.
+        together: Whose group the pieces travel through.
     """
 
-    def __init__(self) -> None:
-        self._whole = torch.empty(0, dtype=torch.uint8)
-        self._travelling: dict[torch.device, torch.Tensor] = {}
+    def __init__(self, plan: ShardPlan, together: Together) -> None:
+        self._group = together.group
+        shards = [plan.tensors[place] for place in plan.writers]
+        largest = max((math.prod(shard.shape) * shard.dtype.itemsize for shard in shards), default=0)
+        size = min(largest, STAGING_BYTES)
+        self._whole = torch.empty(size if rank() == 0 else 0, dtype=torch.uint8, device="cpu")
+        devices = {shard.local.device for shard in shards}
+        self._travelling = {device: torch.empty(size, dtype=torch.uint8, device=device) for device in devices}
 
-    def blocks(self, tensor: Any, writers: Mapping[Box, int]) -> Iterator[memoryview]:
-        """Yield the bytes of a whole DTensor in row-major order, on rank 0; every rank iterates to the end.
+    def blocks(self, shard: Shard, writers: Mapping[Box, int]) -> Iterator[memoryview]:
+        """Yield the bytes of a whole tensor in row-major order, on rank 0; every rank iterates to the end.
 
         Args:
-            tensor: A DTensor of a ``ShardPlan``: each rank has one box of it.
+            shard: What this rank has of it.
             writers: Its boxes, each with one rank that has it, as in the plan.
         """
-        local, dtype = tensor.to_local().detach(), tensor.dtype
+        local, dtype = shard.local, shard.dtype
         order = sorted(writers.items())
-        for block in row_major_boxes(tuple(tensor.shape), STAGING_BYTES // dtype.itemsize):
-            whole = self._whole_block(dtype, block[1]) if rank() == 0 else None
+        for block in row_major_boxes(shard.shape, STAGING_BYTES // dtype.itemsize):
+            whole = _viewed(self._whole, dtype, block[1]) if rank() == 0 else None
             for box, writer in order:
                 shared = common(block, box)
                 if shared is None or rank() not in (0, writer):
                     continue
                 mine = local[_slices(shared, box)] if rank() == writer else None
                 # Pieces travel on the tensor's own device: the ranks have a backend for that.
-                values = mine if writer == 0 else _moved(mine, shared[1], dtype, self._buffer(local.device), writer)
+                travelling = self._travelling[local.device]
+                values = mine if writer == 0 else self._moved(mine, shared[1], dtype, travelling, writer)
                 if whole is not None and values is not None:
                     whole[_slices(shared, block)].copy_(values)
             if whole is not None:
                 yield bytes_of(whole)
 
-    def _whole_block(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        if not len(self._whole):
-            self._whole = torch.empty(STAGING_BYTES, dtype=torch.uint8)
-        return _viewed(self._whole, dtype, shape)
-
-    def _buffer(self, device: torch.device) -> torch.Tensor:
-        if device not in self._travelling:
-            self._travelling[device] = torch.empty(STAGING_BYTES, dtype=torch.uint8, device=device)
-        return self._travelling[device]
-
-
-def _moved(
-    mine: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, travelling: torch.Tensor, writer: int
-) -> torch.Tensor:
-    """The values of ``shape`` on rank 0, sent by rank ``writer``; as bytes, since backends don't know all dtypes."""
-    buffer = _viewed(travelling, dtype, shape)
-    raw = travelling[: buffer.numel() * dtype.itemsize]
-    if mine is None:
-        dist.recv(raw, writer)
-    else:
-        buffer.copy_(mine)
-        dist.send(raw, 0)
-    return buffer
+    def _moved(
+        self,
+        mine: torch.Tensor | None,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        travelling: torch.Tensor,
+        writer: int,
+    ) -> torch.Tensor:
+        """The values of ``shape`` on rank 0, from rank ``writer``; as bytes, since backends don't know all dtypes."""
+        values = _viewed(travelling, dtype, shape)
+        raw = travelling[: values.numel() * dtype.itemsize]
+        if mine is None:
+            dist.recv(raw, writer, group=self._group)
+        else:
+            values.copy_(mine)
+            dist.send(raw, 0, group=self._group)
+        return values
 
 
 def _viewed(buffer: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

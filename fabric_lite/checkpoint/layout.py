@@ -8,11 +8,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 from fabric_lite.checkpoint.boxes import Box
 from fabric_lite.collectives import gather_objects, rank
 from fabric_lite.errors import CheckpointError
 
-__all__ = ["ShardPlan", "is_sharded", "local_box", "shard_plan"]
+__all__ = ["Shard", "ShardPlan", "is_sharded", "local_box", "shard_plan"]
 
 
 def is_sharded(value: Any) -> bool:
@@ -34,18 +36,37 @@ def local_box(tensor: Any) -> Box:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardPlan:
-    """How the sharded tensors of all ranks make up the whole ones; the same on every rank.
+class Shard:
+    """What this rank holds of a sharded tensor.
 
     Args:
-        tensors: This rank's DTensors by their places, in order; each rank holds one box of each.
+        shape: The whole tensor's.
+        dtype: Of the whole and of the part.
+        local: The box on this rank, without gradient; it may be empty.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    local: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardPlan:
+    """How the sharded tensors of all ranks make up the whole ones; but for the data the same on every rank.
+
+    Args:
+        tensors: This rank's shards by their places, in order.
         same_as: Place to place: a tensor that is the memory of an earlier one (tied weights).
         writers: For every other place its boxes, as offset and shape, each with one rank that has it.
     """
 
-    tensors: dict[str, Any]
+    tensors: dict[str, Shard]
     same_as: dict[str, str]
     writers: dict[str, dict[Box, int]]
+
+    def written_by(self, number: int) -> list[str]:
+        """The places of the tensors of which this rank writes or sends a box."""
+        return [place for place, writers in self.writers.items() if number in writers.values()]
 
 
 def _as_boxes(tensor: Any) -> Any:
@@ -76,10 +97,11 @@ def shard_plan(sharded: Mapping[str, Any]) -> ShardPlan:
             given=f"{len(mine)} on rank {rank()}",
             fix="save the same objects on every rank, after the same steps",
         )
-    plan = ShardPlan({place: _as_boxes(sharded[place]) for place in sorted(sharded)}, {}, {})
+    tensors = {place: _as_boxes(sharded[place]) for place in sorted(sharded)}
+    plan = ShardPlan({place: _shard(tensor) for place, tensor in tensors.items()}, {}, {})
     first: dict[Any, str] = {}
-    shares = gather_objects([_share(tensor, place, first) for place, tensor in plan.tensors.items()])
-    for index, place in enumerate(plan.tensors):
+    shares = gather_objects([_share(tensor, place, first) for place, tensor in tensors.items()])
+    for index, place in enumerate(tensors):
         held = [share[index] for share in shares]
         # A rank that holds nothing of a tensor can't tell whose memory it is.
         owners = {share.same_as for share in held if share.box is not None}
@@ -102,6 +124,10 @@ class _Share(NamedTuple):
 
 def _description(tensor: Any) -> tuple[tuple[int, ...], str, str]:
     return tuple(tensor.shape), str(tensor.dtype), str(tensor.placements)
+
+
+def _shard(tensor: Any) -> Shard:
+    return Shard(tuple(tensor.shape), tensor.dtype, tensor.to_local().detach())
 
 
 def _share(tensor: Any, place: str, first: dict[Any, str]) -> _Share:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from fabric_lite.checkpoint.plain import Place, values_where
 
 __all__ = ["copied", "packed", "storages"]
 
+_Packed = dict[int, torch.Tensor]
 _PER_CHANNEL = {torch.per_channel_affine, torch.per_channel_symmetric, torch.per_channel_affine_float_qparams}
 _COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 
@@ -28,25 +29,34 @@ def _is_compressed(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.layout in _COMPRESSED
 
 
-def packed(tensors: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+def packed(tensors: list[torch.Tensor], copy_of: Callable[[torch.Tensor], torch.Tensor] | None = None) -> _Packed:
     """Return what to write for each tensor, keyed by its ``id``.
 
     Tensors whose memory overlaps go on sharing it. A storage that they cover entirely is used as it is; of any
     other only the covered parts are copied.
+
+    Args:
+        tensors: Detached tensors on any device, of any layout.
+        copy_of: Makes a copy of a strided tensor that is neither conjugated nor negated: contiguous, on the CPU, in a
+            storage of just its size. With it everything is copied, nothing used as it is; None copies into new memory.
     """
-    written: dict[int, torch.Tensor] = {}
+    written: _Packed = {}
     by_storage: dict[int, list[torch.Tensor]] = {}
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.is_quantized:
-            written[id(tensor)] = tensor.cpu()
+            written[id(tensor)] = tensor.cpu() if copy_of is None or tensor.device.type != "cpu" else tensor.clone()
         elif tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg():
-            written[id(tensor)] = tensor.resolve_conj().resolve_neg().to("cpu", copy=True)
+            written[id(tensor)] = (copy_of or _fresh)(tensor.resolve_conj().resolve_neg())
         else:
             by_storage.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
     for members in by_storage.values():
         for cluster in _overlapping(members):
-            written.update(_pack_cluster(cluster))
+            written.update(_pack_cluster(cluster, copy_of))
     return written
+
+
+def _fresh(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
@@ -90,21 +100,22 @@ def _overlapping(members: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     yield cluster
 
 
-def _pack_cluster(cluster: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+def _pack_cluster(cluster: list[torch.Tensor], copy_of: Callable[[torch.Tensor], torch.Tensor] | None) -> _Packed:
     head = cluster[0]
+    make = copy_of or _fresh
     if any(tensor.dtype != head.dtype for tensor in cluster):
         # One memory seen as several dtypes can't be written by torch.save: each gets its own.
-        return {id(tensor): tensor.to("cpu", copy=True) for tensor in cluster}
+        return {id(tensor): make(tensor) for tensor in cluster}
     spans = [_span(tensor) for tensor in cluster]
     first, past = min(span[0] for span in spans), max(span[1] for span in spans)
-    if head.device.type == "cpu" and past - first == head.untyped_storage().nbytes():
+    if copy_of is None and head.device.type == "cpu" and past - first == head.untyped_storage().nbytes():
         return {id(tensor): tensor for tensor in cluster}
     alike = len({(tensor.storage_offset(), tensor.shape, tensor.stride()) for tensor in cluster}) == 1
     if alike and past - first > head.numel() * head.itemsize:
         # A view with gaps (one column of a matrix) is smaller without them.
-        return dict.fromkeys(map(id, cluster), head.to("cpu", copy=True, memory_format=torch.contiguous_format))
+        return dict.fromkeys(map(id, cluster), make(head))
     origin = first // head.itemsize
-    memory = head.as_strided(((past - first) // head.itemsize,), (1,), origin).to("cpu", copy=True)
+    memory = make(head.as_strided(((past - first) // head.itemsize,), (1,), origin))
     return {id(tensor): _view_like(memory, tensor, origin) for tensor in cluster}
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from fabric_lite.errors import FabricTypeError
 
 __all__ = [
     "STAGING_BYTES",
+    "Beside",
     "Blocks",
     "Piece",
     "Written",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 STAGING_BYTES = 16 << 20
+_LEAST_BESIDE = 1 << 18  # bytes from which on a thread is worth its start
 _ALIGNMENT = 8
 _SAFETENSORS = {
     "bool": "BOOL",
@@ -48,6 +50,38 @@ _SAFETENSORS = {
     "float32": "F32",
     "float64": "F64",
 }
+
+
+Value = TypeVar("Value")
+
+
+class Beside(Generic[Value]):
+    """A call in a thread of its own.
+
+    Not one of ``concurrent.futures``: those take no more work once the interpreter waits for its last threads, and a
+    save that runs in one of these has still to end well.
+    """
+
+    def __init__(self, function: Callable[..., Value], *args: Any) -> None:
+        self._call = function, args
+        self._value: list[Value] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="fabric_lite checksum")
+        self._thread.start()
+
+    def result(self) -> Value:
+        """Wait for its end; return its value or raise its error."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._value[0]
+
+    def _run(self) -> None:
+        function, args = self._call
+        try:
+            self._value.append(function(*args))
+        except BaseException as error:
+            self._error = error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +147,10 @@ def write_part(
     file.write(start)
     written: dict[int, Written] = {}
     position, staging = len(start), Blocks()
-    with ThreadPoolExecutor(1) as thread:
-        for index in order:
-            checksum = write_blocks(file, staging.of(pieces[index].load()), thread)
-            written[index] = Written(position, position + pieces[index].nbytes, checksum)
-            position = written[index].end
+    for index in order:
+        checksum = write_blocks(file, staging.of(pieces[index].load()))
+        written[index] = Written(position, position + pieces[index].nbytes, checksum)
+        position = written[index].end
     return zlib.crc32(start), [written[index] for index in range(len(pieces))]
 
 
@@ -133,13 +166,19 @@ def _start(pieces: Sequence[Piece], metadata: dict[str, str] | None) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_blocks(file: BinaryIO, blocks: Iterable[memoryview], thread: ThreadPoolExecutor) -> int:
+def write_blocks(file: BinaryIO, blocks: Iterable[memoryview]) -> int:
     """Write blocks at the file's position; return the checksum of all of them."""
     checksum = 0
     for block in blocks:
-        following = thread.submit(zlib.crc32, block, checksum)  # beside the writing: both release the lock
-        file.write(block)
-        checksum = following.result()
+        if len(block) < _LEAST_BESIDE:
+            checksum = zlib.crc32(block, checksum)
+            file.write(block)
+            continue
+        following = Beside(zlib.crc32, block, checksum)  # beside the writing: both release the lock
+        try:
+            file.write(block)
+        finally:
+            checksum = following.result()
     return checksum
 
 

@@ -1,4 +1,4 @@
-"""``save``: state -> plain values -> one file or a folder, on all ranks or not at all."""
+"""``save``: state -> plain values -> one file or a folder, on all ranks or not at all, at once or beside the loop."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any, NoReturn
 
 import torch
 
+from fabric_lite.checkpoint import asynchronous
+from fabric_lite.checkpoint.asynchronous import SaveHandle
 from fabric_lite.checkpoint.file_writing import write_file
 from fabric_lite.checkpoint.folder_writing import write_folder
-from fabric_lite.checkpoint.layout import is_sharded
+from fabric_lite.checkpoint.layout import ShardPlan, is_sharded, shard_plan
 from fabric_lite.checkpoint.plain import Place, plain, stateful_objects, tensors_in
-from fabric_lite.checkpoint.together import lost_ranks_explained, on_every_rank
+from fabric_lite.checkpoint.together import Together, lost_ranks_explained, on_every_rank
 from fabric_lite.collectives import gather_objects, rank
 from fabric_lite.errors import CheckpointError, FabricTypeError, FabricValueError
 from fabric_lite.notices import says_that_it_waits
@@ -34,7 +36,8 @@ def save(
     filter: Filter | None = None,
     state_dict_type: str = "full",
     origin: Mapping[str, str | None] | None = None,
-) -> None:
+    async_: bool = False,
+) -> SaveHandle | None:
     """Write ``state`` into one file that plain ``torch.load(path, weights_only=True)`` reads, or into a folder.
 
     Every rank calls it, with the same objects. Rank 0's plain values are the ones that are written. When it returns,
@@ -50,27 +53,43 @@ def save(
         state_dict_type: "full": rank 0 writes one file, sharded tensors in full, one after the other in memory.
             "sharded": a folder, into which every rank writes its own part of the sharded tensors.
         origin: Names of the "strategy" and of the "precision", for who looks at the checkpoint later.
+        async_: Whether to return as soon as what this rank writes was copied, and to write the copy in a thread. The
+            memory for it is kept for the saves to come, until ``fabric.close()``.
+
+    Returns:
+        None, or with ``async_`` a handle whose ``result()`` waits until all is on the disk and raises what went wrong.
+        A save that follows, of either kind, waits for it first; an error that nobody was told of is raised there.
 
     Raises:
         FabricTypeError: Something could only be read back by running code, or an argument has the wrong type.
         FabricValueError: ``filter`` names a key that ``state`` has not, or ``state_dict_type`` is neither.
         CheckpointError: The checkpoint could not be written, or another rank failed or has ended.
     """
+    error = asynchronous.wait_for_last()
     with says_that_it_waits("fabric.save()"):
-        target = on_every_rank("save()", _checked, path, state, filter, state_dict_type)
-    if set(gather_objects(state_dict_type)) != {state_dict_type}:
+        target = on_every_rank("save()", _begun, error, path, state, filter, state_dict_type)
+    kind = state_dict_type, bool(async_)
+    if set(gather_objects(kind)) != {kind}:
         raise CheckpointError(
             "The ranks ask save() for different kinds of checkpoint.",
-            given=f"state_dict_type={state_dict_type!r} on rank {rank()}",
-            fix="the same state_dict_type on every rank",
+            given=f"state_dict_type={state_dict_type!r}, async_={async_} on rank {rank()}",
+            fix="the same state_dict_type and async_ on every rank",
         )
     state = dict(state)
     compare_objects(list(stateful_objects(state, Place())), "save()")
     content = on_every_rank("save()", _filtered, _collected(state), filter or {})
     sharded = {str(place): tensor for place, tensor in tensors_in(content, Place()) if is_sharded(tensor)}
-    write = write_file if state_dict_type == "full" else write_folder
+    write_to = write_file if state_dict_type == "full" else write_folder
+
+    def write(content: Any, plan: ShardPlan, together: Together) -> None:
+        write_to(target, content, plan, dict(origin or {}), together)
+
     with lost_ranks_explained("save()"):
-        write(target, content, sharded, dict(origin or {}))
+        plan = shard_plan(sharded)
+        if async_:
+            return asynchronous.start(target, content, plan, write)
+        write(content, plan, Together())
+    return None
 
 
 def checked_path(path: Any) -> Path:
@@ -117,6 +136,17 @@ def own_keys(state: Any) -> Any:
     if metadata is not None:
         renamed._metadata = {f"{name}.".replace(_COMPILED, "")[:-1]: entry for name, entry in metadata.items()}
     return renamed
+
+
+def _begun(error: BaseException | None, path: Any, state: Any, filter: Any, state_dict_type: Any) -> Path:
+    """Raise what an earlier save has left, or what is wrong with the arguments; the path."""
+    if error is not None:
+        raise CheckpointError(
+            "An asynchronous save before this one failed, so this one was not begun.",
+            given=error,
+            fix="see to its cause and save again; handle.result() tells it where it belongs",
+        ) from error
+    return _checked(path, state, filter, state_dict_type)
 
 
 def _checked(path: Any, state: Any, filter: Any, state_dict_type: Any) -> Path:

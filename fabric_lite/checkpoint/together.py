@@ -3,32 +3,57 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fabric_lite.collectives import raise_together
+from fabric_lite.collectives import broadcast_object, gather_objects, raise_together
 from fabric_lite.errors import CheckpointError, FabricError
 
-__all__ = ["lost_ranks_explained", "on_every_rank", "system_errors_explained"]
+__all__ = ["Together", "lost_ranks_explained", "on_every_rank", "system_errors_explained"]
 
 Result = TypeVar("Result")
 
 
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """How the ranks work together at one checkpoint; every rank calls the same methods in the same order.
+
+    Args:
+        group: The process group, of all ranks; None is the default one. A thread beside the training loop has one of
+            its own: on a shared one its collectives would be paired with those of the step.
+    """
+
+    group: Any = None
+
+    def on_every_rank(self, what: str, function: Callable[..., Result], *args: Any) -> Result:
+        """Call ``function`` and raise on every rank if it raised on any."""
+        error: Exception | None = None
+        try:
+            result = function(*args)
+        except Exception as exception:
+            error = exception
+        try:
+            raise_together(error, what, CheckpointError, self.group)
+        except RuntimeError as raised:
+            if raised is error or isinstance(raised, FabricError):
+                raise
+            raise _lost(what, raised) from raised
+        return result
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable ``value``, by rank, on every rank."""
+        return gather_objects(value, self.group)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable ``value``, on every rank."""
+        return broadcast_object(value, group=self.group)
+
+
 def on_every_rank(what: str, function: Callable[..., Result], *args: Any) -> Result:
-    """Call ``function`` and raise on every rank if it raised on any. Every rank calls it."""
-    error: Exception | None = None
-    try:
-        result = function(*args)
-    except Exception as exception:
-        error = exception
-    try:
-        raise_together(error, what, CheckpointError)
-    except RuntimeError as raised:
-        if raised is error or isinstance(raised, FabricError):
-            raise
-        raise _lost(what, raised) from raised
-    return result
+    """:meth:`Together.on_every_rank` through the default group."""
+    return Together().on_every_rank(what, function, *args)
 
 
 @contextlib.contextmanager
