@@ -13,6 +13,7 @@ import io
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Operation:
         other: The other name of "rename" and "exchange".
         begin: The first byte of "write", the size of "truncate".
         data: The bytes of "write".
+        when: Nanoseconds of a clock that all processes share.
     """
 
     kind: str
@@ -39,6 +41,7 @@ class Operation:
     other: str = ""
     begin: int = 0
     data: bytes = dataclasses.field(default=b"", repr=False)
+    when: int = dataclasses.field(default_factory=time.monotonic_ns, repr=False)
 
 
 class Watch:
