@@ -138,8 +138,10 @@ def members(kind: type) -> dict[str, Any]:
 
         apart = holder.progress.reading_again(current, self.dataset)
         pin()
+        start = current.start
+        has_ended = start.stream is not None and start.stream["has_ended"] and start.seen > 0
         with apart:
-            inner = iter(plain_iter(self))
+            inner = iter(()) if has_ended else iter(plain_iter(self))
         current.rewind()
         return _Batches(holder, current, inner, pin, apart, kind.__name__)
 

@@ -84,7 +84,7 @@ class Progress:
         if self._followed is not None:
             self._followed_epoch = self._latest.start.epoch
         if self._stream is not None and start.stream is not None:
-            self._stream.set(start.stream)
+            self._stream.restore(start.stream)
         return self._latest
 
     def pin(self, current: Pass, *, has_persistent_workers: bool) -> None:
@@ -206,9 +206,7 @@ class Progress:
     def _stream_state(self, stream: Stream, place: Position) -> Any:
         if place.is_loaded:
             return place.stream
-        has_none_yet = self._latest is None and stream.workers > 0
-        is_between_epochs = self._latest is not None and self._latest.is_finished
-        return None if has_none_yet or (is_between_epochs and stream.has_none_between_epochs) else stream.get()
+        return stream.state(self._latest)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass begin where ``state`` was taken."""

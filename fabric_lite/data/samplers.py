@@ -34,6 +34,7 @@ class Pass:
         rewind: Puts back the random state that an uninterrupted run would have here.
         noise: In a loader with workers, what the random numbers of each batch are counted from, and the rank.
         number: Tells the iterators of a loader apart.
+        has_ended_early: Whether the latest batch of a stream was not full, so that the stream has come to its end.
     """
 
     start: Position
@@ -47,6 +48,7 @@ class Pass:
     rewind: Callable[[], None] = lambda: None
     noise: tuple[int, int] | None = None
     number: int = 0
+    has_ended_early: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +224,19 @@ class CountedSampler(_Counted, Sampler):
     """Stands in ``loader.sampler`` of a loader that fetches one item at a time."""
 
 
+class _Request(list[None]):
+    """A request for as many items as it is long; notes in a pass when the data end before it is served."""
+
+    def __init__(self, request: list[None], current: Pass) -> None:
+        super().__init__(request)
+        self._current = current
+
+    def __iter__(self) -> Iterator[None]:
+        self._current.has_ended_early = True
+        yield from super().__iter__()
+        self._current.has_ended_early = False
+
+
 class RequestSampler(Sampler):
     """Stands where the loader of an ``IterableDataset`` takes its requests from, which hold no indices."""
 
@@ -235,12 +250,15 @@ class RequestSampler(Sampler):
 
     def _requests(self, current: Pass, start: Position) -> Iterator[Any]:
         current.claims, current.is_dealt = current.claims + 1, True
-        current.rewind()
-        if current.noise is None:
-            yield from itertools.repeat(self._request)
-        else:
+        if start.stream is not None:
+            current.rewind()
+        if current.noise is not None:
             read = start.seen if start.stream is not None else 0
             yield from seeded_requests(self._request, (*current.noise, start.epoch), current.number, read)
+        elif self._request is None:
+            yield from itertools.repeat(None)
+        else:
+            yield from itertools.repeat(_Request(self._request, current))
 
     def __len__(self) -> int:
         return len(self._original)

@@ -9,6 +9,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from fabric_lite.data.randomness import Apart
+from fabric_lite.data.samplers import Pass
+
 __all__ = ["Stream", "stream_of"]
 
 
@@ -20,22 +23,37 @@ class Stream:
 
     Args:
         get: Returns the state; called between two batches.
-        set: Sets it; called before an iterator is made.
+        put: Sets it; called before an iterator is made.
         workers: How many worker processes the loader has.
-        has_none_between_epochs: Whether nothing is left of an epoch that has ended, since its workers are gone.
+        dataset: Whose state it is, in this process; None with workers.
     """
 
     def __init__(
-        self,
-        get: Callable[[], Any],
-        set: Callable[[Any], Any],
-        workers: int,
-        has_none_between_epochs: bool = False,
+        self, get: Callable[[], Any], put: Callable[[Any], Any], workers: int, dataset: IterableDataset | None = None
     ) -> None:
-        self.get = get
-        self.set = set
+        self._get = get
+        self._put = put
         self.workers = workers
-        self.has_none_between_epochs = has_none_between_epochs
+        self._dataset = dataset
+
+    def state(self, current: Pass | None) -> dict[str, Any] | None:
+        """The state after the latest batch of ``current``; None where there is none yet, or its workers are gone."""
+        has_ended = current is not None and (current.is_finished or current.has_ended_early)
+        if self.workers and (current is None or current.is_finished):
+            return None
+        return {"state": self._get(), "has_ended": has_ended}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Set what :meth:`state` returned, before the next iterator is made.
+
+        After its end a dataset is at its beginning, or it stays at its end until it is iterated once more.
+        """
+        self._put(state["state"])
+        if state["has_ended"] and self._dataset is not None:
+            with Apart(lambda: None):
+                is_at_its_beginning = next(iter(self._dataset), self) is not self
+            if is_at_its_beginning:
+                self._put(state["state"])
 
 
 def stream_of(loader: DataLoader) -> Stream | None:
@@ -44,7 +62,7 @@ def stream_of(loader: DataLoader) -> Stream | None:
     if not issubclass(type(dataset), IterableDataset) or not _keeps_state(dataset):
         return None
     if loader.num_workers == 0:
-        return Stream(dataset.state_dict, dataset.load_state_dict, 0)
+        return Stream(dataset.state_dict, dataset.load_state_dict, 0, dataset)
     if not _keeps_state(loader):
         return None
     # Weak, or a loader would hold itself, and its workers, until the garbage collector comes.
@@ -54,7 +72,6 @@ def stream_of(loader: DataLoader) -> Stream | None:
         lambda: kind.state_dict(reference()),
         lambda state: kind.load_state_dict(reference(), state),
         loader.num_workers,
-        not loader.persistent_workers,
     )
 
 
