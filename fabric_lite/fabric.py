@@ -22,7 +22,7 @@ from fabric_lite.checkpointing import Checkpointing
 from fabric_lite.clipping import clip_grad_value
 from fabric_lite.collectives import Collectives
 from fabric_lite.communication import Communication
-from fabric_lite.data import check_loaders, extend_loader, move_to_device
+from fabric_lite.data import Window, check_loaders, extend_loader, move_to_device
 from fabric_lite.device import Accelerator
 from fabric_lite.errors import FabricTypeError, FabricValueError
 from fabric_lite.extension import ModuleExtension
@@ -98,8 +98,9 @@ class Fabric(Communication, Checkpointing):
         self._placement: Placement | None = None
         self._set_up = Registry(self, self.strategy, self._scaler)
         self._steps = Steps(self)
+        self._window = Window()
         self._preemption: Preemption | None = None
-        self._setup = Setup(self, self._run, self._scaler, self._callbacks, self._set_up, self._steps)
+        self._setup = Setup(self, self._run, self._scaler, self._callbacks, self._set_up, self._steps, self._window)
         self._is_closed = False
         if not self._run.needs_launch:
             self._connect()
@@ -245,6 +246,7 @@ class Fabric(Communication, Checkpointing):
                 pad=pad,
                 uneven=uneven,
                 owner=self,
+                window=self._window,
             )
             for loader in dataloaders
         ]
@@ -298,6 +300,7 @@ class Fabric(Communication, Checkpointing):
             self.strategy.backward(tensor, model, *args, **kwargs)
         else:
             self._scaler.backward(tensor, lambda scaled: self.strategy.backward(scaled, model, *args, **kwargs))
+        self._window.waiting += 1
 
     def clip_gradients(
         self,

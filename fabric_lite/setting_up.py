@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from fabric_lite.adopt import extension_of
 from fabric_lite.callbacks import call_hook, has_hook
 from fabric_lite.clearing import extend_zero_grad
+from fabric_lite.data import Window
 from fabric_lite.deferred import values_of
 from fabric_lite.extension import ModuleExtension
 from fabric_lite.guards import SynchronisationGuard
@@ -40,6 +41,7 @@ class Setup:
         callbacks: Told of every module that was set up and of every step.
         registry: Remembers what was set up.
         steps: Counts those of the first optimizer.
+        window: The gradients that wait for a step.
     """
 
     owner: Any
@@ -48,6 +50,7 @@ class Setup:
     callbacks: tuple[Any, ...]
     registry: Registry
     steps: Steps
+    window: Window
 
     def lay_out(
         self, module: nn.Module, optimizers: Sequence[Optimizer], placement: Placement, move_to_device: bool
@@ -95,7 +98,7 @@ class Setup:
             call_hook(self.callbacks, "on_after_optimizer_step", strategy=self.run.strategy, optimizer=stepped)
 
         wanted = after_step if has_hook(self.callbacks, "on_after_optimizer_step") else None
-        hooks = [hook for hook in (self.steps.follow(optimizer), wanted) if hook is not None]
+        hooks = [hook for hook in (self.window.follow(), self.steps.follow(optimizer), wanted) if hook is not None]
         strategy = self.run.strategy
         engine_step = strategy.step if strategy.owns_step else None
         # With several ranks, gradients that no engine has seen would let the ranks drift apart; and parts of a sharded

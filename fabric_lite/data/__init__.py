@@ -11,10 +11,12 @@ from fabric_lite.data.loader import (
 )
 from fabric_lite.data.move import move_to_device
 from fabric_lite.data.place import Place
+from fabric_lite.data.window import Window
 
 __all__ = [
     "ExtendedLoader",
     "Place",
+    "Window",
     "check_loaders",
     "extend_loader",
     "is_extended_loader",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["Window"]
@@ -20,10 +21,11 @@ class Window:
         self.waiting = 0
         self.has_steps = False  # steps of optimizers that were not set up are not seen
 
-    def follow(self, optimizer: Any) -> Any:
-        """End the window at each step of ``optimizer``; return the handle of the hook."""
+    def follow(self) -> Callable[..., None]:
+        """The post-hook of an optimizer's ``step``, which ends the window."""
         self.has_steps = True
-        return optimizer.register_step_post_hook(self._end)
 
-    def _end(self, *_: Any) -> None:
-        self.waiting = 0
+        def end(*_: Any) -> None:
+            self.waiting = 0
+
+        return end
