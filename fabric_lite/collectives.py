@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
+import functools
 import pickle
-import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from fabric_lite.collective_check import CollectiveCheck
 from fabric_lite.errors import CollectiveError, FabricError, FabricValueError
 from fabric_lite.trees import leaves, map_leaves
 
@@ -110,8 +110,8 @@ class Collectives:
 
     Args:
         device: Device on which the tensors travel and come back.
-        check: Whether each call first compares operation, shapes, dtypes and call site over the ranks. Costs one
-            object collective a call; a difference is raised on all ranks instead of hanging or mixing data up.
+        check: Whether each call first compares operation, shapes and dtypes over the ranks, through the store. A
+            difference is raised on all ranks, with the lines of all, instead of hanging or mixing data up.
     """
 
     device: torch.device
@@ -240,23 +240,24 @@ class Collectives:
             fix="fabric.broadcast for any other object, or take it out of the data",
         )
 
+    def enter(self, operation: str) -> None:
+        """Compare a step that communicates by other ways than this object's, where calls are checked."""
+        self._compare(operation, None)
+
+    def leave(self) -> None:
+        """Say that this rank makes no more calls, where calls are checked."""
+        if self.check and is_distributed():
+            self._checker.leave()
+
+    @functools.cached_property
+    def _checker(self) -> CollectiveCheck:
+        return CollectiveCheck(rank())
+
     def _compare(self, operation: str, tree: Any, group: Any = None) -> None:
         if not (self.check and is_distributed()):
             return
-        specs = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves(tree)] if tree is not None else None
-        mine = (operation, specs, _call_site())
-        calls = gather_objects(mine, group)
-        if any(call[:2] != calls[0][:2] for call in calls):
-            ranks = dist.get_process_group_ranks(group)
-            lines = "\n".join(
-                f"    rank {number}: {name} {found or ''} at {site}"
-                for number, (name, found, site) in zip(ranks, calls, strict=True)
-            )
-            raise CollectiveError(
-                "The ranks called different collectives, or with different shapes or dtypes.",
-                given="\n" + lines,
-                fix="let every rank make the same calls in the same order, with equal shapes and dtypes",
-            )
+        specs = [f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in leaves(tree)] if tree is not None else []
+        self._checker.enter(operation, ", ".join(specs), dist.get_process_group_ranks(group))
 
 
 class _TensorSpec:
@@ -354,14 +355,3 @@ class _DifferentiableGather(torch.autograd.Function):
         gradient = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, group=ctx.group)
         return gradient[dist.get_rank(ctx.group)], None
-
-
-_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-
-
-def _call_site() -> str:
-    """The innermost line outside this package, and outside the ``with`` machinery that it stands behind."""
-    for frame in reversed(traceback.extract_stack()):
-        if not os.path.abspath(frame.filename).startswith(_PACKAGE) and frame.filename != contextlib.__file__:
-            return f"{frame.filename}:{frame.lineno}"
-    return "?"

@@ -17,7 +17,9 @@ from torch.optim import Optimizer
 from fabric_lite import checkpoint, collectives, run_config
 from fabric_lite import seed as random_seed
 from fabric_lite.adopt import extension_of
+from fabric_lite.agreement import check_agreement, compare_circumstances
 from fabric_lite.callbacks import call_hook
+from fabric_lite.checked_calls import compare_calls
 from fabric_lite.checkpointing import Checkpointing
 from fabric_lite.clipping import clip_grad_value
 from fabric_lite.collectives import Collectives
@@ -93,6 +95,7 @@ class Fabric(Communication, Checkpointing):
         self._collectives = Collectives(self.device, check=check_collectives or self._run.config.check_collectives)
         self._hang_timeout = choose_hang_timeout(hang_timeout, self._run.config.hang_timeout)
         self._watch: HangWatch | None = None
+        self._has_compared_circumstances = False
         self._scaler = LossScaler(self.device.type) if self.precision.loss_scale else None
         self._owns_group = False
         self._placement: Placement | None = None
@@ -186,7 +189,10 @@ class Fabric(Communication, Checkpointing):
         """:meth:`setup` of a model alone."""
         placement = self._launched()
         self._set_up.check_new([module], nn.Module)
+        self._check_agreement(module, _optimizers)
         self._setup.lay_out(module, _optimizers, placement, move_to_device)
+        if self._collectives.check:
+            compare_calls(module, self._collectives.enter)
         return module
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
@@ -197,6 +203,7 @@ class Fabric(Communication, Checkpointing):
                 "setup_optimizers() needs at least one optimizer.", fix="setup_optimizers(optimizer)"
             )
         self._set_up.check_new(optimizers, Optimizer)
+        self._check_agreement(None, optimizers)
         for optimizer in optimizers:
             self._setup.attach(optimizer)
         return optimizers[0] if len(optimizers) == 1 else optimizers
@@ -277,6 +284,7 @@ class Fabric(Communication, Checkpointing):
         save_error = checkpoint.finish()
         if self._preemption is not None:
             self._preemption.close()
+        self._collectives.leave()
         if self._watch is not None:
             self._watch.close()
         self._set_up.release_all()
@@ -449,6 +457,15 @@ class Fabric(Communication, Checkpointing):
             self._watch = HangWatch(self.global_rank, self.world_size, self._hang_timeout, self._set_up.movement)
         for notice in self._run.notices:
             rank_zero_info(notice)
+
+    def _check_agreement(self, module: nn.Module | None, optimizers: Sequence[Optimizer]) -> None:
+        """Raise on all ranks unless all set up the same; say at the first setup in what else they differ."""
+        self._collectives.enter("setup")
+        facts = {"strategy": type(self.strategy).__name__, "precision": str(self.precision.name)}
+        check_agreement(module, optimizers, facts, getattr(self.strategy, "process_group", None))
+        if not self._has_compared_circumstances:
+            self._has_compared_circumstances = True
+            compare_circumstances()
 
     @staticmethod
     def _say_global_batch(batch_size: int | None, placement: Placement) -> None:

@@ -1,0 +1,85 @@
+"""Letting the ranks agree before a module communicates: at its forward, and where its backward begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fabric_lite.adopt import extension_of
+from fabric_lite.extension import ModuleExtension, in_backward
+from fabric_lite.trees import leaves
+
+__all__ = ["compare_calls"]
+
+
+def compare_calls(module: nn.Module, enter: Callable[[str], None]) -> None:
+    """Call ``enter`` with what ``module`` is about to do, wherever its engine then communicates.
+
+    Under ``DistributedDataParallel`` that is the backward, and with buffers the forward; in ``no_backward_sync``
+    neither. Under sharding every forward gathers parameters.
+
+    Args:
+        module: It went through ``setup``; ends with its release.
+        enter: Waits until all ranks do the same, or raises.
+    """
+    extension: ModuleExtension = extension_of(module)
+    name = type(module).__name__
+    if extension.hooked:
+        extension.handles += [
+            module.register_forward_pre_hook(_before_forward(name, enter)),
+            module.register_forward_hook(
+                _uncompiled(lambda _, __, output: _follow_backward(name, output, enter)),
+            ),
+        ]
+    elif extension.engine is not None:
+        _follow_engine(extension.engine, extension, name, enter)
+
+
+def _before_forward(name: str, enter: Callable[[str], None]) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        if not in_backward():  # activation checkpointing runs forwards again, each rank on its own
+            enter(f"forward of {name}")
+
+    return _uncompiled(hook)
+
+
+def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """Hooks of a compiled module are compiled with it; the store is nothing for the compiler."""
+    disabled: Callable[..., None] = torch.compiler.disable(hook)
+    return disabled
+
+
+def _follow_engine(engine: nn.Module, extension: ModuleExtension, name: str, enter: Callable[[str], None]) -> None:
+    run = engine.forward
+    has_buffers = any(True for _ in engine.buffers())
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if extension.windows:
+            return run(*args, **kwargs)
+        if has_buffers:
+            enter(f"forward of {name}")
+        output = run(*args, **kwargs)
+        _follow_backward(name, output, enter)
+        return output
+
+    # On the object alone, which goes with the module's release.
+    engine.__dict__["forward"] = forward
+
+
+def _follow_backward(name: str, output: Any, enter: Callable[[str], None]) -> None:
+    """Compare when the first gradient of ``output`` is there, before any of a parameter."""
+    entered = False
+
+    def hook(_: torch.Tensor) -> None:
+        nonlocal entered
+        if not entered:
+            entered = True
+            enter(f"backward of {name}")
+
+    if torch.is_grad_enabled():
+        for leaf in leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(hook)
