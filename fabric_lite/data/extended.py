@@ -53,7 +53,6 @@ class _Batches:
         self._current = current
         self._pin = pin
         self._apart = apart
-        self._progress = holder.progress
         self._window = holder.progress.window
         self._move = holder.move
         self._advance = inner.__next__ if holder.ends is None else end_together(inner, holder.ends).__next__
@@ -79,7 +78,7 @@ class _Batches:
             self._is_new = False
             self._check_dealt()
         if not self._window.waiting:
-            self._progress.before_window = (self._current, self._current.yielded)
+            self._current.stepped = self._current.yielded
         self._current.yielded += 1
         return batch if self._move is None else self._move(batch)
 

@@ -26,6 +26,7 @@ class Position:
         seen: Items of the epoch that all ranks together have seen.
         draw: The random state from which the user's sampler drew this epoch's order, where it drew by itself.
         is_loaded: Whether the place was loaded, so that the iterator that starts here goes on for an earlier one.
+        is_begun: Whether an iterator of the epoch had been made, so that all that one draws was drawn.
         batch: Batches of the epoch that each rank has been given.
         noise: What the random numbers of the epoch's batches are counted from in worker processes, where it was drawn.
         stream: The state that an ``IterableDataset`` keeps of itself on this rank.
@@ -35,6 +36,7 @@ class Position:
     seen: int = 0
     draw: dict[str, Any] | None = None
     is_loaded: bool = False
+    is_begun: bool = False
     batch: int = 0
     noise: int | None = None
     stream: Any = None

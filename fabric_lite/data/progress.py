@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +65,6 @@ class Progress:
         self._loaded_world_size = world_size
         self._latest: Pass | None = None
         self._pinned: Pass | None = None
-        self.before_window: tuple[Pass, int] | None = None  # pass and batches of it, written per batch
         self._passes = 0
         self._worker_seed: int | None = None  # loaded: it travels with the state, as the seed of the order does
         self._followed: Any = None
@@ -95,7 +95,7 @@ class Progress:
         """
         self._pinned = current
         start = current.start
-        if start.is_loaded and (start.seen > 0 or (has_persistent_workers and start.epoch > 0)):
+        if start.is_loaded and (start.is_begun or (has_persistent_workers and start.epoch > 0)):
             state = torch.get_rng_state()
             own_states = [generator.get_state() for generator in self._generators]
 
@@ -117,9 +117,8 @@ class Progress:
         start = current.start
         if self._dealer is not None or self._workers > 0 or start.stream is not None:
             return contextlib.nullcontext()
-        draw = start.draw if start.seen else capture(dataset)
-        current.draws[start.epoch] = draw
-        return contextlib.nullcontext() if start.seen == 0 or draw is None else replayed(dataset, draw)[1]
+        current.draws[start.epoch] = capture(dataset) if start.draw is None else start.draw
+        return contextlib.nullcontext() if start.draw is None else replayed(dataset, start.draw)[1]
 
     def claim(self) -> tuple[Pass, Position]:
         """The pass that the sampler being iterated serves, and where it begins."""
@@ -175,6 +174,7 @@ class Progress:
         ``IterableDataset`` keeps a state of its own, every rank calls.
         """
         place = self._place()
+        self._say_what_waits()
         state: dict[str, Any] = {
             "epoch": place.epoch,
             "seen": place.seen,
@@ -186,11 +186,13 @@ class Progress:
         }
         if self._generators:
             state["generators"] = [encode(generator.get_state()) for generator in self._generators]
-        if place.seen and place.draw is not None:
+        if place.is_begun and not place.seen:
+            state["is_begun"] = True
+        if place.draw is not None:
             state["draw"] = place.draw
         if self._worker_seed_base is not None:
             state["worker_seed"] = self._worker_seed_base
-        elif place.seen and place.noise is not None:
+        elif place.noise is not None:
             state["noise"] = place.noise
         if self._dealer is None:
             state["workers"] = self._workers
@@ -199,9 +201,23 @@ class Progress:
         return state
 
     @property
-    def is_in_window(self) -> bool:
+    def _is_in_window(self) -> bool:
         """Whether gradients wait for a step that we would see."""
         return self.window.waiting > 0 and self.window.has_steps
+
+    def _say_what_waits(self) -> None:
+        """Say that gradients are not saved, if this place is one of them."""
+        latest = self._latest
+        if latest is None or not latest.yielded or not self._is_in_window or self._rank > 0:
+            return
+        batches = latest.yielded - latest.stepped
+        is_place_before = not latest.is_finished and self._stream is None
+        then = "on resuming, they come again" if is_place_before else "on resuming, they are lost"
+        warnings.warn(
+            f"The gradients of the latest {batches} batches wait for a step, and a checkpoint has none: {then}. "
+            "Random numbers are then no more those of a run in one go. Save after optimizer.step().",
+            stacklevel=4,
+        )
 
     def _stream_state(self, stream: Stream, place: Position) -> Any:
         if place.is_loaded:
@@ -228,6 +244,7 @@ class Progress:
             int(state["seen"]),
             state.get("draw"),
             is_loaded=True,
+            is_begun=bool(state.get("is_begun", state["seen"] > 0)),
             batch=int(state.get("batch", 0)),
             noise=state.get("noise"),
             stream=self._own_stream(state),
@@ -310,26 +327,26 @@ class Progress:
     def _place(self) -> Position:
         if self._next is not None or self._latest is None or self._latest.is_finished:
             return self._upcoming()
-        latest, steps = self._latest, self._latest.yielded
-        if self.is_in_window and self.before_window is not None and self._stream is None:
-            latest, steps = self.before_window
-        return self._place_in(latest, steps)
+        is_left_waiting = self._is_in_window and self._stream is None
+        return self._place_in(self._latest, self._latest.stepped if is_left_waiting else self._latest.yielded)
 
     def _place_in(self, latest: Pass, steps: int) -> Position:
         """The place after ``steps`` batches of a pass."""
         start, epoch = latest.start, latest.start.epoch
         noise = None if latest.noise is None else latest.noise[0]
-        seen, batch = start.seen, start.batch + steps
+        batch = start.batch + steps
         if self._dealer is None:
-            return Position(epoch, seen + steps, latest.draws.get(epoch), batch=batch, noise=noise)
-        if latest.total is None:
-            width = self._dealer.plan(0).width
-            return Position(epoch, seen + steps * width, latest.draws.get(epoch), batch=batch, noise=noise)
-        plan = self._dealer.plan(latest.total, seen)
-        while steps > plan.steps > 0:
-            steps, epoch, plan = steps - plan.steps, epoch + 1, self._dealer.plan(latest.total)
-            batch = steps
-        return Position(epoch, plan.seen_after(steps), latest.draws.get(epoch), batch=batch, noise=noise)
+            seen = start.seen + steps
+            draw = latest.draws.get(epoch) if latest.yielded or start.is_begun else None
+        elif latest.total is None:
+            seen, draw = start.seen + steps * self._dealer.plan(0).width, latest.draws.get(epoch)
+        else:
+            plan = self._dealer.plan(latest.total, start.seen)
+            while steps > plan.steps > 0:
+                steps, epoch, plan = steps - plan.steps, epoch + 1, self._dealer.plan(latest.total)
+                batch = steps
+            seen, draw = plan.seen_after(steps), latest.draws.get(epoch)
+        return Position(epoch, seen, draw, is_begun=True, batch=batch, noise=noise)
 
     # A sampler that counts epochs itself
 

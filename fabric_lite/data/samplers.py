@@ -28,6 +28,7 @@ class Pass:
         total: Items in an epoch; None until they are drawn, and where their number is not known.
         draws: The random state from which the user's sampler drew an epoch, where it drew by itself.
         yielded: Batches handed to the user.
+        stepped: Those of them before the first whose gradients wait for a step.
         is_finished: Whether the iterator has ended.
         claims: How many samplers have begun to deal for it: one, unless the user's ``__iter__`` goes round.
         is_dealt: Whether the latest of these samplers has been used up.
@@ -42,6 +43,7 @@ class Pass:
     total: int | None = None
     draws: dict[int, dict[str, Any] | None] = dataclasses.field(default_factory=dict)
     yielded: int = 0
+    stepped: int = 0
     is_finished: bool = False
     claims: int = 0
     is_dealt: bool = False

@@ -20,6 +20,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from fabric_lite import Fabric
 from fabric_lite.data import extend_loader, place_of
 from fabric_lite.errors import FabricValueError
 
@@ -349,3 +350,70 @@ def test_the_place_in_words_of_a_list_of_batches() -> None:
     loader = set_up([1, 2, 3])
     next(iter(loader))
     assert str(place_of(loader)) == "epoch 0, batch 1; 0 batches repeated, 0 skipped"
+
+
+def train(fabric: Any, batches: Any, model: Any, optimizer: Any, accumulate: int, seen: list[int]) -> Iterator[int]:
+    """Steps after every ``accumulate`` batches; yields after each batch how many wait."""
+    waiting = 0
+    for batch in batches:
+        seen += batch.tolist()
+        fabric.backward(model(batch[:, None].float()).sum())
+        waiting = (waiting + 1) % accumulate
+        if waiting == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+        yield waiting
+
+
+@pytest.mark.parametrize("stop", range(8))
+def test_a_state_within_an_accumulation_window_tells_the_place_before_it(stop: int) -> None:
+    def new() -> tuple[Any, ...]:
+        fabric = Fabric(accelerator="cpu", devices=1)
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1, 1)
+        model, optimizer = fabric.setup(model, torch.optim.Adam(model.parameters()))
+        loader = fabric.setup_dataloaders(
+            DataLoader(Numbers(), batch_size=3, shuffle=True, generator=torch.Generator())
+        )
+        return fabric, loader, model, optimizer
+
+    fabric, loader, model, optimizer = new()
+    whole: list[int] = []
+    for _ in train(fabric, loader, model, optimizer, 4, whole):
+        pass
+    expected = model.weight.item()
+    fabric.close()
+
+    fabric, loader, model, optimizer = new()
+    seen: list[int] = []
+    steps = train(fabric, loader, model, optimizer, 4, seen)
+    waiting = [next(steps) for _ in range(stop + 1)][-1]
+    if waiting:
+        with pytest.warns(UserWarning, match=f"The gradients of the latest {waiting} batches wait.*after optimizer"):
+            state = loader.state_dict()
+        seen = seen[: 3 * (stop + 1 - waiting)]
+    else:
+        state = loader.state_dict()
+    assert state["seen"] == len(seen)
+    states = model.state_dict(), optimizer.state_dict()
+    fabric.close()
+    fabric, loader, model, optimizer = new()
+    model.load_state_dict(states[0])
+    optimizer.load_state_dict(states[1])
+    loader.load_state_dict(state)
+    for _ in train(fabric, loader, model, optimizer, 4, seen):
+        pass
+    fabric.close()
+    assert seen == whole
+    assert model.weight.item() == expected
+
+
+def test_a_loader_of_a_run_without_steps_tells_the_place_that_it_is_at() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = fabric.setup(torch.nn.Linear(1, 1))
+    loader = fabric.setup_dataloaders(DataLoader(Numbers(), batch_size=3))
+    iterator = iter(loader)
+    for _ in range(2):
+        fabric.backward(model(next(iterator)[:, None].float()).sum())
+    assert loader.state_dict()["seen"] == 6
+    fabric.close()
