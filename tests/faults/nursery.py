@@ -28,7 +28,14 @@ from typing import Any
 __all__ = ["End", "Nursery"]
 
 TIMEOUT = datetime.timedelta(seconds=30)
-PRELOAD = ("torch.distributed.tensor", "fabric_lite.checkpoint")
+# What the ranks would each import: torch's compiler, at the first sharded tensor, takes half a second.
+PRELOAD = (
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "fabric_lite.fabric",
+    "fabric_lite.checkpoints",
+)
 
 
 @dataclasses.dataclass(frozen=True)

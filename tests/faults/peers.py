@@ -215,7 +215,7 @@ def numbers_in(kind: type[Any], path: Path) -> tuple[set[float] | None, str]:
         contender.fill(-1)
         try:
             contender.load(path)
-        except Exception as error:
+        except BaseException as error:  # that of torch.distributed.checkpoint is no Exception
             return None, f"{type(error).__name__}: {error}"[:200]
         return contender.numbers(), ""
 
@@ -276,7 +276,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in sorted(missing):
         print(f"{name} is not installed: left out")
     kinds = [kind for kind in kinds if kind.needs not in missing]
-    preload = ["torch.distributed.tensor", "torch.distributed.fsdp", *sorted({kind.needs for kind in kinds})]
+    modules = {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"}
+    preload = sorted(modules | {kind.needs for kind in kinds})
     rows = {}
     with Nursery(preload) as nursery:
         for kind in kinds:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,23 @@ class Way:
         kind: "full" for a file, "sharded" for a folder.
         ranks: How many ranks save; with more than one, the tensors are sharded.
         in_two_steps: Whether the file system can't exchange two names.
+        async_: Whether it is written beside the loop.
+        keep: None: ``save`` to one name. Else ``Checkpoints``, which keeps so many; the name is their folder.
     """
 
     kind: str
     ranks: int = 1
     in_two_steps: bool = False
+    async_: bool = False
+    keep: int | None = None
 
     def __str__(self) -> str:
-        ranks = "" if self.ranks == 1 else f"-{self.ranks}-ranks"
-        return f"{'file' if self.kind == 'full' else 'sharded'}{ranks}{'-in-two-steps' if self.in_two_steps else ''}"
+        words = ["file" if self.kind == "full" else "sharded"]
+        words += [f"{self.ranks} ranks"] if self.ranks > 1 else []
+        words += ["async"] if self.async_ else []
+        words += ["in two steps"] if self.in_two_steps else []
+        words += [f"keep {self.keep}"] if self.keep else []
+        return " ".join(words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +70,44 @@ def state_of(number: int, ranks: int) -> dict[str, Any]:
 
 def save_number(path: Path, way: Way, number: int) -> None:
     """Save the state of this number; every rank calls it."""
-    save(path, state_of(number, way.ranks), state_dict_type=way.kind)
+    if way.keep is not None:
+        _save_by_step(path, way, number)
+        return
+    handle = save(path, state_of(number, way.ranks), state_dict_type=way.kind, async_=way.async_)
+    if handle is not None:
+        handle.result()
 
 
-def found(path: Path) -> int | None:
+def _save_by_step(folder: Path, way: Way, number: int) -> None:
+    """What a script does that was started again: it resumes, makes a step, and saves."""
+    from fabric_lite import Checkpoints, Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=way.ranks, strategy="fsdp" if way.kind == "sharded" else "auto")
+    fabric.launch()
+    model = torch.nn.Linear(2, 2)
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    state = {**state_of(number, way.ranks), "fabric": fabric, "model": model, "optimizer": optimizer}
+    checkpoints = Checkpoints(folder, keep_last=way.keep, async_=way.async_)
+    with contextlib.redirect_stdout(io.StringIO()):
+        checkpoints.resume(dict(state))
+    # A checkpoint that is written beside the loop lets older ones go at the save after it.
+    for _ in range(2 if way.async_ else 1):
+        fabric.backward(model(torch.ones(1, 2)).sum())
+        optimizer.step()
+        checkpoints.save(state)
+    fabric.close()
+
+
+def found(path: Path, way: Way) -> int | None:
     """The number of the state that is under this name; None if there is nothing. Raises for anything in between."""
+    from fabric_lite import Checkpoints
+
+    newest = path if way.keep is None else Checkpoints(path).latest()
     try:
-        content = load(path)  # compares all checksums
+        content = load(newest) if newest is not None else {}  # compares all checksums
     except CheckpointNotFoundError:
+        return None
+    if newest is None:
         return None
     number = int(content["number"])
     assert content["list"] == [number] * 3

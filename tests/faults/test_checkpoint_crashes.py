@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -10,24 +13,29 @@ from pathlib import Path
 
 import pytest
 
-from fabric_lite.checkpoint import save
 from tests.faults.conftest import Figures
 from tests.faults.nursery import Nursery
 from tests.faults.operations import Operation
-from tests.faults.saves import Kill, Way, found, interrupted, operations_of, saved, state_of
+from tests.faults.saves import Kill, Way, found, interrupted, operations_of, saved
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the watch reads /proc/self/fd")
 
 FILE, SHARDED = Way("full"), Way("sharded", ranks=2)
 IN_TWO_STEPS = Way("sharded", ranks=2, in_two_steps=True)
+ASYNC_FILE, ASYNC_SHARDED = Way("full", async_=True), Way("sharded", ranks=2, async_=True)
 # What is there before.
 NOTHING, SAME, OTHER_KIND = "new", "overwrite", "overwrite the other kind"
 CELLS = [
-    (way, before)
-    for way in (FILE, Way("full", ranks=2), SHARDED, IN_TWO_STEPS)
-    for before in (NOTHING, SAME, OTHER_KIND)
+    *itertools.product(
+        [FILE, ASYNC_FILE, Way("full", ranks=2), SHARDED, ASYNC_SHARDED, IN_TWO_STEPS], [NOTHING, SAME, OTHER_KIND]
+    ),
+    *[
+        (dataclasses.replace(way, keep=keep), SAME)
+        for way in (FILE, ASYNC_FILE, SHARDED, ASYNC_SHARDED)
+        for keep in (1, 3)
+    ],
 ]
-SAMPLE = [(FILE, NOTHING), (FILE, SAME), (FILE, OTHER_KIND), (SHARDED, SAME), (IN_TWO_STEPS, SAME)]
+SAMPLE = [(FILE, NOTHING), (ASYNC_FILE, SAME), (SHARDED, SAME), (IN_TWO_STEPS, SAME), (CELLS[-8][0], SAME)]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +72,8 @@ def test_a_save_killed_at_any_operation_leaves_the_old_or_the_new_checkpoint(
     prepared.mkdir()
     if before != NOTHING:
         other = Way("sharded" if way.kind == "full" else "full", way.ranks)
-        saved(nursery, prepared / path.relative_to(folder), way if before == SAME else other, 1)
+        for _ in range(way.keep or 1):
+            saved(nursery, prepared / path.relative_to(folder), way if before == SAME else other, 1)
     shutil.copytree(prepared, folder)
     operations = operations_of(nursery, folder, path, way, 2)
     old = None if before == NOTHING else 1
@@ -73,11 +82,16 @@ def test_a_save_killed_at_any_operation_leaves_the_old_or_the_new_checkpoint(
         shutil.rmtree(folder)
         shutil.copytree(prepared, folder)
         interrupted(nursery, folder, path, way, 2, kill)
-        seen.append(found(path))
+        seen.append(found(path, way))
         assert seen[-1] in (old, 2), kill
-        save(path, state_of(3, ranks=1), state_dict_type=way.kind)
-        assert found(path) == 3
-        assert [name.name for name in path.parent.iterdir()] == ["last"], kill
+        saved(nursery, path, dataclasses.replace(way, ranks=1, async_=False), 3)
+        assert found(path, way) == 3
+        left = sorted(name.name for name in (path if way.keep else path.parent).iterdir())
+        if way.keep:
+            assert len(left) == way.keep, (kill, left)
+            assert all(re.fullmatch(r"step-\d{7}", name) for name in left), (kill, left)
+        else:
+            assert left == ["last"], (kill, left)
     assert {old, 2} == set(seen), "the kills do not reach from the old one to the new one"
     figures(
         f"killed at an operation: {way}, {before}",

@@ -60,7 +60,7 @@ def test_a_power_cut_at_any_operation_leaves_the_old_or_the_new_checkpoint(
             shutil.rmtree(rebuilt, ignore_errors=True)
             rebuilt.mkdir()
             written_out(state, rebuilt)
-            assert found(rebuilt / inside) in ((2,) if last else (old, 2)), (operation, sorted(state))
+            assert found(rebuilt / inside, way) in ((2,) if last else (old, 2)), (operation, sorted(state))
             save(rebuilt / inside, state_of(3, ranks=1), state_dict_type=way.kind)
             assert [name.name for name in (rebuilt / inside).parent.iterdir()] == ["last"], sorted(state)
             checked += 1
