@@ -8,7 +8,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-__all__ = ["EXIT_PREEMPTED", "RUN_ID_PREFIX", "RunConfig", "current", "hang_reporter", "install", "install_hang_reporter"]
+__all__ = [
+    "EXIT_PREEMPTED",
+    "RUN_ID_PREFIX",
+    "RunConfig",
+    "current",
+    "hang_reporter",
+    "install",
+    "install_hang_reporter",
+]
 
 # What a rank exits with that was asked to leave (SIGTERM, SIGUSR1) and has saved its work: EX_TEMPFAIL, "try again".
 EXIT_PREEMPTED = 75

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fabric_lite.errors import FabricError, LaunchError
-from fabric_lite.launch.plan import LaunchPlan, Rendezvous, parse_devices
+from fabric_lite.launch.plan import LaunchPlan, Rendezvous, parse_devices, parse_num_nodes
 from fabric_lite.launch.rank import ScriptCall
 from fabric_lite.run_config import RunConfig
 
@@ -42,12 +42,16 @@ def parse_arguments(arguments: Sequence[str]) -> LaunchPlan:
         LaunchError: It asks for something that is not possible.
     """
     options = _parser().parse_args(arguments)
-    _check_at_least("--num-nodes", options.num_nodes, 1)
+    least, most = (None, None) if options.num_nodes is None else parse_num_nodes(options.num_nodes)
     _check_at_least("--max-restarts", options.max_restarts, 0)
     _check_at_least("--hang-timeout", options.hang_timeout, 0)
     if options.devices is not None:
         parse_devices(options.devices)
-    rendezvous = _rendezvous(options)
+    if options.requeue:
+        from fabric_lite.launch.requeue import check_requeue
+
+        check_requeue(os.environ)
+    rendezvous = _rendezvous(options, least or 1, most or 1)
     return LaunchPlan(
         script=_script(options),
         run_config=RunConfig(
@@ -55,7 +59,7 @@ def parse_arguments(arguments: Sequence[str]) -> LaunchPlan:
             strategy=options.strategy,
             precision=options.precision,
             devices=options.devices,
-            num_nodes=options.num_nodes,
+            num_nodes=most,
             check_collectives=options.check_collectives,
             hang_timeout=options.hang_timeout,
         ),
@@ -64,6 +68,7 @@ def parse_arguments(arguments: Sequence[str]) -> LaunchPlan:
         main_address=options.main_address or "127.0.0.1",
         main_port=options.main_port or (0 if rendezvous is None else _DEFAULT_MAIN_PORT),
         rendezvous=rendezvous,
+        requeue=options.requeue,
     )
 
 
@@ -89,11 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--strategy", help="ddp, fsdp, ...; the script's own choice if left out")
     add("--devices", help='per node: a count ("2"), indices ("0,2"), or "auto" (the default; one process on a CPU)')
     add("--precision", help="32-true, bf16-mixed, ...; the script's own choice if left out")
-    add("--num-nodes", type=int, help="how many machines take part (default: 1)")
+    add("--num-nodes", help='how many machines take part: a number, or the least and the greatest ("1:4") (default: 1)')
     add("--node-rank", type=int, help="this machine's number, 0 to num-nodes - 1")
     add("--main-address", help="the address of node 0 that all nodes reach")
     add("--main-port", type=int, help=f"its port (default: {_DEFAULT_MAIN_PORT}; on one machine: a free one)")
     add("--max-restarts", type=int, default=0, help="how often to start all ranks again after a failure (default: 0)")
+    add("--requeue", action="store_true", help="under Slurm: run the job again once its ranks have left for preemption")
     add("--rdzv-backend", help="torchelastic's way for nodes to meet: c10d, static, ...")
     add("--rdzv-endpoint", help="where they meet, host:port")
     add("--rdzv-id", help="the name of the job, the same on all nodes")
@@ -128,13 +134,18 @@ def _script(options: argparse.Namespace) -> ScriptCall:
     return ScriptCall(target, options.is_module, tuple(arguments))
 
 
-def _rendezvous(options: argparse.Namespace) -> Rendezvous | None:
-    num_nodes = options.num_nodes or 1
-    backend = options.rdzv_backend or ("c10d" if options.rdzv_endpoint else "static")
-    if num_nodes == 1 and options.rdzv_backend is None and options.rdzv_endpoint is None:
+def _rendezvous(options: argparse.Namespace, least: int, most: int) -> Rendezvous | None:
+    backend = options.rdzv_backend or ("c10d" if options.rdzv_endpoint or least < most else "static")
+    if most == 1 and options.rdzv_backend is None and options.rdzv_endpoint is None:
         return None
+    if backend == "static" and least < most:
+        raise LaunchError(
+            "A range of nodes needs a place where they meet, and to which others can come.",
+            given=f"--num-nodes {least}:{most} --rdzv-backend static",
+            fix="--rdzv-backend c10d --rdzv-endpoint HOST:PORT, the same on all nodes",
+        )
     if backend == "static":
-        _check_static(options, num_nodes)
+        _check_static(options, most)
         endpoint = f"{options.main_address}:{options.main_port or _DEFAULT_MAIN_PORT}"
     else:
         endpoint = options.rdzv_endpoint or ""
@@ -144,7 +155,7 @@ def _rendezvous(options: argparse.Namespace) -> Rendezvous | None:
             given=f"--rdzv-backend {backend} without --rdzv-endpoint",
             fix="--rdzv-endpoint HOST:PORT, the same on all nodes",
         )
-    return Rendezvous(num_nodes, backend, options.node_rank, endpoint, options.rdzv_id or "none")
+    return Rendezvous(most, backend, options.node_rank, endpoint, options.rdzv_id or "none", least)
 
 
 def _check_static(options: argparse.Namespace, num_nodes: int) -> None:

@@ -6,13 +6,21 @@ Rendezvous, the numbering of ranks, restarts and membership are torchelastic's; 
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
+import os
 import select
 import signal
 import socket
+import time
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined] # documented, not in torch's __all__
+from torch.distributed import (  # type: ignore[attr-defined] # documented, not in torch's __all__
+    DistError,
+    PrefixStore,
+    TCPStore,
+)
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     SimpleElasticAgent,
@@ -23,6 +31,7 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import (
+    RendezvousError,
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
@@ -32,9 +41,9 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.environment import cores, listen_on, rank_environment, serve_store
-from fabric_lite.launch.failure import exit_status, report
+from fabric_lite.launch.failure import Failure, exit_status, summary
 from fabric_lite.launch.job import (
-    FAILURE_GRACE_SECONDS,
+    PREEMPTION_GRACE_SECONDS,
     SIGNAL_GRACE_SECONDS,
     Job,
     Signals,
@@ -44,18 +53,46 @@ from fabric_lite.launch.job import (
 from fabric_lite.launch.messages import Preload, StartRank
 from fabric_lite.launch.plan import LaunchPlan, Rendezvous
 from fabric_lite.launch.rank_group import RankGroup
+from fabric_lite.run_config import EXIT_PREEMPTED
 
 __all__ = ["run_node"]
 
 _RENDEZVOUS_TIMEOUT_SECONDS = 600
 _MONITOR_INTERVAL_SECONDS = 0.1
+# How long a number of nodes that suffices waits for more; and how often a node says that it is there, and how many of
+# these words may be missing.
+_LAST_CALL_SECONDS = 5
+_KEEP_ALIVE_SECONDS, _KEEP_ALIVE_MISSING = 1, 5
+# When nodes come or go, ranks that have not failed may save their work before all start again.
+_MEMBERSHIP_GRACE_SECONDS = 10.0
 
 
-def run_node(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> int:
-    """Run this node's ranks to their end and return the exit code for the shell."""
+def run_node(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> tuple[int, bool]:
+    """Run this node's ranks to their end and return the exit code for the shell, and whether this is node 0.
+
+    Raises:
+        LaunchError: The nodes have not met, or have lost the store in which they meet.
+    """
+    if "LOGLEVEL" not in os.environ:
+        # What the user should know is said here; torchelastic says it again at length.
+        logging.disable(logging.CRITICAL)
     announce_threads(job)
     if job.local_world_size > cores():
         job.server.send(Preload())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A wait inside torch's store runs no Python, so only the signal's own default can end it.
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        return _run_agent(plan, rendezvous, job)
+    except (RendezvousError, DistError) as error:
+        raise LaunchError(
+            "The nodes could not meet, or have lost the store in which they meet.",
+            given=f"--rdzv-backend {rendezvous.backend}, {rendezvous.endpoint}: {str(error).splitlines()[0]}",
+            fix="start all nodes again; they meet on a machine that all reach, best one that trains nothing",
+        ) from error
+
+
+def _run_agent(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> tuple[int, bool]:
     handler = _StaticRendezvous(rendezvous) if rendezvous.backend == "static" else _torch_handler(rendezvous)
     spec = WorkerSpec(
         role="default",
@@ -65,22 +102,21 @@ def run_node(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> int:
         monitor_interval=_MONITOR_INTERVAL_SECONDS,
         entrypoint=plan.script.target,
     )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # A wait inside torch's store runs no Python, so only the signal's own default can end it.
-        signal.signal(number, signal.SIG_DFL)
     with contextlib.closing(_Agent(spec, plan, job)) as agent:
         try:
             agent.run()
         except SignalException as error:
             print_line(f"fabric-run: ended by {signal.Signals(error.sigval).name}.")
-            return exit_status(-error.sigval)
+            return exit_status(-error.sigval), False
         finally:
             handler.shutdown()
-        failure = agent.group.first_failure
-    if failure is None:
-        return 0
-    print_line(report(failure))
-    return exit_status(1 if failure.exit_code is None else failure.exit_code)
+        failure, is_main = agent.group.first_failure, agent.get_worker_group().group_rank == 0
+    if failure is not None:
+        return exit_status(failure.exit_code), is_main
+    if agent.group.preempted:
+        print_line("fabric-run: stopped for preemption; the ranks have saved their work.")
+        return EXIT_PREEMPTED, is_main
+    return 0, is_main
 
 
 class _StaticRendezvous(RendezvousHandler):
@@ -144,9 +180,12 @@ def _torch_handler(rendezvous: Rendezvous) -> RendezvousHandler:
         backend=rendezvous.backend,
         endpoint=rendezvous.endpoint,
         run_id=rendezvous.run_id,
-        min_nodes=rendezvous.num_nodes,
+        min_nodes=rendezvous.min_nodes or rendezvous.num_nodes,
         max_nodes=rendezvous.num_nodes,
         timeout=_RENDEZVOUS_TIMEOUT_SECONDS,
+        last_call_timeout=_LAST_CALL_SECONDS,
+        keep_alive_interval=_KEEP_ALIVE_SECONDS,
+        keep_alive_max_attempt=_KEEP_ALIVE_MISSING,
     )
     return get_rendezvous_handler(parameters)
 
@@ -160,19 +199,28 @@ class _Agent(SimpleElasticAgent):
         self._plan = plan
         self._job = job
         self._signals: Signals | None = None
-        self._signals_passed_on = 0
         self._attempts = 0
+        self._has_told = False
 
     def close(self) -> None:
         """Give the signals back."""
         if self._signals is not None:
             self._signals.__exit__()
 
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        # torch's handler tells the address of the first meeting ever after, and tells it in the first meeting's store
+        # alone: a node that joins later would wait for it until both give up.
+        handler: Any = worker_group.spec.rdzv_handler
+        if hasattr(handler, "_bootstrap_store_info"):
+            handler._bootstrap_store_info = None
+        super()._rendezvous(worker_group)
+
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         if self._signals is None:
             self._signals = Signals().__enter__()
         attempt = self._agree_on_attempt(worker_group)
         port = self._agree_on_port(worker_group, attempt)
+        self._has_told = False
         self.group.start([self._request(worker_group, worker, attempt, port) for worker in worker_group.workers])
         while len(self.group.pids) < len(worker_group.workers):
             self.group.read()
@@ -228,35 +276,69 @@ class _Agent(SimpleElasticAgent):
         self._read_events(0)
         signals = self._signals
         assert signals is not None
-        self._pass_signals_on(signals)
-        if signals.received and len(self.group.running) < len(worker_group.workers):
+        signals.pass_on(self.group)
+        failure = self.group.first_failure
+        if failure is None and self.group.preempted:
+            self._stop(PREEMPTION_GRACE_SECONDS, None)
+        elif failure is None and signals.ending and len(self.group.running) < len(worker_group.workers):
             self._stop(SIGNAL_GRACE_SECONDS, None)
         failure = self.group.first_failure
-        if failure is not None and signals.received:
-            raise SignalException("passed on to the ranks, which have ended", signal.Signals(signals.received[0]))
+        if failure is not None and signals.ending and not failure.hang:
+            self._stop(SIGNAL_GRACE_SECONDS, None)
+            raise SignalException("passed on to the ranks, which have ended", signal.Signals(signals.ending))
         if failure is not None:
-            self._stop(FAILURE_GRACE_SECONDS, signal.SIGTERM)
+            self._stop_failed(worker_group, failure)
             return RunResult(WorkerState.FAILED, failures={failure.rank: self._process_failure(worker_group)})
+        if self.group.has_ended and self._are_asked_to_change(worker_group, signals):
+            return RunResult(WorkerState.HEALTHY)
         if self.group.has_ended:
             self.group.end_leftovers()
             return RunResult(WorkerState.SUCCEEDED, return_values={w.global_rank: None for w in worker_group.workers})
         return RunResult(WorkerState.HEALTHY)
 
+    def _are_asked_to_change(self, worker_group: WorkerGroup, signals: Signals) -> bool:
+        """Whether the ranks have left because another node has told its own to, for a node that comes."""
+        is_asked = self.group.preempted and not signals.received
+        return bool(is_asked and worker_group.spec.rdzv_handler.num_nodes_waiting() > 0)
+
+    def _stop_failed(self, worker_group: WorkerGroup, failure: Failure) -> None:
+        """End all ranks after a failure; say what has failed, unless it was on another node."""
+        attempt, node = self._attempts - 1, worker_group.group_rank
+        # Of several nodes the order is by their clocks, and an exception may be what another's end without a word made.
+        order = [failure.details is not None and not failure.is_exit, time.time() - (time.monotonic() - failure.time)]
+        store: Any = worker_group.store
+        key = f"fabric_lite/failure/{attempt}"
+        store.set(f"{key}/{node}", json.dumps([*order, node, summary(failure)]))
+        self.group.stop_failed()
+        while not self.group.has_ended:
+            self._read_events(self.group.seconds_to_deadline())
+            if self.group.is_failure_settled and not self._has_told:
+                self._tell(store, key, worker_group, failure)
+        if not self._has_told:
+            self._tell(store, key, worker_group, failure)
+        self.group.end_leftovers()
+        self._read_logs()
+
+    def _tell(self, store: Any, key: str, worker_group: WorkerGroup, failure: Failure) -> None:
+        self._has_told = True
+        nodes = range(worker_group.group_world_size or 1)
+        told = [json.loads(store.get(f"{key}/{node}")) for node in nodes if store.check([f"{key}/{node}"])]
+        *_, node, words = min(told)
+        restart_count = worker_group.spec.max_restarts - self._remaining_restarts
+        if node == worker_group.group_rank:
+            self._job.report(failure, restart_count, worker_group.spec.max_restarts)
+        elif restart_count == worker_group.spec.max_restarts:
+            print_line(f"fabric-run: ended because on node {node} {words}")
+
     def _process_failure(self, worker_group: WorkerGroup) -> ProcessFailure:
         failure = self.group.first_failure
         assert failure is not None
         (local_rank,) = (w.local_rank for w in worker_group.workers if w.global_rank == failure.rank)
-        exit_code = 1 if failure.exit_code is None else failure.exit_code
         error_file = self._job.error_file(local_rank, self._attempts - 1)
-        return ProcessFailure(local_rank, self.group.pids[local_rank], exit_code, error_file)
-
-    def _pass_signals_on(self, signals: Signals) -> None:
-        for number in signals.received[self._signals_passed_on :]:
-            self.group.send_signal(number if self._signals_passed_on == 0 else signal.SIGKILL)
-            self._signals_passed_on += 1
+        return ProcessFailure(local_rank, self.group.pids[local_rank], failure.exit_code, error_file)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:  # torchelastic's signature
-        self._stop(FAILURE_GRACE_SECONDS, signal.SIGTERM)
+        self._stop(_MEMBERSHIP_GRACE_SECONDS, signal.SIGTERM)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         self._stop(timeout, death_sig)
@@ -269,7 +351,7 @@ class _Agent(SimpleElasticAgent):
         while not self.group.has_ended:
             self._read_events(self.group.seconds_to_deadline())
             if self._signals is not None:
-                self._pass_signals_on(self._signals)
+                self._signals.pass_on(self.group)
         self.group.end_leftovers()
         self._read_logs()
 

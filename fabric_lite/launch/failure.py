@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import linecache
 import os
+import re
 import signal
 import sys
 import sysconfig
 import time
 import traceback
+from collections.abc import Collection
 from types import TracebackType
 from typing import Any
 
@@ -19,12 +22,15 @@ __all__ = [
     "exit_status",
     "python_exit_code",
     "report",
+    "summary",
     "user_traceback",
     "write_error_file",
 ]
 
+_MAX_LINES = 10
 _MAX_MESSAGE_LINES = 4
 _MAX_LINE_CHARACTERS = 300
+_FAULT_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +39,24 @@ class Failure:
 
     Args:
         rank: The global rank.
-        exit_code: Negative for a signal; None while the rank is still on its way out.
+        exit_code: Negative for a signal.
+        log: The rank's file, which holds its full traceback where there is one.
         details: What :func:`describe_exception` found out; None where no exception was seen.
-        log: The file that holds the full traceback, where there is one.
+        is_exit: Whether the exception was the rank's own SystemExit.
+        hang: The report of a job that hangs, found by this rank; empty for any other failure.
+        time: When, by the clock that all processes of the machine share.
+        preempted: The ranks that had saved their work and left before, because they were asked to.
         left: The ranks that had left without a failure before, and the user's lines at which they exited, if any.
     """
 
     rank: int
-    exit_code: int | None = None
+    exit_code: int
+    log: str
     details: dict[str, Any] | None = None
-    log: str | None = None
+    is_exit: bool = False
+    hang: tuple[str, ...] = ()
+    time: float = 0.0
+    preempted: tuple[int, ...] = ()
     left: dict[int, dict[str, Any] | None] = dataclasses.field(default_factory=dict)
 
 
@@ -91,40 +105,88 @@ def python_exit_code(error: BaseException) -> int:
 
 
 def report(failure: Failure) -> str:
-    """Return the failure in at most ten lines."""
-    lines = [f"fabric-run: rank {failure.rank} failed first, {_ending(failure.exit_code)}."]
-    if failure.details is not None:
-        info = failure.details["message"]
-        message = [line[:_MAX_LINE_CHARACTERS] for line in info["message"].splitlines() if line.strip()]
-        lines += [f"  {line}" for line in message[:_MAX_MESSAGE_LINES]]
-        if len(message) > _MAX_MESSAGE_LINES:
-            lines.append("  ...")
-        if location := info["extraInfo"].get("location"):
-            lines.append(f"  at {_place(location)}")
-            if location["text"]:
-                lines.append(f"    {location['text'][:_MAX_LINE_CHARACTERS]}")
+    """Return the failure in at most ten lines; rank and cause are in the first."""
+    if failure.hang:
+        lines = [line[:_MAX_LINE_CHARACTERS] for line in failure.hang[: _MAX_LINES - 1]]
+        return "\n".join([*lines, _where_logs_are(failure)]) + "\n"
+    cause, *more = _cause(failure)
+    lines = [f"fabric-run: rank {failure.rank} failed: {cause}", *(f"  {line}" for line in more)]
+    location = (
+        _crash_location(failure) if failure.details is None else failure.details["message"]["extraInfo"].get("location")
+    )
+    if location:
+        lines.append(f"  at {_place(location)}")
+        if location["text"]:
+            lines.append(f"    {location['text'][:_MAX_LINE_CHARACTERS]}")
+    if failure.exit_code == -signal.SIGKILL:
+        lines.append("  Perhaps the machine ran out of memory: see the system's log.")
     if failure.left:
         lines.append(f"  {_departure(failure.left)}")
-    if failure.log is not None:
-        lines.append(f"  The full traceback is in {failure.log}")
+    if failure.preempted:
+        lines.append(f"  Before it, {_ranks(failure.preempted)} had left for preemption.")
+    lines.append(_where_logs_are(failure))
     return "\n".join(lines) + "\n"
+
+
+def summary(failure: Failure) -> str:
+    """Return rank and cause in one line."""
+    if failure.hang:
+        return failure.hang[0].removeprefix("fabric-run: ")[:_MAX_LINE_CHARACTERS]
+    return f"rank {failure.rank} failed: {_cause(failure)[0]}"
+
+
+def _cause(failure: Failure) -> list[str]:
+    """What the rank died of, in at most :data:`_MAX_MESSAGE_LINES` lines."""
+    if failure.details is None:
+        return [_ending(failure.exit_code)]
+    message = failure.details["message"]["message"]
+    if failure.is_exit:
+        message = message.removeprefix("SystemExit: ")
+        if message.lstrip("-").isdigit():
+            return [_ending(failure.exit_code)]
+    lines = [line[:_MAX_LINE_CHARACTERS] for line in message.splitlines() if line.strip()] or [
+        _ending(failure.exit_code)
+    ]
+    more = len(lines) > _MAX_MESSAGE_LINES
+    return [*lines[: _MAX_MESSAGE_LINES - 1], "..."] if more else lines
+
+
+def _where_logs_are(failure: Failure) -> str:
+    if os.path.exists(failure.log) and os.path.getsize(failure.log):
+        return f"  The full traceback is in {failure.log}, those of other ranks beside it."
+    return f"  The tracebacks of other ranks are in {os.path.dirname(failure.log)}"
+
+
+def _crash_location(failure: Failure) -> dict[str, Any] | None:
+    """The user's line in what Python's fault handler wrote into the log of a rank that a signal has ended."""
+    if failure.exit_code >= 0 or not os.path.exists(failure.log):
+        return None
+    with open(failure.log, errors="replace") as file:
+        *_, last = file.read().rpartition("Fatal Python error: ")
+    frames = [(name, int(line), function) for name, line, function in _FAULT_FRAME.findall(last)]
+    for name, line, function in frames:
+        if _is_users(name):
+            text = linecache.getline(name, line).strip()
+            return {"file": name, "line": line, "function": function, "text": text}
+    return None
 
 
 def _departure(left: dict[int, dict[str, Any] | None]) -> str:
     """Who was missing when the others still waited: the likely reason for an error inside a collective."""
-    names = ", ".join(str(rank) for rank in sorted(left))
     places = sorted({_place(location) for location in left.values() if location is not None})
     where = f", at {places[0]}" if places else ""
-    return f"Before it, rank{'s' * (len(left) > 1)} {names} had left with exit code 0{where}."
+    return f"Before it, {_ranks(left)} had left with exit code 0{where}."
+
+
+def _ranks(numbers: Collection[int]) -> str:
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, sorted(numbers)))}"
 
 
 def _place(location: dict[str, Any]) -> str:
     return f"{location['file']}:{location['line']}, in {location['function']}"
 
 
-def _ending(exit_code: int | None) -> str:
-    if exit_code is None:
-        return "with an exception"
+def _ending(exit_code: int) -> str:
     if exit_code < 0:
         try:
             name = signal.Signals(-exit_code).name

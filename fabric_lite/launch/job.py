@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -13,13 +14,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from fabric_lite.launch.environment import chosen_threads, server_environment
+from fabric_lite.launch.failure import Failure, report, summary
 from fabric_lite.launch.logs import RankLogs
 from fabric_lite.launch.messages import CountDevices, DevicesCounted, StartRank
 from fabric_lite.launch.plan import LaunchPlan, count_in, count_present, parse_devices
+from fabric_lite.launch.rank_group import RankGroup
 from fabric_lite.launch.warm_server import WarmServer
 
 __all__ = [
-    "FAILURE_GRACE_SECONDS",
+    "PREEMPTION_GRACE_SECONDS",
     "SIGNAL_GRACE_SECONDS",
     "Job",
     "Signals",
@@ -28,9 +31,10 @@ __all__ = [
     "print_line",
 ]
 
-FAILURE_GRACE_SECONDS = 5.0
 # After Ctrl-C or SIGTERM ranks may be writing a checkpoint; this long after the first of them has ended.
 SIGNAL_GRACE_SECONDS = 30.0
+# Ranks that leave with EXIT_PREEMPTED have saved the same checkpoint; one of them may still be writing its part.
+PREEMPTION_GRACE_SECONDS = 300.0
 
 
 @dataclasses.dataclass
@@ -40,9 +44,10 @@ class Job:
     Args:
         server: The server.
         local_world_size: The number of ranks on this node.
-        folder: A temporary folder for error files.
+        folder: The temporary folder of error files and tracebacks.
         logs: The ranks' logs, where they are asked for.
         threads: The thread count chosen for each rank.
+        keeps_folder: Whether the folder stays, because a report has named it.
     """
 
     server: WarmServer
@@ -50,20 +55,33 @@ class Job:
     folder: str
     logs: RankLogs | None
     threads: int | None
+    keeps_folder: bool = False
 
     def request(self, plan: LaunchPlan, environment: dict[str, str]) -> StartRank:
         """Return the request that starts the rank with this environment."""
         local_rank = int(environment["LOCAL_RANK"])
         run_config = dataclasses.replace(plan.run_config, threads_per_rank=self.threads)
         log = None if self.logs is None else self.logs.of(local_rank)
+        if self.logs is not None:
+            self.logs.keep_errors(False)
         return StartRank(
             local_rank,
             environment,
             dataclasses.asdict(run_config),
             stdout_fd=None if log is None else log.out.write_fd,
             stderr_fd=None if log is None else log.err.write_fd,
-            error_log=None if log is None else log.err.path,
+            error_log=os.path.join(self.folder, f"rank_{local_rank}.err") if log is None else log.err.path,
         )
+
+    def report(self, failure: Failure, restart_count: int, max_restarts: int) -> None:
+        """Say what has failed: its report, or one line where the ranks start again. The folder stays from now on."""
+        self.keeps_folder = self.logs is None
+        if restart_count == max_restarts:
+            print_line(report(failure))
+        else:
+            print_line(f"fabric-run: restart {restart_count + 1} of {max_restarts}: {summary(failure)}")
+        if self.logs is not None:
+            self.logs.keep_errors(True)
 
     def error_file(self, local_rank: int, restart_count: int) -> str:
         """Return the path at which this rank tells its exception."""
@@ -76,12 +94,14 @@ def open_job(plan: LaunchPlan) -> Iterator[Job]:
     devices = parse_devices(plan.run_config.devices or "auto")
     count = count_in(devices, plan.run_config.accelerator)
     threads = chosen_threads(os.environ, count or 1)
+    job: Job | None = None
     with contextlib.ExitStack() as stack:
         # All descriptors must exist before the server does; a count that is not known yet has no logs of its own.
         if count is None and plan.log_dir is not None:
             count = _count_in_server_of_its_own(plan)
         logs = None if plan.log_dir is None else stack.enter_context(RankLogs(plan.log_dir, count or 1))
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fabric_run_"))
+        folder = tempfile.mkdtemp(prefix="fabric_run_")
+        stack.callback(lambda: _clear(folder, keep_logs=job is not None and job.keeps_folder))
         server = WarmServer(
             plan.script,
             environment=server_environment(os.environ, threads),
@@ -91,7 +111,18 @@ def open_job(plan: LaunchPlan) -> Iterator[Job]:
         if count is None:
             count = _count_devices(server, plan)
             threads = chosen_threads(os.environ, count)
-        yield Job(server, count, folder, logs, threads)
+        job = Job(server, count, folder, logs, threads)
+        yield job
+
+
+def _clear(folder: str, *, keep_logs: bool) -> None:
+    """Remove the folder, or only torchelastic's error files, whose content is in the logs too."""
+    if not keep_logs:
+        shutil.rmtree(folder)
+        return
+    for name in os.listdir(folder):
+        if name.endswith(".json"):
+            os.unlink(os.path.join(folder, name))
 
 
 def _count_in_server_of_its_own(plan: LaunchPlan) -> int:
@@ -110,13 +141,22 @@ def _count_devices(server: WarmServer, plan: LaunchPlan) -> int:
 
 
 class Signals:
-    """SIGINT and SIGTERM as something to select on: the numbers that came, in order."""
+    """SIGINT, SIGTERM and SIGUSR1 as something to select on: the numbers that came, in order.
+
+    SIGUSR1 is a job system's early word, and may mean anything to a script; the other two end the job.
+    """
 
     def __init__(self) -> None:
         self.received: list[int] = []
+        self._passed_on = 0
         self._reading, self._writing = socket.socketpair()
         self._before: dict[int, Any] = {}
         self._wakeup_before = -1
+
+    @property
+    def ending(self) -> int | None:
+        """The first signal that ends the job."""
+        return next((number for number in self.received if number != signal.SIGUSR1), None)
 
     def fileno(self) -> int:
         return self._reading.fileno()
@@ -125,7 +165,7 @@ class Signals:
         for end in (self._reading, self._writing):
             end.setblocking(False)
         self._wakeup_before = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -142,6 +182,14 @@ class Signals:
             self._reading.recv(1 << 12)
         except BlockingIOError:
             pass  # nothing has come since the last time
+
+    def pass_on(self, group: RankGroup) -> None:
+        """Send the ranks what has come since the last time; the second signal that ends the job kills them."""
+        for index in range(self._passed_on, len(self.received)):
+            number = self.received[index]
+            is_second = number != signal.SIGUSR1 and set(self.received[:index]) - {signal.SIGUSR1}
+            group.send_signal(signal.SIGKILL if is_second else number)
+        self._passed_on = len(self.received)
 
     def _note(self, number: int, _frame: object) -> None:
         self.received.append(number)

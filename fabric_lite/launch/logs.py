@@ -14,10 +14,11 @@ __all__ = ["RankLogs"]
 
 @dataclasses.dataclass
 class _Stream:
-    """One pipe from a rank: what comes out goes to ``path`` and to the descriptor ``terminal_fd``."""
+    """One pipe from a rank: what comes out goes to ``path``, and unless quiet to the descriptor ``terminal_fd``."""
 
     path: str
     terminal_fd: int
+    is_quiet: bool = False
 
     def __post_init__(self) -> None:
         self.read_fd, self.write_fd = os.pipe()
@@ -30,7 +31,8 @@ class _Stream:
         with contextlib.suppress(BlockingIOError):  # the pipe is empty
             while chunk := os.read(self.read_fd, 1 << 16):
                 _write_all(self.log_fd, chunk)
-                _write_all(self.terminal_fd, chunk)
+                if not self.is_quiet:
+                    _write_all(self.terminal_fd, chunk)
 
     def close(self) -> None:
         for descriptor in (self.read_fd, self.write_fd, self.log_fd):
@@ -72,6 +74,11 @@ class RankLogs:
         """Have the selector pass on what comes."""
         for stream in self._streams():
             selector.register(stream.read_fd, selectors.EVENT_READ, stream.pump)
+
+    def keep_errors(self, are_kept: bool) -> None:
+        """Whether what ranks write to stderr stays in the files: after a failure it would bury the report."""
+        for log in self._logs:
+            log.err.is_quiet = are_kept
 
     def drain(self) -> None:
         """Pass on what is left, once nobody writes any more."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import socket
+import threading
 from typing import Any
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "CountDevices",
     "DevicesCounted",
     "EndRanks",
+    "FailureNoted",
     "HostStore",
+    "JobHangs",
     "Preload",
     "RankExited",
     "RankFailed",
@@ -22,7 +25,6 @@ __all__ = [
     "SignalRanks",
     "StartRank",
     "StoreHosted",
-    "Verdict",
 ]
 
 
@@ -58,30 +60,36 @@ class StartRank:
         local_rank: Which one.
         environment: The variables to add to the server's own.
         run_config: The fields of :class:`fabric_lite.run_config.RunConfig`.
+        error_log: The file that gets its traceback, and what it writes to stderr after that.
         stdout_fd: The inherited descriptor that becomes its stdout; None: the server's own.
         stderr_fd: Likewise.
-        error_log: The file that gets its traceback; None: stderr, and only the first failing rank's.
     """
 
     local_rank: int
     environment: dict[str, str]
     run_config: dict[str, Any]
+    error_log: str
     stdout_fd: int | None = None
     stderr_fd: int | None = None
-    error_log: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class SignalRanks:
-    """Send a signal to every rank that runs; ``spare_failing``: not to one that said RankFailed and is leaving."""
+    """Send a signal to every rank that runs, but for the local rank ``spared``."""
 
     number: int
-    spare_failing: bool = False
+    spared: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class EndRanks:
-    """End the store's keeper and every process that the ranks left behind; ``RanksEnded`` answers."""
+    """End the store's keeper and every process that the ranks left behind; ``RanksEnded`` answers.
+
+    Args:
+        grace_seconds: Between SIGTERM and SIGKILL.
+    """
+
+    grace_seconds: float
 
 
 # From the server to the supervisor.
@@ -138,6 +146,15 @@ class RankLeft:
 
 
 @dataclasses.dataclass(frozen=True)
+class JobHangs:
+    """A rank has found that the job hangs; ``lines`` are the report. Ranks send it to the server too."""
+
+    local_rank: int
+    lines: list[str]
+    time: float
+
+
+@dataclasses.dataclass(frozen=True)
 class RankExited:
     """A rank has ended; ``exit_code`` is negative for a signal, as in ``subprocess``."""
 
@@ -162,16 +179,15 @@ class DevicesCounted:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """Whether this rank's failure is the job's first, whose traceback the user sees."""
-
-    is_first: bool
+class FailureNoted:
+    """The rank may let go of its connections: what that makes the others do comes after its failure."""
 
 
 _TYPES = {
     kind.__name__: kind
     for kind in (
         HostStore,
+        JobHangs,
         Preload,
         CountDevices,
         StartRank,
@@ -184,7 +200,7 @@ _TYPES = {
         RankExited,
         RanksEnded,
         DevicesCounted,
-        Verdict,
+        FailureNoted,
     )
 }
 
@@ -196,15 +212,17 @@ class Channel:
         self.connection = connection
         self.is_closed = False
         self._buffer = b""
+        self._sending = threading.Lock()
 
     def fileno(self) -> int:
         return self.connection.fileno()
 
     def send(self, message: Any) -> None:
-        """Send one message; a peer that has gone is noticed by :meth:`receive`, not here."""
+        """Send one message, from any thread; a peer that has gone is noticed by :meth:`receive`, not here."""
         line = json.dumps([type(message).__name__, dataclasses.asdict(message)]) + "\n"
         try:
-            self.connection.sendall(line.encode())
+            with self._sending:
+                self.connection.sendall(line.encode())
         except (BrokenPipeError, ConnectionResetError):
             self.is_closed = True
 

@@ -8,7 +8,7 @@ from fabric_lite.errors import LaunchError
 from fabric_lite.launch.rank import ScriptCall
 from fabric_lite.run_config import RunConfig
 
-__all__ = ["LaunchPlan", "Rendezvous", "count_in", "parse_devices"]
+__all__ = ["LaunchPlan", "Rendezvous", "count_in", "parse_devices", "parse_num_nodes"]
 
 _GPU_KINDS = ("gpu", "cuda", "xpu", "mps", "tpu")
 
@@ -18,11 +18,12 @@ class Rendezvous:
     """How the supervisors of several nodes find each other.
 
     Args:
-        num_nodes: How many there are.
+        num_nodes: How many there are, at most.
         backend: ``"static"``, or a backend of torchelastic such as ``"c10d"``.
         node_rank: This node's number; None where the backend gives it.
         endpoint: ``host:port`` at which they meet.
         run_id: The job's name.
+        min_nodes: How many suffice; None: all of them.
     """
 
     num_nodes: int
@@ -30,6 +31,7 @@ class Rendezvous:
     node_rank: int | None
     endpoint: str
     run_id: str
+    min_nodes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class LaunchPlan:
         main_address: The address of a single node's store.
         main_port: Its port; 0 takes a free one.
         rendezvous: The other nodes; None on a single node.
+        requeue: Whether Slurm is asked to run the job again after a stop for preemption.
     """
 
     script: ScriptCall
@@ -53,6 +56,7 @@ class LaunchPlan:
     main_address: str = "127.0.0.1"
     main_port: int = 0
     rendezvous: Rendezvous | None = None
+    requeue: bool = False
 
 
 def parse_devices(text: str) -> int | tuple[int, ...] | None:
@@ -76,6 +80,26 @@ def parse_devices(text: str) -> int | tuple[int, ...] | None:
     if len(set(numbers)) < len(numbers):
         raise _bad_devices("names a device twice", text)
     return tuple(numbers)
+
+
+def parse_num_nodes(text: str) -> tuple[int, int]:
+    """Return the least and the greatest number of nodes of ``"2"`` or ``"1:4"``.
+
+    Raises:
+        LaunchError: Neither of these.
+    """
+    least, _, most = text.partition(":")
+    try:
+        numbers = int(least), int(most or least)
+    except ValueError:
+        numbers = (0, 0)
+    if not 1 <= numbers[0] <= numbers[1] or text.endswith(":"):
+        raise LaunchError(
+            "--num-nodes must be at least 1: a number, or the least and the greatest.",
+            given=f"--num-nodes {text}",
+            fix="--num-nodes 2, or --num-nodes 1:4",
+        )
+    return numbers
 
 
 def count_in(devices: int | tuple[int, ...] | None, accelerator: str | None) -> int | None:

@@ -18,6 +18,7 @@ __all__ = [
     "descendants",
     "die_with_parent",
     "end_descendants",
+    "is_ending",
     "outlive_parent",
     "wait_for_exit",
 ]
@@ -25,6 +26,7 @@ __all__ = [
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_GET_CHILD_SUBREAPER = 37
+_PF_EXITING = 4
 
 
 def die_with_parent(parent: int) -> None:
@@ -87,6 +89,17 @@ def end_descendants(root: int, *, keep: Collection[int] = (), grace_seconds: flo
         _reap(alive)
         time.sleep(0.005)
     _reap(told)
+
+
+def is_ending(pid: int) -> bool:
+    """Whether the process ``pid`` is on its way out: what it had open may be closed already."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # Field 9: the kernel's PF_ flags of the task.
+            flags = int(file.read().rpartition(b")")[2].split()[6])
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return bool(flags & _PF_EXITING)
 
 
 def wait_for_exit(pid: int, *, timeout_seconds: float) -> int | None:

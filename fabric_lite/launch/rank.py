@@ -8,6 +8,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import faulthandler
+import functools
 import gc
 import importlib.util
 import io
@@ -16,19 +18,20 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Sequence
 from importlib.abc import InspectLoader
 from importlib.machinery import SourceFileLoader
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from fabric_lite import run_config
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.failure import describe_exception, python_exit_code, user_traceback, write_error_file
-from fabric_lite.launch.messages import Channel, RankFailed, RankLeft, StartRank, Verdict
+from fabric_lite.launch.messages import Channel, FailureNoted, JobHangs, RankFailed, RankLeft, StartRank
 
 __all__ = ["ScriptCall", "run_rank"]
 
-_VERDICT_TIMEOUT_SECONDS = 5.0
+_NOTED_TIMEOUT_SECONDS = 5.0
+_APPENDING = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ class ScriptCall:
 def run_rank(script: ScriptCall, request: StartRank, server: Channel) -> None:
     """Run the script in this freshly forked process; leaves by SystemExit unless the script ran to its end."""
     rank = os.getpid()
-    _prepare_process(request)
+    _prepare_process(request, server)
     try:
         main_module, code = _load_main(script)
         exec(code, main_module.__dict__)
@@ -66,8 +69,6 @@ def run_rank(script: ScriptCall, request: StartRank, server: Channel) -> None:
         if os.getpid() != rank:
             _leave_fork(None)
         server.send(RankLeft(request.local_rank, time=time.monotonic()))
-    finally:
-        server.close()
 
 
 def _leave_fork(error: BaseException | None) -> NoReturn:
@@ -97,16 +98,24 @@ def _announce_exit(error: SystemExit, request: StartRank, server: Channel) -> No
         server.send(RankLeft(request.local_rank, location, now))
         return
     server.send(RankFailed(request.local_rank, details, code, now, is_exit=True))
-    if not _ask_verdict(server) and request.error_log is None and not isinstance(error.code, int):
-        error.code = code  # the words are on the terminal already
+    _await_noted(server)
+    _send_stderr_to_log(request)
+    if not isinstance(error.code, int):
+        print(error.code, file=sys.stderr)  # the first words of it are in the report
+        error.code = code
 
 
-def _prepare_process(request: StartRank) -> None:
+def _prepare_process(request: StartRank, server: Channel) -> None:
     for descriptor, target in ((request.stdout_fd, 1), (request.stderr_fd, 2)):
         if descriptor is not None:
             os.dup2(descriptor, target)
     os.environ.update(request.environment)
     run_config.install(run_config.RunConfig(**request.run_config))
+    run_config.install_hang_reporter(functools.partial(_report_hang, request, server))
+    # Registered first, hence run last: what hangs in the script's own exit handlers can still be told.
+    atexit.register(server.close)
+    # A segmentation fault, or an abort inside C++, tells the Python line in the log; the report takes it from there.
+    faulthandler.enable(os.open(request.error_log, _APPENDING, 0o666))
     gc.enable()
     if "numpy" in sys.modules:
         # Processes that start afresh do not draw the same numbers; forked ones would. random reseeds itself.
@@ -179,30 +188,34 @@ def _set_first_path(folder: str) -> None:
 
 
 def _report(error: BaseException, request: StartRank, server: Channel) -> None:
-    """Tell error file, server and user about the exception; the user sees one rank's traceback, not all."""
+    """Tell error file, server and log about the exception."""
     now = time.monotonic()
     trace = user_traceback(error.__traceback__)
     error.__traceback__ = trace
     details = describe_exception(error)
     write_error_file(os.environ["TORCHELASTIC_ERROR_FILE"], details)
     server.send(RankFailed(request.local_rank, details, python_exit_code(error), now))
-    with _traceback_output(request, is_first=_ask_verdict(server)) as output, contextlib.redirect_stderr(output):
+    _await_noted(server)
+    _send_stderr_to_log(request)
+    with open(request.error_log, "a") as log, contextlib.redirect_stderr(log):
         sys.excepthook(type(error), error, trace)
 
 
-def _ask_verdict(server: Channel) -> bool:
-    server.connection.settimeout(_VERDICT_TIMEOUT_SECONDS)
-    try:
+def _await_noted(server: Channel) -> None:
+    server.connection.settimeout(_NOTED_TIMEOUT_SECONDS)
+    with contextlib.suppress(TimeoutError):  # the failure is reported all the same
         answers = server.receive()
-    except TimeoutError:
-        return True  # better twice than never
-    return all(answer == Verdict(is_first=True) for answer in answers)
+        assert all(answer == FailureNoted() for answer in answers), answers
 
 
-@contextlib.contextmanager
-def _traceback_output(request: StartRank, *, is_first: bool) -> Iterator[TextIO]:
-    if request.error_log is None and is_first:
-        yield sys.stderr
-        return
-    with open(request.error_log or os.devnull, "a") as file:
-        yield file
+def _send_stderr_to_log(request: StartRank) -> None:
+    """From here on; on the terminal the traceback, and what torch says on its way out, would bury the report."""
+    sys.stderr.flush()
+    log = os.open(request.error_log, _APPENDING, 0o666)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+def _report_hang(request: StartRank, server: Channel, lines: Sequence[str]) -> None:
+    if not server.is_closed:
+        server.send(JobHangs(request.local_rank, list(lines), time.monotonic()))

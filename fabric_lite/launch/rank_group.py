@@ -13,6 +13,7 @@ from fabric_lite.launch.failure import Failure
 from fabric_lite.launch.messages import (
     EndRanks,
     HostStore,
+    JobHangs,
     RankExited,
     RankFailed,
     RankLeft,
@@ -22,8 +23,17 @@ from fabric_lite.launch.messages import (
     StartRank,
 )
 from fabric_lite.launch.warm_server import WarmServer
+from fabric_lite.run_config import EXIT_PREEMPTED
 
 __all__ = ["RankGroup"]
+
+# From the first failure on: how long the other ranks may still say what they failed of, how long that rank itself may
+# take to leave, and when nothing of the ranks is left.
+_OTHERS_SECONDS = 0.5
+_FAILED_SECONDS = 1.2
+_LEFTOVERS_SECONDS = 1.7
+# Between SIGTERM and SIGKILL for what ranks leave behind that have ended well, such as the workers of a loader.
+_LEFTOVER_GRACE_SECONDS = 3.0
 
 
 class RankGroup:
@@ -38,10 +48,14 @@ class RankGroup:
         self.pids: dict[int, int] = {}
         self.running: set[int] = set()
         self.first_failure: Failure | None = None
+        self.preempted: set[int] = set()
         self.leftovers_ended = False
         self._requests: dict[int, StartRank] = {}
         self._left: dict[int, dict[str, Any] | None] = {}
-        self._kill_at: float | None = None
+        self._failed_at = 0.0
+        self._kills: list[tuple[float, int | None]] = []
+        self._is_stopping = False
+        self._is_failing = False
 
     @property
     def has_ended(self) -> bool:
@@ -68,9 +82,12 @@ class RankGroup:
         """Start one rank per request and wait until the server has forked them all."""
         self.pids = {}
         self.first_failure = None
+        self.preempted = set()
         self.leftovers_ended = False
         self._left = {}
-        self._kill_at = None
+        self._kills = []
+        self._is_stopping = False
+        self._is_failing = False
         self._requests = {request.local_rank: request for request in requests}
         self.running = set(self._requests)
         for request in requests:
@@ -85,21 +102,41 @@ class RankGroup:
         """Send a signal to every rank that still runs."""
         self._server.send(SignalRanks(number))
 
+    @property
+    def is_failure_settled(self) -> bool:
+        """Whether a rank has failed and no other has anything to say any more: the moment of the report."""
+        return self.first_failure is not None and (self.has_ended or (self._is_failing and len(self._kills) < 2))
+
     def stop(self, *, grace_seconds: float, number: int | None = signal.SIGTERM) -> None:
         """Begin to end all ranks: a signal now (None: they had theirs), SIGKILL after the grace; once only."""
-        if self._kill_at is None:
-            self._kill_at = time.monotonic() + grace_seconds
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._kills = [(time.monotonic() + grace_seconds, None)]
             if number is not None:
-                self._server.send(SignalRanks(number, spare_failing=True))
+                self._server.send(SignalRanks(number))
+
+    def stop_failed(self) -> None:
+        """Begin to end all ranks after the first failure, by SIGKILL: SIGTERM would ask them to save their work."""
+        failure = self.first_failure
+        assert failure is not None
+        if self._is_failing:
+            return
+        self._is_failing = self._is_stopping = True
+        if failure.hang:
+            self._kills = [(self._failed_at, None)]
+        else:
+            failed = next(local_rank for local_rank in self._requests if self._rank(local_rank) == failure.rank)
+            self._kills = [(self._failed_at + _OTHERS_SECONDS, failed), (self._failed_at + _FAILED_SECONDS, None)]
 
     def seconds_to_deadline(self) -> float | None:
         """Return how long the ranks may still take to end; None: as long as they like. Kills them when it is over."""
-        if self._kill_at is None:
-            return None
-        left = self._kill_at - time.monotonic()
-        if left > 0:
-            return left
-        self.send_signal(signal.SIGKILL)
+        while self._kills:
+            moment, spared = self._kills[0]
+            left = moment - time.monotonic()
+            if left > 0:
+                return left
+            del self._kills[0]
+            self._server.send(SignalRanks(signal.SIGKILL, spared))
         return None
 
     def end_leftovers(self) -> None:
@@ -110,7 +147,10 @@ class RankGroup:
                 given=f"{len(self._requests)} asked for, {len(self.pids)} started",
                 fix="see the lines above; the machine may be out of memory or processes",
             )
-        self._server.send(EndRanks())
+        grace = _LEFTOVER_GRACE_SECONDS
+        if self.first_failure is not None:
+            grace = max(0.0, self._failed_at + _LEFTOVERS_SECONDS - time.monotonic())
+        self._server.send(EndRanks(grace))
         while not self.leftovers_ended:
             self.read()
 
@@ -118,7 +158,10 @@ class RankGroup:
         if isinstance(event, RankStarted):
             self.pids[event.local_rank] = event.pid
         elif isinstance(event, RankFailed):
-            self._note_failure(event.local_rank, details=event.failure, exit_code=event.exit_code)
+            known = {"details": event.failure, "is_exit": event.is_exit, "time": event.time}
+            self._note_failure(event.local_rank, event.exit_code, **known)
+        elif isinstance(event, JobHangs):
+            self._note_failure(event.local_rank, 1, hang=tuple(event.lines))
         elif isinstance(event, RankLeft):
             self._left[event.local_rank] = event.location
         elif isinstance(event, RankExited):
@@ -126,20 +169,25 @@ class RankGroup:
             if event.exit_code == 0:
                 self._left.setdefault(event.local_rank, None)
             else:
-                self._note_failure(event.local_rank, exit_code=event.exit_code)
+                self._note_failure(event.local_rank, event.exit_code)
         elif isinstance(event, RanksEnded):
             self.leftovers_ended = True
         else:
             raise LaunchError("The server said something unexpected.", given=event, fix="report this as a bug")
 
-    def _note_failure(self, local_rank: int, *, details: dict[str, Any] | None = None, exit_code: int) -> None:
-        request = self._requests[local_rank]
+    def _note_failure(self, local_rank: int, exit_code: int, **known: Any) -> None:
+        """Note the first failure; leaving for preemption is none."""
         rank = self._rank(local_rank)
-        if self.first_failure is None:
-            log = request.error_log if details else None
+        if exit_code == EXIT_PREEMPTED:
+            self.preempted.add(local_rank)
+        elif self.first_failure is None:
+            log = self._requests[local_rank].error_log
             left = {self._rank(other): location for other, location in self._left.items() if other != local_rank}
-            self.first_failure = Failure(rank, exit_code, details, log, left)
-        elif self.first_failure.rank == rank and exit_code != -signal.SIGKILL:
+            preempted = tuple(self._rank(other) for other in self.preempted if other != local_rank)
+            self._failed_at = time.monotonic()
+            known = {"time": self._failed_at, **known}
+            self.first_failure = Failure(rank, exit_code, log, left=left, preempted=preempted, **known)
+        elif self.first_failure.rank == rank and exit_code != -signal.SIGKILL and not self.first_failure.hang:
             # Its exception came first; this is how it then ended, unless it was by our own hand.
             self.first_failure = dataclasses.replace(self.first_failure, exit_code=exit_code)
 

@@ -24,7 +24,9 @@ from fabric_lite.launch.messages import (
     CountDevices,
     DevicesCounted,
     EndRanks,
+    FailureNoted,
     HostStore,
+    JobHangs,
     Preload,
     RankExited,
     RankFailed,
@@ -34,12 +36,12 @@ from fabric_lite.launch.messages import (
     SignalRanks,
     StartRank,
     StoreHosted,
-    Verdict,
 )
 from fabric_lite.launch.process_tree import (
     adopt_orphans,
     die_with_parent,
     end_descendants,
+    is_ending,
     outlive_parent,
     wait_for_exit,
 )
@@ -47,12 +49,13 @@ from fabric_lite.launch.rank import ScriptCall, run_rank
 
 __all__ = ["main"]
 
-# Between SIGTERM and SIGKILL for what ranks leave behind, such as the workers of a loader.
-_LEFTOVER_GRACE_SECONDS = 3.0
+# Between SIGTERM and SIGKILL once the supervisor is gone, for ranks and for what they have started.
+_ORPHANED_GRACE_SECONDS = 0.5
 # The system closes what a process has open a moment before it reports the process's end.
 _END_TIMEOUT_SECONDS = 1.0
 
 _Child = Callable[[], None]
+_News = RankFailed | RankLeft | JobHangs
 
 
 def main() -> None:
@@ -78,8 +81,7 @@ def main() -> None:
 class _Rank:
     local_rank: int
     channel: Channel
-    is_failing: bool = False
-    has_left: bool = False
+    has_spoken: bool = False
     has_hung_up: bool = False
 
 
@@ -88,7 +90,6 @@ class _Server:
         self.control = control
         self.script = script
         self.ranks: dict[int, _Rank] = {}
-        self.has_failed = False
         self.child_ended, wakeup = socket.socketpair()
         self.wakeup = wakeup
         for end in (self.child_ended, wakeup):
@@ -128,10 +129,10 @@ class _Server:
             _preload()
         elif isinstance(message, SignalRanks):
             for pid, rank in self.ranks.items():
-                if not (message.spare_failing and rank.is_failing):
+                if rank.local_rank != message.spared:
                     os.kill(pid, message.number)
         elif isinstance(message, EndRanks):
-            self._end_leftovers()
+            end_descendants(os.getpid(), grace_seconds=message.grace_seconds)
             self.control.send(RanksEnded())
         return None
 
@@ -192,7 +193,7 @@ class _Server:
         A rank that ends makes the others fail, and both may be here at once. Hence the look at everything, until a
         look finds nothing new; an end that came before a word is then never missing.
         """
-        said: list[RankFailed | RankLeft] = []
+        said: list[_News] = []
         ended: dict[int, int] = {}
         while True:
             news = [message for rank in self.ranks.values() for message in self._receive(rank)]
@@ -205,45 +206,44 @@ class _Server:
         said.sort(key=lambda message: message.time)
         # A rank's own decision to leave has no cause in others. An end without a word comes before the exceptions that
         # it has caused; one with a word comes after it.
-        decisions = list(itertools.takewhile(lambda m: isinstance(m, RankLeft) or m.is_exit, said))
-        silent = {pid: code for pid, code in ended.items() if not self._has_spoken(self.ranks[pid])}
+        decisions = list(itertools.takewhile(lambda m: not isinstance(m, RankFailed) or m.is_exit, said))
+        silent = {pid: code for pid, code in ended.items() if not self.ranks[pid].has_spoken}
         for message in decisions:
             self._pass_on(message)
-        for pid, code in silent.items():
+        # Of several silent ends an abort is the last: gloo's threads abort when they lose a peer.
+        for pid, code in sorted(silent.items(), key=lambda item: item[1] == -signal.SIGABRT):
             self._note_exit(pid, code)
         for message in said[len(decisions) :]:
             self._pass_on(message)
         for pid in ended.keys() - silent.keys():
             self._note_exit(pid, ended[pid])
 
-    def _receive(self, rank: _Rank) -> list[RankFailed | RankLeft]:
+    def _receive(self, rank: _Rank) -> list[_News]:
         if rank.has_hung_up:
             return []
-        messages: list[RankFailed | RankLeft] = rank.channel.receive()
+        messages: list[_News] = rank.channel.receive()
         for message in messages:
-            rank.is_failing |= isinstance(message, RankFailed)
-            rank.has_left |= isinstance(message, RankLeft)
+            rank.has_spoken |= isinstance(message, (RankFailed, RankLeft))
         if rank.channel.is_closed:
             rank.has_hung_up = True
             self.selector.unregister(rank.channel)
         return messages
 
-    @staticmethod
-    def _has_spoken(rank: _Rank) -> bool:
-        return rank.is_failing or rank.has_left
-
-    def _pass_on(self, message: RankFailed | RankLeft) -> None:
+    def _pass_on(self, message: _News) -> None:
+        self.control.send(message)
         if isinstance(message, RankFailed):
             (rank,) = (rank for rank in self.ranks.values() if rank.local_rank == message.local_rank)
-            rank.channel.send(Verdict(is_first=not self.has_failed))
-            self.has_failed = True
-        self.control.send(message)
+            rank.channel.send(FailureNoted())
 
     def _await_silent(self, ended: Collection[int]) -> dict[int, int]:
-        """Wait for ranks that are ending without a word, and return their exit codes."""
+        """Wait for ranks that are ending without a word, and return their exit codes.
+
+        The system closes their connections in any order: others may have failed by that, and said so, before this
+        process hears of it.
+        """
         exits = {}
         for pid, rank in self.ranks.items():
-            if rank.has_hung_up and pid not in ended and not self._has_spoken(rank):
+            if pid not in ended and not rank.has_spoken and (rank.has_hung_up or is_ending(pid)):
                 status = wait_for_exit(pid, timeout_seconds=_END_TIMEOUT_SECONDS)
                 if status is not None:
                     exits[pid] = os.waitstatus_to_exitcode(status)
@@ -267,15 +267,10 @@ class _Server:
         if not rank.has_hung_up:
             self.selector.unregister(rank.channel)
         rank.channel.close()
-        self.has_failed |= exit_code != 0
         self.control.send(RankExited(rank.local_rank, exit_code))
 
-    def _end_leftovers(self) -> None:
-        end_descendants(os.getpid(), grace_seconds=_LEFTOVER_GRACE_SECONDS)
-        self.has_failed = False
-
     def _exit(self) -> NoReturn:
-        end_descendants(os.getpid(), grace_seconds=_LEFTOVER_GRACE_SECONDS)
+        end_descendants(os.getpid(), grace_seconds=_ORPHANED_GRACE_SECONDS)
         # Finalising torch takes a tenth of a second and does nothing for anybody.
         os._exit(0)
 

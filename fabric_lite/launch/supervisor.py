@@ -11,9 +11,9 @@ import signal
 from typing import NoReturn
 
 from fabric_lite.launch.environment import cores, rank_environment
-from fabric_lite.launch.failure import Failure, exit_status, report
+from fabric_lite.launch.failure import Failure, exit_status
 from fabric_lite.launch.job import (
-    FAILURE_GRACE_SECONDS,
+    PREEMPTION_GRACE_SECONDS,
     SIGNAL_GRACE_SECONDS,
     Job,
     Signals,
@@ -25,6 +25,8 @@ from fabric_lite.launch.messages import Preload, StartRank
 from fabric_lite.launch.plan import LaunchPlan
 from fabric_lite.launch.process_tree import adopt_orphans
 from fabric_lite.launch.rank_group import RankGroup
+from fabric_lite.launch.requeue import requeue
+from fabric_lite.run_config import EXIT_PREEMPTED
 
 __all__ = ["launch"]
 
@@ -37,20 +39,24 @@ def launch(plan: LaunchPlan) -> int:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(adopt_orphans())
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             stack.callback(signal.signal, number, signal.signal(number, _leave))
         job = stack.enter_context(open_job(plan))
         if plan.rendezvous is not None:
             # It imports torch, while the server is busy doing the same.
             from fabric_lite.launch.elastic import run_node
 
-            return run_node(plan, plan.rendezvous, job)
-        return _Supervisor(plan, job).run()
+            code, is_main = run_node(plan, plan.rendezvous, job)
+        else:
+            code, is_main = _Supervisor(plan, job).run(), True
+    if code == EXIT_PREEMPTED and plan.requeue and is_main:
+        requeue()
+    return code
 
 
 def _leave(number: int, _frame: object) -> NoReturn:
-    """While no rank runs, Ctrl-C and SIGTERM end the supervisor, and with it the server."""
-    raise SystemExit(128 + number)
+    """While no rank runs, a signal ends the supervisor, and with it the server."""
+    raise SystemExit(EXIT_PREEMPTED if number == signal.SIGUSR1 else 128 + number)
 
 
 class _Supervisor:
@@ -60,7 +66,7 @@ class _Supervisor:
         self.plan = plan
         self.job = job
         self.signals = Signals()
-        self.signals_passed_on = 0
+        self.reports = 0
         self.group = RankGroup(job.server)
         self.selector = selectors.DefaultSelector()
         self.selector.register(job.server.channel, selectors.EVENT_READ, self.group.read)
@@ -79,10 +85,9 @@ class _Supervisor:
         with self.signals, self.selector:
             for restart_count in range(self.plan.max_restarts + 1):
                 failure = self._attempt(port, restart_count)
-                if failure is None or self.signals.received:
+                if failure is None or self._is_stopped_by_signal(failure) or self.signals.ending:
                     break
                 if restart_count < self.plan.max_restarts:
-                    print_line(report(failure) + f"Restart {restart_count + 1} of {self.plan.max_restarts}.")
                     port = self._host_store()
         return self._conclude(failure)
 
@@ -94,6 +99,8 @@ class _Supervisor:
         self.group.start([self._request(local_rank, port, restart_count) for local_rank in local_ranks])
         while not self.group.has_ended:
             self._wait()
+            if self.group.is_failure_settled:
+                self._report(restart_count)
         self.group.end_leftovers()
         if self.job.logs is not None:
             self.job.logs.drain()
@@ -103,16 +110,22 @@ class _Supervisor:
         """Wait for the next event and act on it."""
         for key, _ in self.selector.select(self.group.seconds_to_deadline()):
             key.data()
-        self._pass_signals_on()
-        if self.signals.received and len(self.group.running) < self.job.local_world_size:
+        self.signals.pass_on(self.group)
+        failure = self.group.first_failure
+        if failure is not None and (failure.hang or not self.signals.ending):
+            self.group.stop_failed()
+        elif self.group.preempted:
+            self.group.stop(grace_seconds=PREEMPTION_GRACE_SECONDS, number=None)
+        elif self.signals.ending and len(self.group.running) < self.job.local_world_size:
             self.group.stop(grace_seconds=SIGNAL_GRACE_SECONDS, number=None)
-        elif self.group.first_failure is not None:
-            self.group.stop(grace_seconds=FAILURE_GRACE_SECONDS)
 
-    def _pass_signals_on(self) -> None:
-        for number in self.signals.received[self.signals_passed_on :]:
-            self.group.send_signal(number if self.signals_passed_on == 0 else signal.SIGKILL)
-            self.signals_passed_on += 1
+    def _report(self, restart_count: int) -> None:
+        """Say what has failed: its report, or one line where the ranks start again; once only."""
+        failure = self.group.first_failure
+        if failure is None or self._is_stopped_by_signal(failure) or self.reports == restart_count + 1:
+            return
+        self.reports = restart_count + 1
+        self.job.report(failure, restart_count, self.plan.max_restarts)
 
     def _request(self, local_rank: int, port: int, restart_count: int) -> StartRank:
         job = self.job
@@ -131,14 +144,22 @@ class _Supervisor:
         )
         return job.request(self.plan, environment)
 
+    def _is_stopped_by_signal(self, failure: Failure) -> bool:
+        """Whether the ranks have ended because fabric-run was told to end."""
+        if failure.hang:
+            return False
+        is_hint = signal.SIGUSR1 in self.signals.received and failure.exit_code == -signal.SIGUSR1
+        return self.signals.ending is not None or is_hint
+
     def _conclude(self, failure: Failure | None) -> int:
+        if failure is None and self.group.preempted:
+            print_line("fabric-run: stopped for preemption; the ranks have saved their work.")
+            return EXIT_PREEMPTED
         if failure is None:
             return 0
-        assert failure.exit_code is not None
-        if not self.signals.received:
-            print_line(report(failure))
+        if not self._is_stopped_by_signal(failure):
             return exit_status(failure.exit_code)
-        number = signal.Signals(self.signals.received[0])
+        number = signal.Signals(self.signals.ending or signal.SIGUSR1)
         print_line(f"fabric-run: ended by {number.name}.")
         # A rank's own choice of exit code counts; what it dies of in the middle of its work is the signal's doing.
         return failure.exit_code if failure.exit_code > 1 else exit_status(-number)

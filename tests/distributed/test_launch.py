@@ -185,7 +185,7 @@ def test_restarts_run_all_ranks_again(tmp_path: Path) -> None:
     done = fabric_run("--devices", 2, "--max-restarts", 2, script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines().count("1 2 2") == 2
-    assert "rank 1 failed first, killed by SIGKILL" in done.stderr
+    assert "restart 1 of 2: rank 1 failed: killed by SIGKILL" in done.stderr
     assert_nothing_left(tmp_path)
 
 

@@ -69,5 +69,7 @@ def test_failure_on_a_node_is_its_exit_code(tmp_path: Path) -> None:
     results = run_two(tmp_path, "static", "always")
     assert sorted(code for code, _, _ in results) == [1, 7], results
     (stderr,) = (stderr for code, _, stderr in results if code == 7)
-    assert "rank 1 failed first, exit code 7." in stderr
+    assert stderr.startswith("fabric-run: rank 1 failed: exit code 7\n")
+    (other,) = (stderr for code, _, stderr in results if code == 1)
+    assert other == "fabric-run: ended because on node 1 rank 1 failed: exit code 7\n"
     assert_nothing_left(tmp_path)

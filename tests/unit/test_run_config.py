@@ -111,10 +111,10 @@ def test_report_is_short_however_long_the_message() -> None:
         raise ValueError("\n".join(["line " * 200] * 50))
     except ValueError as error:
         details = describe_exception(error)
-    lines = report(Failure(3, 1, details, "/logs/rank_3.err")).splitlines()
+    lines = report(Failure(3, 1, "/logs/rank_3.err", details)).splitlines()
     assert len(lines) <= 10
     assert max(map(len, lines)) < 400
-    assert lines[0] == "fabric-run: rank 3 failed first, exit code 1."
+    assert lines[0].startswith("fabric-run: rank 3 failed: ValueError: line line ")
     assert __file__ in lines[-3]
 
 
