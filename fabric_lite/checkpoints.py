@@ -30,12 +30,12 @@ class Checkpoints:
         checkpoints = Checkpoints("runs/a", every=100)
         state = {"fabric": fabric, "model": model, "optimizer": optimizer, "loader": loader, "epoch": 0}
         checkpoints.resume(state)
-        for epoch in range(state["epoch"], epochs):
-            state["epoch"] = epoch
+        while state["epoch"] < epochs:
             for batch in loader:
                 ...
                 optimizer.step()
                 checkpoints.step(state)
+            state["epoch"] += 1
 
     Started again, such a script goes on after the step that its last checkpoint was saved at. Each checkpoint is what
     ``fabric.save`` writes: one file, or a folder where the strategy says so. An older one is deleted only when the new

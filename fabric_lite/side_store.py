@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 __all__ = ["SideThread", "connect"]
@@ -38,7 +39,7 @@ class SideThread:
     Args:
         name: For the thread and for the keys in the store.
         work: Called in the thread with this object and the store; it returns when :meth:`wait` says so. What it
-            raises ends the thread silently once :meth:`close` was called, and goes to ``threading.excepthook`` else.
+            raises goes to ``threading.excepthook``, unless :meth:`close` was called or the store is gone.
     """
 
     def __init__(self, name: str, work: Callable[[SideThread, Any], None]) -> None:
@@ -92,6 +93,9 @@ class SideThread:
     def _run(self) -> None:
         try:
             self._work(self, self._store)
+        except dist.DistNetworkError:
+            # The rank or the launcher that keeps the store has ended, and the run with it. That is theirs to say.
+            return
         except Exception:
             if not self._is_closing:
                 raise

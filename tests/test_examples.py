@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fabric_lite import EXIT_PREEMPTED
 from fabric_lite.testing import RankPool
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -23,6 +24,7 @@ SMALL = {
     "custom_strategy.py": ["--epochs", "3"],
     "gan.py": ["--epochs", "1"],
     "image_classifier.py": ["--epochs", "1"],
+    "resumable.py": ["--epochs", "1"],
     "tensor_parallel.py": ["--steps", "2"],
 }
 PYTHON: list[str] = []
@@ -130,6 +132,24 @@ def test_char_gpt_goes_on_as_if_it_had_not_been_interrupted(folder: Path, whole_
     expected, found = weights(folder / "whole.pt"), weights(folder / "interrupted.pt")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_run_that_is_asked_to_leave_ends_like_one_that_nobody_stopped(tmp_path: Path) -> None:
+    options = ["--epochs", "10"]
+    *_, undisturbed = run(tmp_path, PYTHON, "resumable.py", *options, "--folder", "whole").splitlines()
+    command = [sys.executable, "-u", str(EXAMPLES / "resumable.py"), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "starting fresh\n"
+        process.terminate()
+        assert process.wait(60) == EXIT_PREEMPTED
+        saved = re.match(r"saved resumable/step-(\d+); ", process.stdout.read())
+    assert saved
+    resumed, *_, total = run(tmp_path, PYTHON, "resumable.py", *options).splitlines()
+    assert resumed.startswith(f"resumed from step {int(saved[1])}, epoch ")
+    assert resumed.endswith("; 0 samples repeated, 0 skipped")
+    assert total == undisturbed
 
 
 def test_the_image_classifier_reads_97_percent_of_the_digits_on_two_ranks(tmp_path: Path) -> None:

@@ -49,13 +49,13 @@ class Run:
     def train(self, epochs: int, after_step: Callable[[Run], None]) -> None:
         """The loop of a script."""
         model, optimizer = self.state["model"], self.state["optimizer"]
-        for epoch in range(self.state["epoch"], epochs):
-            self.state["epoch"] = epoch
+        while self.state["epoch"] < epochs:
             for (batch,) in self.state["loader"]:
                 optimizer.zero_grad()
                 self.fabric.backward(model(batch).square().mean())
                 optimizer.step()
                 after_step(self)
+            self.state["epoch"] += 1
 
     def weights(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.state["model"].parameters()]
