@@ -1,0 +1,193 @@
+"""Asynchronous saves of several ranks: the same bytes, training that goes on beside them, errors on all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fabric_lite import CheckpointError
+from fabric_lite.checkpoint import asynchronous, finish, load, save
+from fabric_lite.testing import RankPool
+from tests.distributed.launching import fabric_run, write
+from tests.distributed.layouts import LAYOUTS, loss_of, make_gpt, run_under, token_batches
+from tests.distributed.scenarios import parameters_of
+
+KINDS = ["full", "sharded"]
+
+
+def train(layout: str, fabric: Any, model: Any, optimizer: Any, count: int, seed: int = 1) -> None:
+    for tokens, targets in token_batches(count, seed):
+        loss = loss_of(model(LAYOUTS[layout].share(tokens)), LAYOUTS[layout].share(targets))
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def save_twice_and_go_on(layout: str, folder: Path, kind: str) -> tuple[list[int], bool, bool]:
+    """A synchronous save, then asynchronous ones with training beside them; numbers of allocations, and two checks."""
+    fabric = LAYOUTS[layout].fabric()
+    model = make_gpt()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    fabric.setup(model, optimizer)
+    state = {"model": model, "optimizer": optimizer, "fabric": fabric, "step": 2, "log": [1.5, 2.5]}
+    train(layout, fabric, model, optimizer, 2)
+    saved = parameters_of(model)
+    fabric.save(folder / "now", state, state_dict_type=kind)
+    allocations = []
+    for number in range(2):
+        handle = fabric.save(folder / f"beside {number}", state, state_dict_type=kind, async_=True)
+        if number:
+            state["log"].append(3.5)
+            train(layout, fabric, model, optimizer, 3, seed=2)
+        handle.result()
+        allocations.append(asynchronous._process.staging.allocations)
+    moved_on = any(not torch.equal(new, old) for new, old in zip(parameters_of(model), saved, strict=True))
+    fabric.load(folder / "beside 1", state)
+    came_back = all(torch.equal(new, old) for new, old in zip(parameters_of(model), saved, strict=True))
+    fabric.close()
+    return allocations, moved_on, came_back and state["log"] == [1.5, 2.5]
+
+
+def bytes_of(path: Path) -> dict[str, bytes]:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return {file.name if path.is_dir() else "file": file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["single", "ddp 2", "fsdp 2", "fsdp_cpu_offload 2", "hsdp 2x2", "2-D 2x2"])
+def test_the_bytes_are_those_of_a_synchronous_save_while_the_training_goes_on(
+    ranks: RankPool, tmp_path: Path, layout: str, kind: str
+) -> None:
+    for allocations, moved_on, came_back in run_under(ranks, layout, save_twice_and_go_on, tmp_path, kind):
+        assert allocations[1] == allocations[0], "the second copy took new memory"
+        assert moved_on
+        assert came_back
+    expected = bytes_of(tmp_path / "now")
+    assert bytes_of(tmp_path / "beside 0") == expected
+    assert bytes_of(tmp_path / "beside 1") == expected
+
+
+def sharded_tensor() -> Any:
+    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+    return distribute_tensor(torch.ones(400, 100), DeviceMesh("cpu", list(range(dist.get_world_size()))), [Shard(0)])
+
+
+def errors_of_a_failing_save(folder: Path, kind: str, failing: int, asks: int | None) -> list[str]:
+    """What each rank is told when one can't write: by ``result()`` on rank ``asks`` (None: on none), then by a save."""
+    state = {"tensor": sharded_tensor()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    errors = []
+    try:
+        if dist.get_rank() == failing:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        handle = save(folder / "a.ckpt", state, state_dict_type=kind, async_=True)
+        assert handle is not None
+        handle.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if asks in (dist.get_rank(), -1):
+        with pytest.raises(CheckpointError) as raised:
+            handle.result()
+        errors.append(str(raised.value))
+    with contextlib.suppress(CheckpointError):
+        try:
+            save(folder / "b.ckpt", state, state_dict_type=kind)
+        except CheckpointError as error:
+            errors.append(str(error))
+            raise
+    save(folder / "c.ckpt", state, state_dict_type=kind)
+    return errors
+
+
+@pytest.mark.parametrize(("kind", "failing"), [("full", 0), ("sharded", 0), ("sharded", 1)])
+@pytest.mark.parametrize("asks", ["all", "rank 0", "none"])
+def test_what_fails_on_one_rank_is_told_to_all(
+    ranks: RankPool, tmp_path: Path, kind: str, failing: int, asks: str
+) -> None:
+    asking = {"all": -1, "rank 0": 0, "none": None}[asks]
+    by_rank = ranks.run(errors_of_a_failing_save, tmp_path, kind, failing, asking, ranks=2)
+    for rank, errors in enumerate(by_rank):
+        cause = "File too large" if rank == failing else f"failed on rank {failing}"
+        told = [errors[0]] if asks == "all" else errors
+        assert errors, f"rank {rank} was told nothing"
+        assert any(cause in error for error in told) or (asks == "rank 0" and rank == 0)
+        if asks == "none":
+            assert "asynchronous save before this one failed" in errors[0]
+    assert not (tmp_path / "a.ckpt").exists()
+    assert (tmp_path / "b.ckpt").exists() == (asks == "all")
+    assert (tmp_path / "c.ckpt").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".fabric")]
+
+
+def save_in_other_ways(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as raised:
+        save(folder / "a.ckpt", {"number": 1}, async_=dist.get_rank() == 1)
+    assert finish() is None
+    return str(raised.value)
+
+
+def test_ranks_that_do_not_agree_on_the_way_are_told_so(ranks: RankPool, tmp_path: Path) -> None:
+    for number, error in enumerate(ranks.run(save_in_other_ways, tmp_path, ranks=2)):
+        assert f"async_={number == 1} on rank {number}" in error
+
+
+def groups_of_saves(folder: Path) -> int:
+    """How many process groups three asynchronous saves make after a first one."""
+    save(folder / "a.ckpt", {"number": 1}, async_=True)
+    finish()
+    before = len(dist.distributed_c10d._world.pg_map)
+    for number in range(3):
+        save(folder / f"{number}.ckpt", {"number": 1}, async_=True)
+    finish()
+    return len(dist.distributed_c10d._world.pg_map) - before
+
+
+def test_all_saves_share_one_group_of_their_own(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(groups_of_saves, tmp_path, ranks=2) == [0, 0]
+
+
+SCRIPT = """
+import sys
+import torch
+from torch import nn
+from fabric_lite import Fabric
+
+fabric = Fabric(strategy="fsdp")
+model = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1024))
+optimizer = torch.optim.AdamW(model.parameters())
+fabric.setup(model, optimizer)
+fabric.backward(model(torch.ones(1, 1024)).sum())
+optimizer.step()
+state = {"model": model, "optimizer": optimizer, "done": True}
+handle = fabric.save(sys.argv[1], state, state_dict_type=sys.argv[2], async_=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "end"), [("full", ""), ("sharded", "raise SystemExit(0)"), ("sharded", "fabric.close()")]
+)
+def test_ranks_that_end_at_once_have_saved_all(tmp_path: Path, kind: str, end: str) -> None:
+    script = write(tmp_path, SCRIPT + end)
+    process = fabric_run("--devices", 2, script, tmp_path / "a.ckpt", kind)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    found = load(tmp_path / "a.ckpt")
+    assert found["done"] is True
+    assert found["model"]["1.weight"].shape == (1024, 1024)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "script.py"]
+
+
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("fabric.close()", 1)])
+def test_an_error_that_no_rank_fetched_is_said_once_at_the_end(tmp_path: Path, end: str, code: int) -> None:
+    (tmp_path / "a.ckpt").mkdir()
+    (tmp_path / "a.ckpt" / "diary.txt").write_text("mine")
+    process = fabric_run("--devices", 2, write(tmp_path, SCRIPT + end), tmp_path / "a.ckpt", "sharded")
+    assert process.returncode == code
+    assert process.stderr.count("taken by something that is no checkpoint") == 1
