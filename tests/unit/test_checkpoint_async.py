@@ -54,7 +54,9 @@ def tensors_of_all_kinds() -> dict[str, torch.Tensor]:
         "float8": torch.arange(8.0).to(torch.float8_e4m3fn),
         "bool": torch.tensor([True, False]),
         "sparse": torch.sparse_coo_tensor(torch.tensor([[0, 2], [1, 2]]), torch.ones(2), check_invariants=True),
-        "csr": torch.sparse_csr_tensor(torch.tensor([0, 1, 2]), torch.tensor([1, 0]), torch.ones(2), (2, 2)),
+        "csr": torch.sparse_csr_tensor(
+            torch.tensor([0, 1, 2]), torch.tensor([1, 0]), torch.ones(2), (2, 2), check_invariants=True
+        ),
         "channels last": torch.arange(48.0).view(1, 3, 4, 4).to(memory_format=torch.channels_last),
     }
 
