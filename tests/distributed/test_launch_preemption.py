@@ -1,0 +1,193 @@
+"""What ``fabric-run`` does with the signals by which schedulers ask a run to leave, and with a job that hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launching import (
+    ENVIRONMENT,
+    FABRIC_RUN,
+    assert_nothing_left,
+    fabric_run,
+    run,
+    started,
+    wait_until,
+    write,
+)
+from tests.distributed.test_launch_nodes import free_port
+
+LEAVE_WHEN_ASKED = """
+    import os, pathlib, signal, sys, time
+    asked = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    signal.signal(signal.SIGUSR1, lambda number, _: asked.append(number))
+    rank = os.environ["RANK"]
+    pathlib.Path("ready" + rank).touch()
+    while not asked:
+        time.sleep(0.01)
+    if rank == "1":
+        # Longer than what a failure would leave it.
+        while not os.path.exists("saved0"):
+            time.sleep(0.01)
+        time.sleep(2)
+    pathlib.Path("saved" + rank).write_text(signal.Signals(asked[0]).name)
+    sys.exit(75)
+"""
+
+
+def ready(folder: Path, ranks: int = 2) -> None:
+    wait_until(lambda: all((folder / f"ready{rank}").exists() for rank in range(ranks)), "ranks are ready")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_ranks_that_are_asked_to_leave_save_and_the_job_ends_with_75(tmp_path: Path, number: signal.Signals) -> None:
+    script = write(tmp_path, LEAVE_WHEN_ASKED)
+    with started(
+        *FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, "--max-restarts", 3, script, cwd=tmp_path
+    ) as process:
+        ready(tmp_path)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert stderr == "fabric-run: stopped for preemption; the ranks have saved their work.\n"
+    assert [(tmp_path / f"saved{rank}").read_text() for rank in (0, 1)] == [number.name] * 2
+    assert_nothing_left(tmp_path)
+
+
+def test_a_rank_that_fails_after_another_has_left_for_preemption_is_a_failure(tmp_path: Path) -> None:
+    script = write(
+        tmp_path,
+        """
+        import os, sys, torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        dist.all_reduce(torch.ones(1))
+        if dist.get_rank() == 1:
+            sys.exit(75)
+        dist.all_reduce(torch.ones(1))
+        """,
+    )
+    done = fabric_run("--devices", 2, script, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("fabric-run: rank 0 failed: RuntimeError: ")
+    assert "  Before it, rank 1 had left for preemption.\n" in done.stderr
+
+
+def test_a_script_may_use_sigusr1_for_itself(tmp_path: Path) -> None:
+    script = write(
+        tmp_path,
+        """
+        import os, pathlib, signal
+        signal.signal(signal.SIGUSR1, lambda *_: pathlib.Path("noted" + os.environ["RANK"]).touch())
+        pathlib.Path("ready" + os.environ["RANK"]).touch()
+        signal.pause()
+        """,
+    )
+    with started(*FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, script, cwd=tmp_path) as process:
+        ready(tmp_path)
+        process.send_signal(signal.SIGUSR1)
+        _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (0, "")
+    assert all((tmp_path / f"noted{rank}").exists() for rank in (0, 1))
+
+
+def test_ranks_that_do_not_listen_die_of_sigusr1_which_is_no_failure_of_theirs(tmp_path: Path) -> None:
+    script = write(
+        tmp_path,
+        """
+        import os, pathlib, signal
+        pathlib.Path("ready" + os.environ["RANK"]).touch()
+        signal.pause()
+        """,
+    )
+    with started(*FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, script, cwd=tmp_path) as process:
+        ready(tmp_path)
+        process.send_signal(signal.SIGUSR1)
+        _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (128 + signal.SIGUSR1, "fabric-run: ended by SIGUSR1.\n")
+
+
+def slurm(folder: Path) -> list[str]:
+    """An environment of Slurm's, in which a program takes the place of scontrol, which writes down how it is called.
+
+    Slurm itself is not installed where the tests run.
+    """
+    programs = folder / "programs"
+    programs.mkdir()
+    path = write(programs, f'#!/bin/sh\necho "$@" >> {folder}/requeued\n', "scontrol")
+    path.chmod(0o755)
+    return ["env", "SLURM_JOB_ID=123", f"PATH={programs}:{ENVIRONMENT['PATH']}"]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_requeue_gives_the_job_back_to_slurm_once(tmp_path: Path, nodes: int) -> None:
+    script = write(tmp_path, LEAVE_WHEN_ASKED)
+    command = [*slurm(tmp_path), *FABRIC_RUN, "--accelerator", "cpu", "--requeue"]
+    if nodes == 1:
+        with started(*command, "--devices", 2, script, cwd=tmp_path) as process:
+            ready(tmp_path)
+            process.send_signal(signal.SIGUSR1)
+            outputs = [process.communicate(timeout=60)]
+        codes = [process.returncode]
+    else:
+        meeting = ["--num-nodes", 2, "--main-address", "127.0.0.1", "--main-port", free_port(), "--node-rank"]
+        both = [[*command, *meeting, node, script] for node in (0, 1)]
+        with started(*both[0], cwd=tmp_path) as first, started(*both[1], cwd=tmp_path) as second:
+            ready(tmp_path)
+            for process in (first, second):
+                process.send_signal(signal.SIGUSR1)
+            outputs = [process.communicate(timeout=60) for process in (first, second)]
+        codes = [first.returncode, second.returncode]
+    assert codes == [75] * nodes, outputs
+    assert (tmp_path / "requeued").read_text() == "requeue 123\n"
+    assert ["requeueing Slurm job 123" in stderr for _, stderr in outputs] == [True, False][:nodes]
+    assert all("stopped for preemption" in stderr for _, stderr in outputs)
+
+
+def test_nothing_is_requeued_that_has_ended_well_or_has_failed(tmp_path: Path) -> None:
+    environment = slurm(tmp_path)
+    for code in (0, 3):
+        script = write(tmp_path, f"import sys; sys.exit({code})")
+        done = run([*environment, *FABRIC_RUN, "--accelerator", "cpu", "--requeue", script], cwd=tmp_path)
+        assert done.returncode == code, done.stderr
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_requeue_needs_slurm(tmp_path: Path) -> None:
+    assert "SLURM_JOB_ID" not in os.environ
+    done = fabric_run("--requeue", write(tmp_path, "print('never')"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no job of Slurm's" in done.stderr
+    assert "Try:" in done.stderr
+
+
+def test_a_rank_that_finds_the_job_hanging_ends_it_stopped_ranks_included(tmp_path: Path) -> None:
+    script = write(
+        tmp_path,
+        """
+        import os, pathlib, signal, threading, time
+        from fabric_lite.run_config import hang_reporter
+        pathlib.Path("ready" + os.environ["RANK"]).write_text(str(os.getpid()))
+        def report():
+            while not os.path.exists("stopped"):
+                time.sleep(0.01)
+            hang_reporter()(["fabric-run: rank 1 does not respond", "  rank 0 waits"])
+        if os.environ["RANK"] == "0":
+            threading.Thread(target=report, daemon=True).start()
+        while True:
+            signal.pause()
+        """,
+    )
+    with started(*FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, script, cwd=tmp_path) as process:
+        ready(tmp_path)
+        wait_until(lambda: (tmp_path / "ready1").read_text().isdigit(), "rank 1 has told its id")
+        os.kill(int((tmp_path / "ready1").read_text()), signal.SIGSTOP)
+        (tmp_path / "stopped").touch()
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert stderr.splitlines()[:2] == ["fabric-run: rank 1 does not respond", "  rank 0 waits"]
+    assert len(stderr.splitlines()) == 3
+    assert_nothing_left(tmp_path)
