@@ -86,15 +86,15 @@ def _save_by_step(folder: Path, way: Way, number: int) -> None:
     fabric.launch()
     model = torch.nn.Linear(2, 2)
     model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    state = {**state_of(number, way.ranks), "fabric": fabric, "model": model, "optimizer": optimizer}
+    trained = {"fabric": fabric, "model": model, "optimizer": optimizer}
     checkpoints = Checkpoints(folder, keep_last=way.keep, async_=way.async_)
     with contextlib.redirect_stdout(io.StringIO()):
-        checkpoints.resume(dict(state))
+        checkpoints.resume({**state_of(0, way.ranks), **trained})
     # A checkpoint that is written beside the loop lets older ones go at the save after it.
     for _ in range(2 if way.async_ else 1):
         fabric.backward(model(torch.ones(1, 2)).sum())
         optimizer.step()
-        checkpoints.save(state)
+        checkpoints.save({**state_of(number, way.ranks), **trained})
     fabric.close()
 
 
