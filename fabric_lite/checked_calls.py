@@ -18,8 +18,8 @@ __all__ = ["compare_calls"]
 def compare_calls(module: nn.Module, enter: Callable[[str], None]) -> None:
     """Call ``enter`` with what ``module`` is about to do, wherever its engine then communicates.
 
-    Under ``DistributedDataParallel`` that is the backward, and with buffers the forward; in ``no_backward_sync``
-    neither. Under sharding every forward gathers parameters.
+    Under ``DistributedDataParallel`` that is every forward with gradients, and its backward; in ``no_backward_sync``
+    neither. Under sharding it is every forward, which gathers parameters.
 
     Args:
         module: It went through ``setup``; ends with its release.
@@ -29,7 +29,7 @@ def compare_calls(module: nn.Module, enter: Callable[[str], None]) -> None:
     name = type(module).__name__
     if extension.hooked:
         extension.handles += [
-            module.register_forward_pre_hook(_before_forward(name, enter)),
+            module.register_forward_pre_hook(_before_forward(name, enter), prepend=True),  # torch's gathers
             module.register_forward_hook(
                 _uncompiled(lambda _, __, output: _follow_backward(name, output, enter)),
             ),
@@ -54,13 +54,12 @@ def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
 
 def _follow_engine(engine: nn.Module, extension: ModuleExtension, name: str, enter: Callable[[str], None]) -> None:
     run = engine.forward
-    has_buffers = any(True for _ in engine.buffers())
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if extension.windows:
             return run(*args, **kwargs)
-        if has_buffers:
-            enter(f"forward of {name}")
+        # The first forward after the first backward settles the buckets over all ranks; others send buffers.
+        enter(f"forward of {name}")
         output = run(*args, **kwargs)
         _follow_backward(name, output, enter)
         return output

@@ -96,8 +96,10 @@ def sequence_numbers() -> dict[str, int]:
     # The only way to all groups of a process, and to their counts, is private.
     groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
     return {
+        # One backend may serve several kinds of device.
         group.group_name: sum(
-            group._get_backend(device)._get_sequence_number_for_group() for device in group._device_types
+            backend._get_sequence_number_for_group()
+            for backend in {group._get_backend(device) for device in group._device_types}
         )
         for group in groups
     }

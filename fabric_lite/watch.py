@@ -228,7 +228,7 @@ class HangWatch:
             if self._report is None:
                 print("\n".join(["fabric_lite: " + lines[0], *lines[1:]]), file=sys.stderr, flush=True)
             else:
-                self._report(lines)
+                self._report(["fabric-run: " + lines[0], *lines[1:]])
             if connection is not None:
                 connection.set_reported()
         self._leave(connection)

@@ -1,4 +1,4 @@
-"""What is said about a job that hangs: who did not arrive, and where each rank stands, in at most ten lines."""
+"""What is said about a job that hangs: who did not arrive, and where each rank stands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from fabric_lite.watch_position import Position
 
 __all__ = ["RankStatus", "absent_ranks", "explain", "explain_late"]
 
-_MAX_LINES = 10
+# Ten in all, with what the watch and the launcher add.
+_MAX_LINES = 8
 _MAX_TEXT_CHARACTERS = 100
 
 

@@ -1,0 +1,121 @@
+"""With the check on, ranks that call different things raise the same error, with the lines of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fabric_lite import CollectiveError, Fabric
+from fabric_lite.testing import RankPool
+
+ROWS: dict[str, Callable[[Fabric, int], Any]] = {
+    "wrong shape": lambda fabric, rank: fabric.all_reduce(torch.ones(2 + (rank == 1))),
+    "wrong dtype": lambda fabric, rank: fabric.all_gather(torch.ones(2, dtype=[torch.float32, torch.int64][rank == 1])),
+    "wrong operation": lambda fabric, rank: fabric.all_reduce(1.0, reduce_op="sum" if rank == 1 else "max"),
+    "wrong source": lambda fabric, rank: fabric.broadcast(1, src=int(rank == 1)),
+    "wrong order": lambda fabric, rank: fabric.barrier() if rank == 1 else fabric.all_reduce(1.0),
+    "one rank leaves": lambda fabric, rank: leave(fabric) if rank == 1 else fabric.all_reduce(1.0),
+}
+
+
+def leave(fabric: Fabric) -> None:
+    fabric.close()
+    raise CollectiveError("test_collective_check.py: left")
+
+
+def error_of(kind: str) -> str:
+    fabric = Fabric(accelerator="cpu", check_collectives=True)
+    fabric.barrier()
+    with pytest.raises(CollectiveError) as error:
+        ROWS[kind](fabric, fabric.global_rank)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_call_that_differs_is_named_on_all_ranks_with_the_lines(ranks: RankPool, kind: str) -> None:
+    messages = ranks.run(error_of, kind, ranks=3)
+    if kind == "one rank leaves":
+        assert "rank 1: has left the run at" in messages[0]
+        messages.pop(1)
+    assert len(set(messages)) == 1
+    assert "rank 1: " in messages[0]
+    assert "ranks 0, 2: " in messages[0]
+    assert messages[0].count("test_collective_check.py:") == 2
+
+
+class Net(nn.Module):
+    def __init__(self, *, has_buffers: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4) if has_buffers else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.layer(x))  # type: ignore[no-any-return]
+
+
+def train(strategy: str, fault: str, has_buffers: bool) -> str:
+    """Train; rank 1 has one batch more, or skips a backward, or the call at the end."""
+    fabric = Fabric(accelerator="cpu", strategy=strategy, check_collectives=True)
+    odd = fabric.global_rank == 1
+    torch.manual_seed(0)
+    model = Net(has_buffers=has_buffers)
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    try:
+        for step in range(4 if odd and fault == "batch" else 3):
+            with fabric.no_backward_sync(model, enabled=step == 0):
+                loss = model(torch.ones(3, 4)).sum()
+                if not (odd and fault == "backward" and step == 1):
+                    fabric.backward(loss)
+            if step > 0:
+                optimizer.step()
+                optimizer.zero_grad()
+        if not (odd and fault == "call"):
+            fabric.all_reduce(loss.detach())
+        fabric.barrier()
+    except CollectiveError as error:
+        return str(error)
+    finally:
+        fabric.close()
+    return "no error"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("has_buffers", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("batch", ["all_reduce mean", "ward of Net"]),
+        ("backward", ["backward of Net"]),
+        ("call", ["all_reduce", "barrier"]),
+    ],
+)
+def test_a_step_that_differs_is_named_on_all_ranks(
+    ranks: RankPool, strategy: str, has_buffers: bool, fault: str, expected: list[str]
+) -> None:
+    messages = ranks.run(train, strategy, fault, has_buffers)
+    assert messages[0] == messages[1]
+    for words in [*expected, "rank 0: ", "rank 1: ", "test_collective_check.py:"]:
+        assert words in messages[0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_that_agree_train_as_without_the_check(ranks: RankPool, strategy: str) -> None:
+    assert ranks.run(train, strategy, "none", True) == ["no error"] * 2
+
+
+def evaluate_alone() -> bool:
+    fabric = Fabric(accelerator="cpu", strategy="ddp", check_collectives=True)
+    model = fabric.setup(Net(has_buffers=True))
+    if fabric.is_global_zero:
+        with torch.no_grad():
+            model(torch.ones(3, 4))
+    fabric.barrier()
+    return True
+
+
+def test_rank_zero_may_evaluate_alone_with_the_check_on(ranks: RankPool) -> None:
+    assert ranks.run(evaluate_alone) == [True, True]
