@@ -1,7 +1,12 @@
 """Seconds and extra memory of saving and loading a model with its AdamW state, beside torch and, if installed, peers.
 
+First two ratios that have a bar: how long an asynchronous save holds the training up, over one memory copy of what the
+rank writes (``Tensor.copy_`` of every tensor into memory that is there already; bar 1.3), and a synchronous save over
+``torch.save`` and fsync (bar 1.1). They are medians of pairs that were measured side by side, with 95 % intervals.
+
     OMP_NUM_THREADS=1 python benchmarks/checkpoint.py
     OMP_NUM_THREADS=1 python benchmarks/checkpoint.py --megabytes 1024 --json benchmarks/results/checkpoint.json
+    OMP_NUM_THREADS=1 python benchmarks/checkpoint.py --only-ratios
     OMP_NUM_THREADS=1 python benchmarks/checkpoint.py --quick
 
 Every way has objects of its own, and they take turns. A save ends when all is on the disk: whoever does not flush its
@@ -32,7 +37,7 @@ import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import parser, peak, show, start_peak, write
+from measure import parser, peak, ratio, show, start_peak, write
 
 from fabric_lite import Fabric
 from fabric_lite.testing import RankPool
@@ -287,6 +292,84 @@ def turns(folder: Path, layers: int, ranks: int, runs: int) -> dict[str, dict[st
     return figures
 
 
+def tensors_of(model: nn.Module, optimizer: Any) -> list[torch.Tensor]:
+    """What a rank writes of a state: the tensors of its own memory."""
+    tensors = [*model.state_dict().values()]
+    tensors += [value for entry in optimizer.state.values() for value in entry.values()]
+    return [getattr(tensor, "_local_tensor", tensor).detach() for tensor in tensors]
+
+
+def stall_beside_copy(folder: Path, layers: int, ranks: int, runs: int) -> dict[str, list[float]]:
+    """On each rank: seconds that an asynchronous save takes to return, and of one memory copy, in turn."""
+    fabric = Fabric(accelerator="cpu", devices=ranks, strategy="fsdp" if ranks > 1 else "auto")
+    model, optimizer = fabric.setup(*make(layers))
+    fill(model, optimizer)
+    state = {"model": model, "optimizer": optimizer, "step": 1}
+    tensors = tensors_of(model, optimizer)
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    times: dict[str, list[float]] = {"memory copy": [], "asynchronous save": []}
+
+    def copy_once() -> None:
+        for copy, tensor in zip(copies, tensors, strict=True):
+            copy.copy_(tensor)
+
+    def save_once() -> Any:
+        return fabric.save(folder / "beside", state, state_dict_type="sharded" if ranks > 1 else "full", async_=True)
+
+    for run in range(runs + 1):
+        for name in sorted(times, reverse=bool(run % 2)):
+            meet()
+            start = time.perf_counter()
+            handle = copy_once() if name == "memory copy" else save_once()
+            seconds = time.perf_counter() - start
+            if handle is not None:
+                handle.result()
+            if run:
+                times[name].append(seconds)
+    fabric.close()
+    return times
+
+
+def save_beside_torch(folder: Path, layers: int, runs: int) -> dict[str, list[float]]:
+    """On one device: seconds of a save and of ``torch.save`` with fsync, in turn, each over its own last file."""
+    ways = {"fabric_lite": fabric_lite_way(layers, "auto", 1, None), "torch.save": plain_torch(layers, mmap=False)}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for run in range(runs + 1):
+        for name in sorted(ways, reverse=bool(run % 2)):
+            path = folder / name
+            path.unlink(missing_ok=True)
+            os.sync()
+            start = time.perf_counter()
+            save_flushed(ways[name], path)
+            if run:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratios(folder: Path, layers: int, ranks: int, runs: int) -> list[dict[str, Any]]:
+    """The two ratios with a bar; the stall on one rank and on several, where the slowest rank of each run counts."""
+    rows = []
+    for count in (1, ranks):
+        with RankPool(timeout_seconds=3600) as pool:
+            by_rank = pool.run(stall_beside_copy, folder, layers, count, runs, ranks=count)
+            times = {
+                name: [max(run) for run in zip(*(one[name] for one in by_rank), strict=True)] for name in by_rank[0]
+            }
+            rows.append(
+                compared(f"stall, {count} rank{'s' * (count > 1)}", times, "asynchronous save", "memory copy", 1.3)
+            )
+            if count == 1:
+                [times] = pool.run(save_beside_torch, folder, layers, runs, ranks=1)
+                rows.append(compared("synchronous save, 1 rank", times, "fabric_lite", "torch.save", 1.1))
+    return rows
+
+
+def compared(what: str, times: dict[str, list[float]], name: str, baseline: str, bar: float) -> dict[str, Any]:
+    middle, low, high = ratio(times, name, baseline)
+    seconds = {one: statistics.median(values) for one, values in times.items()}
+    return {"what": what, "ratio": middle, "interval": [low, high], "bar": bar, "seconds": seconds}
+
+
 def leave_folders(folder: Path, layers: int, ranks: int) -> None:
     """On each of several ranks: leave a folder of shards of each kind."""
     fabric_lite_way(layers, "fsdp", ranks, "sharded").save(folder / "ours")
@@ -335,31 +418,62 @@ def main() -> None:
     options.add_argument("--runs", type=int, default=5, help="runs of each way, in turn, after one more (default 5)")
     options.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     options.add_argument("--quick", action="store_true", help="24 MiB and one run: whether it works at all")
+    options.add_argument("--only-ratios", action="store_true", help="only the two ratios that have a bar")
+    options.add_argument("--ratio-runs", type=int, default=15, help="pairs of runs for each ratio (default 15)")
     given = options.parse_args()
+    pairs = 2 if given.quick else given.ratio_runs
     megabytes, runs = (24, 1) if given.quick else (given.megabytes, given.runs)
     layers = max(megabytes // 12, 1)
-    rows = []
+    figures: dict[str, Any] = {"mebibytes": layers * 12}
     with tempfile.TemporaryDirectory(prefix="fabric_lite_checkpoints_", dir=given.folder) as folder:
-        same_disk = os.stat(folder).st_dev == os.stat(__file__).st_dev
-        for ranks in (1, given.ranks):
-            with RankPool(timeout_seconds=3600) as pool:
-                by_rank = pool.run(turns, Path(folder), layers, ranks, runs, ranks=ranks)
-                rows += summary(f"{ranks} ranks, fsdp" if ranks > 1 else "one device", by_rank)
-        with RankPool(timeout_seconds=3600) as pool:
-            pool.run(leave_folders, Path(folder), layers, given.ranks, ranks=given.ranks)
-            by_rank = pool.run(load_folders, Path(folder), layers, runs, ranks=1)
-            rows += summary(f"one device, from {given.ranks} ranks", by_rank)
+        figures["on_the_disk_of_the_repository"] = os.stat(folder).st_dev == os.stat(__file__).st_dev
+        figures |= {"pairs": pairs, "ratios": ratios(Path(folder), layers, given.ranks, pairs)}
+        show_ratios(figures)
+        if not given.only_ratios:
+            figures |= {"runs": runs, "rows": all_ways(Path(folder), layers, given.ranks, runs)}
+            show_ways(figures)
+    write(given.json, figures)
 
-    def cell(figures: dict[str, float] | None) -> list[str]:
-        return ["-", "-"] if figures is None else [f"{figures['seconds']:.2f}", f"{figures['extra_mib']:.0f}"]
+
+def all_ways(folder: Path, layers: int, several: int, runs: int) -> list[dict[str, Any]]:
+    """Save and load of every way that is installed, on one rank, on several, and from several to one."""
+    rows = []
+    for ranks in (1, several):
+        with RankPool(timeout_seconds=3600) as pool:
+            by_rank = pool.run(turns, folder, layers, ranks, runs, ranks=ranks)
+            rows += summary(f"{ranks} ranks, fsdp" if ranks > 1 else "one device", by_rank)
+    with RankPool(timeout_seconds=3600) as pool:
+        pool.run(leave_folders, folder, layers, several, ranks=several)
+        by_rank = pool.run(load_folders, folder, layers, runs, ranks=1)
+        rows += summary(f"one device, from {several} ranks", by_rank)
+    return rows
+
+
+def show_ratios(figures: dict[str, Any]) -> None:
+    def cells(row: dict[str, Any]) -> list[str]:
+        seconds = ", ".join(f"{name} {value:.3f}" for name, value in row["seconds"].items())
+        low, high = row["interval"]
+        return [row["what"], f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['bar']:.1f}", seconds]
 
     show(
-        f"{layers * 12} MiB of parameters and moments in all: seconds (medians), and peak of extra memory per rank",
-        ["", "", *(column for phase in PHASES for column in (f"{phase}, s", "MiB"))],
-        [[row["what"], row["way"], *(text for phase in PHASES for text in cell(row.get(phase)))] for row in rows],
+        f"{figures['mebibytes']} MiB: ratios, medians of {figures['pairs']} pairs side by side",
+        ["", "ratio", "95 % interval", "bar", "seconds (medians)"],
+        [cells(row) for row in figures["ratios"]],
     )
-    write(
-        given.json, {"mebibytes": layers * 12, "runs": runs, "on_the_disk_of_the_repository": same_disk, "rows": rows}
+
+
+def show_ways(figures: dict[str, Any]) -> None:
+    def cell(measures: dict[str, float] | None) -> list[str]:
+        return ["-", "-"] if measures is None else [f"{measures['seconds']:.2f}", f"{measures['extra_mib']:.0f}"]
+
+    show(
+        f"{figures['mebibytes']} MiB of parameters and moments in all: seconds (medians), and peak of extra memory per "
+        "rank",
+        ["", "", *(column for phase in PHASES for column in (f"{phase}, s", "MiB"))],
+        [
+            [row["what"], row["way"], *(text for phase in PHASES for text in cell(row.get(phase)))]
+            for row in figures["rows"]
+        ],
     )
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from fabric_lite.checkpoint.layout import ShardPlan
 from fabric_lite.checkpoint.staging import Staging
-from fabric_lite.checkpoint.together import Together, lost_ranks_explained, on_every_rank
+from fabric_lite.checkpoint.together import Together, lost_ranks_explained
 from fabric_lite.collectives import is_distributed, rank
 from fabric_lite.notices import rank_zero_info
 
@@ -96,18 +96,26 @@ _process = _Process()
 def start(target: Path, content: Any, plan: ShardPlan, write: Write) -> SaveHandle:
     """Copy what is to be written, and write the copy in a thread. Every rank calls it; no save may be under way.
 
-    Raises:
-        Exception: On every rank, when the memory for the copy could not be had on any.
+    It raises nothing: a rank that has no memory for its copy says so to the others in the thread.
     """
-    staged, staged_plan, wait_until_filled = on_every_rank("save()", _process.staging.stage, content, plan)
     together = Together(_own_group())
+    error: Exception | None = None
+    try:
+        staged = _process.staging.stage(content, plan)
+    except Exception as exception:
+        error = exception
     if not _process.is_watched:
         atexit.register(finish_at_exit)
         _process.is_watched = True
 
+    def ready() -> None:
+        if error is not None:
+            raise error
+        staged.wait()
+
     def work() -> None:
-        wait_until_filled()
-        write(staged, staged_plan, together)
+        together.on_every_rank("save()", ready)
+        write(staged.content, staged.plan, together)
 
     _process.last = SaveHandle(target, work)
     return _process.last

@@ -14,7 +14,10 @@ from fabric_lite.checkpoint.boxes import Box
 from fabric_lite.collectives import gather_objects, rank
 from fabric_lite.errors import CheckpointError
 
-__all__ = ["Shard", "ShardPlan", "is_sharded", "local_box", "shard_plan"]
+__all__ = ["Description", "Shard", "ShardPlan", "described", "is_sharded", "local_box", "shard_plan"]
+
+# Of each sharded tensor, in the order of their places: place, shape, dtype and placements.
+Description = list[tuple[str, tuple[int, ...], str, str]]
 
 
 def is_sharded(value: Any) -> bool:
@@ -81,22 +84,33 @@ def _as_boxes(tensor: Any) -> Any:
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
-def shard_plan(sharded: Mapping[str, Any]) -> ShardPlan:
-    """Say who has which part of which tensor. Every rank calls it, with its DTensors by their places.
+def described(sharded: Mapping[str, Any]) -> Description:
+    """What all ranks must hold alike of their DTensors."""
+    return [(place, *_description(sharded[place])) for place in sorted(sharded)]
 
-    One whose parts are no boxes, or are sums that were not made yet, is a copy in the plan, whole on every rank.
+
+def shard_plan(sharded: Mapping[str, Any], by_rank: list[Description]) -> ShardPlan:
+    """Say who has which part of which tensor. Every rank calls it.
+
+    A tensor whose parts are no boxes, or are sums that were not made yet, is a copy in the plan, whole on every rank.
+
+    Args:
+        sharded: This rank's DTensors by their places.
+        by_rank: What each rank has :func:`described`.
 
     Raises:
         CheckpointError: The ranks hold different DTensors.
     """
     # Compared before any of them is redistributed: a rank that does not hold it would be waited for in vain.
-    mine = [(place, *_description(sharded[place])) for place in sorted(sharded)]
-    if any(other != mine for other in gather_objects(mine)):
+    mine = by_rank[rank()]
+    if any(other != mine for other in by_rank):
         raise CheckpointError(
             "The ranks hold different sharded tensors, so they can't be put together.",
             given=f"{len(mine)} on rank {rank()}",
             fix="save the same objects on every rank, after the same steps",
         )
+    if not mine:
+        return ShardPlan({}, {}, {})
     tensors = {place: _as_boxes(sharded[place]) for place in sorted(sharded)}
     plan = ShardPlan({place: _shard(tensor) for place, tensor in tensors.items()}, {}, {})
     first: dict[Any, str] = {}

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -14,7 +14,7 @@ from fabric_lite.checkpoint import asynchronous
 from fabric_lite.checkpoint.asynchronous import SaveHandle
 from fabric_lite.checkpoint.file_writing import write_file
 from fabric_lite.checkpoint.folder_writing import write_folder
-from fabric_lite.checkpoint.layout import ShardPlan, is_sharded, shard_plan
+from fabric_lite.checkpoint.layout import Description, ShardPlan, described, is_sharded, shard_plan
 from fabric_lite.checkpoint.plain import Place, plain, stateful_objects, tensors_in
 from fabric_lite.checkpoint.together import Together, lost_ranks_explained, on_every_rank
 from fabric_lite.collectives import gather_objects, rank
@@ -66,29 +66,25 @@ def save(
         CheckpointError: The checkpoint could not be written, or another rank failed or has ended.
     """
     error = asynchronous.wait_for_last()
+    together = Together()
     with says_that_it_waits("fabric.save()"):
-        target = on_every_rank("save()", _begun, error, path, state, filter, state_dict_type)
-    kind = state_dict_type, bool(async_)
-    if set(gather_objects(kind)) != {kind}:
-        raise CheckpointError(
-            "The ranks ask save() for different kinds of checkpoint.",
-            given=f"state_dict_type={state_dict_type!r}, async_={async_} on rank {rank()}",
-            fix="the same state_dict_type and async_ on every rank",
-        )
-    state = dict(state)
-    compare_objects(list(stateful_objects(state, Place())), "save()")
-    content = on_every_rank("save()", _filtered, _collected(state), filter or {})
-    sharded = {str(place): tensor for place, tensor in tensors_in(content, Place()) if is_sharded(tensor)}
-    write_to = write_file if state_dict_type == "full" else write_folder
-
-    def write(content: Any, plan: ShardPlan, together: Together) -> None:
-        write_to(target, content, plan, dict(origin or {}), together)
-
+        asked = together.results("save()", _asked, error, path, state, filter, state_dict_type, async_)
+    _compare_calls(asked)
+    target, state = checked_path(path), dict(state)
+    states = _states_of_objects(state)
+    content: dict[str, Any] = {}
+    sharded: dict[str, Any] = {}
     with lost_ranks_explained("save()"):
-        plan = shard_plan(sharded)
+        by_rank = together.results("save()", _collect, state, states, filter or {}, content, sharded)
+        plan = shard_plan(sharded, by_rank)
+        write_to = write_file if state_dict_type == "full" else write_folder
+
+        def write(content: Any, plan: ShardPlan, together: Together) -> None:
+            write_to(target, content, plan, dict(origin or {}), together)
+
         if async_:
             return asynchronous.start(target, content, plan, write)
-        write(content, plan, Together())
+        write(content, plan, together)
     return None
 
 
@@ -103,8 +99,12 @@ def checked_path(path: Any) -> Path:
 
 def compare_objects(objects: list[tuple[Place, Any]], what: str) -> None:
     """Raise CheckpointError on every rank if the ranks hold objects at different places. Every rank calls it."""
-    mine = [str(place) for place, _ in objects]
-    for number, other in enumerate(gather_objects(mine)):
+    _compare_places(gather_objects([str(place) for place, _ in objects]), what)
+
+
+def _compare_places(by_rank: list[list[str]], what: str) -> None:
+    mine = by_rank[rank()]
+    for number, other in enumerate(by_rank):
         if other != mine:
             places = sorted(set(other) ^ set(mine))
             raise CheckpointError(
@@ -138,18 +138,41 @@ def own_keys(state: Any) -> Any:
     return renamed
 
 
-def _begun(error: BaseException | None, path: Any, state: Any, filter: Any, state_dict_type: Any) -> Path:
-    """Raise what an earlier save has left, or what is wrong with the arguments; the path."""
+class _Asked(NamedTuple):
+    """What a rank asks of ``save``, and where its objects are."""
+
+    kind: str
+    is_async: bool
+    places: list[str]
+
+
+def _asked(
+    error: BaseException | None, path: Any, state: Any, filter: Any, state_dict_type: Any, async_: Any
+) -> _Asked:
+    """Raise what an earlier save has left, or what is wrong with the arguments."""
     if error is not None:
         raise CheckpointError(
             "An asynchronous save before this one failed, so this one was not begun.",
             given=error,
             fix="see to its cause and save again; handle.result() tells it where it belongs",
         ) from error
-    return _checked(path, state, filter, state_dict_type)
+    _check(path, state, filter, state_dict_type)
+    places = [str(place) for place, _ in stateful_objects(dict(state), Place())]
+    return _Asked(state_dict_type, bool(async_), places)
 
 
-def _checked(path: Any, state: Any, filter: Any, state_dict_type: Any) -> Path:
+def _compare_calls(asked: list[_Asked]) -> None:
+    mine = asked[rank()]
+    if any((other.kind, other.is_async) != (mine.kind, mine.is_async) for other in asked):
+        raise CheckpointError(
+            "The ranks ask save() for different kinds of checkpoint.",
+            given=f"state_dict_type={mine.kind!r}, async_={mine.is_async} on rank {rank()}",
+            fix="the same state_dict_type and async_ on every rank",
+        )
+    _compare_places([other.places for other in asked], "save()")
+
+
+def _check(path: Any, state: Any, filter: Any, state_dict_type: Any) -> None:
     if state_dict_type not in _KINDS:
         raise FabricValueError(
             "This kind of checkpoint does not exist.",
@@ -181,15 +204,28 @@ def _checked(path: Any, state: Any, filter: Any, state_dict_type: Any) -> Path:
                 given=repr(key),
                 fix=f"one of {', '.join(map(repr, state))}",
             )
-    return checked_path(path)
+    checked_path(path)
 
 
-def _collected(state: dict[str, Any]) -> dict[str, Any]:
-    """``state`` as plain data. Objects give their states one after the other, the same one on all ranks at a time."""
-    given: dict[int, Any] = {}
+def _states_of_objects(state: dict[str, Any]) -> dict[int, Any]:
+    """By ``id`` of the object, its state as plain data. Asked one by one, the same one on all ranks at a time."""
+    states: dict[int, Any] = {}
     for place, instance in stateful_objects(state, Place()):
-        given[id(instance)] = on_every_rank(f"{place}.state_dict()", _plain_state, instance, place)
-    return on_every_rank("save()", plain, state, Place(), lambda _, instance: given[id(instance)])
+        states[id(instance)] = on_every_rank(f"{place}.state_dict()", _plain_state, instance, place)
+    return states
+
+
+def _collect(
+    state: dict[str, Any],
+    states: dict[int, Any],
+    filter: Filter,
+    content: dict[str, Any],
+    sharded: dict[str, Any],
+) -> Description:
+    """Fill ``content`` with ``state`` as plain data and ``sharded`` with the DTensors in it; what these are."""
+    content |= _filtered(plain(state, Place(), lambda _, instance: states[id(instance)]), filter)
+    sharded |= {str(place): tensor for place, tensor in tensors_in(content, Place()) if is_sharded(tensor)}
+    return described(sharded)
 
 
 def _plain_state(instance: Any, place: Place) -> Any:

@@ -14,9 +14,21 @@ from fabric_lite.checkpoint.plain import Place, tensors_in
 from fabric_lite.collectives import rank
 from fabric_lite.trees import map_leaves
 
-__all__ = ["Staging"]
+__all__ = ["Staged", "Staging"]
 
 _KEPT_SAVES = 4  # memory that none of so many saves has used is given back
+
+
+@dataclasses.dataclass(frozen=True)
+class Staged:
+    """Copies of content and shards, on the CPU, and a function that waits until they are filled.
+
+    The content is None on the ranks that write none; in the plan what is not written here is empty.
+    """
+
+    content: Any
+    plan: ShardPlan
+    wait: Callable[[], None]
 
 
 class Staging:
@@ -36,14 +48,10 @@ class Staging:
         self._taken: list[tuple[tuple[int, bool], torch.UntypedStorage]] = []
         self._devices: set[torch.device] = set()
 
-    def stage(self, content: Any, plan: ShardPlan) -> tuple[Any, ShardPlan, Callable[[], None]]:
+    def stage(self, content: Any, plan: ShardPlan) -> Staged:
         """Copy what this rank writes of plain data and of the sharded tensors in it.
 
         What was staged before is overwritten. Tensors that shared memory go on sharing it.
-
-        Returns:
-            Content and plan with the copies, on the CPU, and a function that waits until these are filled. The content
-            is None on the ranks that write none; in the plan what is not written here is empty.
         """
         self._start()
         staged = self._content(content) if rank() == 0 else None
@@ -54,7 +62,7 @@ class Staging:
             for place, shard in plan.tensors.items()
         }
         self._drop_unused()
-        return staged, dataclasses.replace(plan, tensors=shards), self._when_filled()
+        return Staged(staged, dataclasses.replace(plan, tensors=shards), self._when_filled())
 
     def _content(self, content: Any) -> Any:
         copies = packed([tensor for _, tensor in tensors_in(content, Place()) if not is_sharded(tensor)], self._copy)

@@ -42,6 +42,20 @@ class Together:
             raise _lost(what, raised) from raised
         return result
 
+    def results(self, what: str, function: Callable[..., Result], *args: Any) -> list[Result]:
+        """:meth:`on_every_rank`, and the results of all ranks, by rank, in one exchange; they must be picklable."""
+        error: Exception | None = None
+        result: Any = None
+        try:
+            result = function(*args)
+        except Exception as exception:
+            error = exception
+        with lost_ranks_explained(what):
+            by_rank = self.gather((error is not None, result))
+        if any(failed for failed, _ in by_rank):
+            self.on_every_rank(what, _raise, error)
+        return [value for _, value in by_rank]
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable ``value``, by rank, on every rank."""
         return gather_objects(value, self.group)
@@ -81,6 +95,11 @@ def lost_ranks_explained(what: str) -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise _lost(what, error) from error
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _lost(what: str, error: RuntimeError) -> CheckpointError:
