@@ -98,7 +98,10 @@ class ArchiveFile:
                 content = self._left_in_file(descriptor)
                 if content is not None:
                     return content
-            return torch.load(self._path, map_location="cpu", weights_only=self._weights_only, mmap=in_place)
+            # The file that was checked, and not one that has its name by now.
+            own = Path(f"/proc/self/fd/{descriptor}")
+            source = own if in_place and own.exists() else self._stream(descriptor)
+            return torch.load(source, map_location="cpu", weights_only=self._weights_only, mmap=source is own)
 
     def _compare(
         self, descriptor: int, infos: dict[str, zipfile.ZipInfo], listed: dict[str, Any], share: tuple[int, int]

@@ -155,7 +155,7 @@ class DcpFolder:
                     self._tensor(name, described) if kind == "TensorStorageMetadata" else self._items[name, None].load()
                 )
                 _put(tree, self._paths.get(name, (name,)), value)
-            content = _with_lists(tree)
+            content = {key: _with_lists(value) for key, value in tree.items()}  # at the top it is always a dict
         if _LIGHTNING in self._folder.names():
             file = self._folder.file(_LIGHTNING)
             with file.opened() as descriptor:

@@ -15,11 +15,12 @@ from fabric_lite.checkpoint.formats import StoredCheckpoint, opened
 from fabric_lite.checkpoint.layout import is_sharded
 from fabric_lite.checkpoint.placing import check_part, copy_into, laid_out_like
 from fabric_lite.checkpoint.plain import Place, is_stateful, stateful_objects, values_where
-from fabric_lite.checkpoint.restore import Restore, prepare
+from fabric_lite.checkpoint.restore import LAST, Restore, prepare
 from fabric_lite.checkpoint.restore_optimizer import parameter_names
 from fabric_lite.checkpoint.saving import checked_path, compare_objects
 from fabric_lite.checkpoint.stored import StoredTensor, is_tensor, materialized
 from fabric_lite.checkpoint.together import on_every_rank
+from fabric_lite.checkpoint.way_back import WayBack, mixed
 from fabric_lite.collectives import rank, world_size
 from fabric_lite.errors import CheckpointError, FabricKeyError, FabricTypeError, FabricValueError
 from fabric_lite.notices import says_that_it_waits
@@ -81,8 +82,7 @@ def load(
     compare_objects(list(stateful_objects(state, Place())), "load()")
     match = _Match(strict)
     remainder = on_every_rank("load()", match.top, state, saved)
-    _restore(match.objects, strict)
-    on_every_rank("load()", match.assign)
+    _restore(match.objects, strict, match)
     return remainder
 
 
@@ -111,35 +111,36 @@ def _read(call: str, path: Any, weights_only: bool | None) -> Any:
     return on_every_rank(call, checkpoint.content)
 
 
-def _restore(objects: list[tuple[Place, Any, Any]], strict: bool) -> None:
-    """Restore all objects, or none. Every rank calls it."""
+def _restore(objects: list[tuple[Place, Any, Any]], strict: bool, match: _Match | None = None) -> None:
+    """Restore all objects and assign all values, or none. Every rank calls it."""
     names = parameter_names([obj for _, obj, _ in objects])
     prepared = [
         on_every_rank(f"loading {place}", prepare, place, obj, saved, strict, names) for place, obj, saved in objects
     ]
-    begun: list[Restore] = []
-    for restore in sorted(prepared, key=lambda restore: restore.turn):
-        begun.append(restore)
-        try:
-            on_every_rank(f"loading {restore.place}", restore.apply)
-        except Exception as error:
-            broken = [str(earlier.place) for earlier in reversed(begun) if not _undone(earlier)]
-            if broken:
-                raise CheckpointError(
-                    f"Loading failed, and so did putting back what was there before: {', '.join(broken)}.",
-                    given=error,
-                    fix="start the run again",
-                ) from error
-            raise
+    if match is not None:
+        prepared.append(Restore(Place(), LAST, match.assign, match.take_back, match.overwritten))
+    begun: list[tuple[Restore, Any]] = []
+    with WayBack([tensor for restore in prepared for tensor in restore.overwritten]) as way_back:
+        for restore in sorted(prepared, key=lambda restore: restore.turn):
+            begun.append((restore, way_back.kept(restore.overwritten)))
+            try:
+                on_every_rank(f"loading {restore.place}", restore.apply)
+            except Exception as error:
+                broken = [str(earlier.place) for earlier, old in reversed(begun) if not _undone(earlier, old)]
+                if broken:
+                    raise mixed(broken, error) from error
+                raise
 
 
-def _undone(restore: Restore) -> bool:
+def _undone(restore: Restore, old: list[tuple[torch.Tensor, Any]] | None) -> bool:
     """Whether the object is as it was before; what went wrong is already being raised."""
     try:
+        if old is not None:
+            WayBack.put_back(old)
         restore.undo()
     except Exception:
         return False
-    return True
+    return old is not None
 
 
 def _kept(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
@@ -161,16 +162,19 @@ class _Match:
     Args:
         strict: Whether a missing key is an error.
         objects: Place, object and saved state, in order.
-        assignments: Calls that put plain values into the user's containers.
+        assignments: Calls that put plain values into the user's containers, and return a call that takes it back.
+        overwritten: The parameters in these containers, whose memory the assignments fill.
         missing: Places that the file has not.
         memo: Keeps memory that is shared in the file shared in the copies.
     """
 
     strict: bool
     objects: list[tuple[Place, Any, Any]] = dataclasses.field(default_factory=list)
-    assignments: list[Callable[[], Any]] = dataclasses.field(default_factory=list)
+    assignments: list[Callable[[], Callable[[], Any]]] = dataclasses.field(default_factory=list)
+    overwritten: list[torch.nn.Parameter] = dataclasses.field(default_factory=list)
     missing: list[Place] = dataclasses.field(default_factory=list)
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    _assigned: list[Callable[[], Any]] = dataclasses.field(default_factory=list)
 
     def top(self, state: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         """Match all of ``state``, and return what of ``saved`` it has no key for."""
@@ -187,7 +191,12 @@ class _Match:
     def assign(self) -> None:
         """Put the values into the user's containers, and into the parameters that these hold."""
         for assignment in self.assignments:
-            assignment()
+            self._assigned.append(assignment())
+
+    def take_back(self) -> None:
+        """Give the containers what they had before :meth:`assign`, whether or not it came to its end."""
+        while self._assigned:
+            self._assigned.pop()()
 
     def _entries(self, current: dict[Any, Any], saved: dict[Any, Any], place: Place) -> dict[Any, Any]:
         remainder = {}
@@ -197,7 +206,7 @@ class _Match:
                 continue
             new, rest = self._value(value, saved[key], place.at(key))
             if new is not value:
-                self.assignments.append(functools.partial(current.__setitem__, key, new))
+                self.assignments.append(functools.partial(_updated, current, {key: new}))
             if rest:
                 remainder[key] = rest
         return remainder
@@ -227,7 +236,7 @@ class _Match:
     def _parameter(self, current: torch.nn.Parameter, saved: Any, place: Place) -> None:
         """An optimizer and the user's own variables hold this very parameter: it changes in place."""
         if is_tensor(saved) and torch.nn.parameter.is_lazy(current):
-            self.assignments.append(functools.partial(current.materialize, saved.shape))
+            self.assignments.append(functools.partial(_materialized, current, saved.shape))
         elif not is_tensor(saved) or saved.shape != current.shape:
             found = f"shape {tuple(saved.shape)}" if is_tensor(saved) else f"no tensor ({saved!r:.80})"
             what = f"{place} has {found} in the file and shape {tuple(current.shape)} here."
@@ -238,14 +247,16 @@ class _Match:
             return
         elif isinstance(saved, StoredTensor):
             check_part(current, saved)
-        self.assignments.append(functools.partial(copy_into, current, saved))
+        if not torch.nn.parameter.is_lazy(current):
+            self.overwritten.append(current)
+        self.assignments.append(functools.partial(_filled, current, saved))
 
     def _dict(self, current: dict[Any, Any], saved: dict[Any, Any], place: Place) -> dict[Any, Any]:
         remainder = self._entries(current, saved, place)
         unasked = {key: self._own(value) for key, value in saved.items() if key not in current}
         if next(_kept(current, place), None) is None:
             # Plain data (a history, say) takes on all that the file has.
-            self.assignments.append(functools.partial(current.update, unasked))
+            self.assignments.append(functools.partial(_updated, current, unasked))
             return remainder
         return remainder | unasked
 
@@ -261,7 +272,7 @@ class _Match:
         if all(item is old for item, old in zip(new, current, strict=True)):
             return current
         if isinstance(current, list):
-            self.assignments.append(functools.partial(current.__setitem__, slice(None), new))
+            self.assignments.append(functools.partial(_replaced, current, new))
             return current
         return tuple(new)
 
@@ -277,3 +288,36 @@ class _Match:
     def _own(self, value: Any) -> Any:
         """A copy in memory: what was read is still in the file, or mapped from it."""
         return materialized(value, self.memo)
+
+
+def _updated(current: dict[Any, Any], new: dict[Any, Any]) -> Callable[[], Any]:
+    """Put values into a dict; return what takes them out again."""
+    before = {key: current[key] for key in new if key in current}
+
+    def take_back() -> None:
+        for key in new:
+            if key in before:
+                current[key] = before[key]
+            else:
+                current.pop(key, None)
+
+    current.update(new)
+    return take_back
+
+
+def _replaced(current: list[Any], new: list[Any]) -> Callable[[], Any]:
+    before = list(current)
+    current[:] = new
+    return lambda: _replaced(current, before)
+
+
+def _filled(current: torch.nn.Parameter, saved: Any) -> Callable[[], Any]:
+    """Fill a parameter, whose old values are kept elsewhere."""
+    copy_into(current, saved)
+    return lambda: None
+
+
+def _materialized(current: Any, shape: torch.Size) -> Callable[[], Any]:
+    """Give a lazy parameter its memory; it does not become lazy again."""
+    current.materialize(shape)
+    return lambda: None

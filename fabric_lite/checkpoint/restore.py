@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ from fabric_lite.checkpoint.stored import StoredTensor, is_tensor, materialized
 from fabric_lite.collectives import rank
 from fabric_lite.errors import CheckpointError, FabricError, FabricKeyError, FabricValueError
 
-__all__ = ["Restore", "prepare"]
+__all__ = ["LAST", "Restore", "prepare"]
 
-_IN_ORDER, _OWN_WAY, _FILLED, _CHECKED = range(4)
+_IN_ORDER, _OWN_WAY, _FILLED, _CHECKED, LAST = range(5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +33,15 @@ class Restore:
         place: Where the object is in the user's state.
         turn: Lower turns go first: what is the least likely to fail goes last.
         load: Puts the saved state into the object.
-        undo: Puts the earlier state back.
+        undo: Puts the earlier state back, once the tensors that ``load`` overwrites have their old values.
+        overwritten: These tensors.
     """
 
     place: Place
     turn: int
     load: Callable[[], Any]
     undo: Callable[[], Any]
+    overwritten: Sequence[Any] = ()
 
     def apply(self) -> None:
         """Load; what the object itself raises comes as a CheckpointError that names its place."""
@@ -70,6 +71,17 @@ def prepare(place: Place, instance: Any, saved: Any, strict: bool, names: Parame
             another kind.
         CheckpointError: The file has no state there, or could not be read.
     """
+    try:
+        return _prepared(place, instance, saved, strict, names)
+    except FabricError:
+        raise
+    except Exception as error:  # a state that is not what its class writes fails anywhere
+        raise CheckpointError(
+            f"{place} can't take the state in the file.", given=f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _prepared(place: Place, instance: Any, saved: Any, strict: bool, names: ParameterNames) -> Restore:
     if isinstance(instance, torch.nn.Module):
         return _prepare_module(place, uncompiled(instance), saved, strict)
     if isinstance(instance, torch.optim.Optimizer):
@@ -97,23 +109,10 @@ def _prepare_module(place: Place, module: torch.nn.Module, saved: Any, strict: b
             check_part(live[key], value)
 
     def load() -> None:
-        with _mixed_if_it_fails(place):
-            for key, value in state.items():
-                copy_into(live[key], value)
+        for key, value in state.items():
+            copy_into(live[key], value)
 
-    # What could be checked was; an earlier state to go back to would be a second model in memory.
-    return Restore(place, _CHECKED, load, lambda: None)
-
-
-@contextlib.contextmanager
-def _mixed_if_it_fails(place: Place) -> Iterator[None]:
-    """Say what a disk that fails after everything was checked leaves behind."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{place} has some of its old values and some of its new ones.", given=error, fix="load it again"
-        ) from error
+    return Restore(place, _CHECKED, load, lambda: None, [live[key] for key in state])
 
 
 def _prepare_own_way(
@@ -223,12 +222,12 @@ def _prepare_optimizer(place: Place, optimizer: torch.optim.Optimizer, saved: An
     before = optimizer.state_dict()  # torch's optimizers replace their state at loading, so this needs no copy
 
     def load() -> None:
-        with _mixed_if_it_fails(place):
-            for live, value in to_fill:
-                copy_into(live, value)
+        for live, value in to_fill:
+            copy_into(live, value)
         optimizer.load_state_dict(state)
 
-    return Restore(place, _FILLED if to_fill else _IN_ORDER, load, lambda: optimizer.load_state_dict(before))
+    turn = _FILLED if to_fill else _IN_ORDER
+    return Restore(place, turn, load, lambda: optimizer.load_state_dict(before), [live for live, _ in to_fill])
 
 
 def _no_state(place: Place, instance: Any, saved: Any) -> CheckpointError:

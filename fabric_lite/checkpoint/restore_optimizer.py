@@ -41,7 +41,10 @@ def is_optimizer_state(saved: dict[str, Any]) -> bool:
         return True
     groups, state = saved["param_groups"], saved.get("state", {})
     proper = isinstance(groups, list) and all(isinstance(one, dict) and "params" in one for one in groups)
-    return proper and isinstance(state, dict) and all(isinstance(one["params"], list) for one in groups)
+    if not proper or not isinstance(state, dict) or not all(isinstance(one["params"], list) for one in groups):
+        return False
+    # Keys are numbers or names.
+    return all(isinstance(key, (int, str)) for one in groups for key in one["params"])
 
 
 def fitted_state(
