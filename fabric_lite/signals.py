@@ -9,7 +9,7 @@ import time
 import weakref
 from typing import Any, Protocol
 
-__all__ = ["REPEAT_SECONDS", "Listener", "requests"]
+__all__ = ["REPEAT_SECONDS", "Listener", "leave_to_parent", "requests"]
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # One request often arrives twice: from the scheduler, and passed on by a launcher.
@@ -57,6 +57,11 @@ class _Requests:
         self._listeners.discard(listener)
         if not self._listeners and threading.current_thread() is threading.main_thread():
             self._uninstall()
+
+    @property
+    def are_taken(self) -> bool:
+        """Whether somebody listens."""
+        return bool(self._previous) and bool(self._listeners)
 
     def descriptors(self) -> tuple[int, ...]:
         """What a thread can wait for, to call :meth:`pass_on` then."""
@@ -140,3 +145,23 @@ class _Requests:
 
 
 requests = _Requests()
+
+
+def leave_to_parent() -> None:
+    """Let this process, a worker of one that takes requests, not end by them; its parent tells it when to.
+
+    Some signal all processes of a job at once (``timeout``, a kill of the process group), and a run whose workers are
+    dead fails before it can save. A repeated signal ends a worker too, as that of a parent that has waited in vain.
+    """
+    first: dict[int, float] = {}
+
+    def handle(number: int, _: Any) -> None:
+        now = time.monotonic()
+        if now - first.setdefault(number, now) >= REPEAT_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in _SIGNALS:
+        signal.signal(number, handle)
+        if hasattr(signal, "siginterrupt"):
+            signal.siginterrupt(number, False)

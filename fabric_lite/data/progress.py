@@ -21,6 +21,7 @@ from fabric_lite.data.window import Window
 from fabric_lite.data.workers import WorkerSeed
 from fabric_lite.errors import FabricValueError
 from fabric_lite.seed import worker_seed_base
+from fabric_lite.signals import requests
 
 __all__ = ["Progress"]
 
@@ -139,7 +140,7 @@ class Progress:
         assert self._latest is not None
         base = self._worker_seed_base
         entropy = None if base is None else (base, self._latest.start.epoch, self._rank)
-        return WorkerSeed(entropy, self._rank, user_function)
+        return WorkerSeed(entropy, self._rank, user_function, requests.are_taken)
 
     @property
     def _worker_seed_base(self) -> int | None:

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from fabric_lite.signals import leave_to_parent
+
 __all__ = ["WorkerSeed", "seeded_batches", "seeded_requests"]
 
 
@@ -30,13 +32,17 @@ class WorkerSeed:
             keeps torch's own seed of the worker and adds ``rank`` to it.
         rank: The rank of the process that owns the worker.
         user_function: The user's ``worker_init_fn``. If it seeds torch's generator, the random numbers are left to it.
+        leaves_signals: Whether SIGTERM and SIGUSR1 are requests to the process that owns the worker.
     """
 
     entropy: tuple[int, ...] | None
     rank: int
     user_function: Callable[[int], Any] | None = None
+    leaves_signals: bool = False
 
     def __call__(self, worker_id: int) -> None:
+        if self.leaves_signals:
+            leave_to_parent()
         entropy = (*self.entropy, worker_id) if self.entropy is not None else (torch.initial_seed(), self.rank)
         if self.entropy is not None or self.rank > 0:
             seed = _seed_from(entropy)

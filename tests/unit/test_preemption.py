@@ -383,6 +383,24 @@ def test_children_of_a_process_die_of_a_signal_of_their_own(run: Run) -> None:
     assert finished.stdout == "15\nFalse\n", finished.stderr
 
 
+def test_workers_of_a_loader_live_on_when_all_processes_get_the_signal(run: Run) -> None:
+    finished = run("""
+    from torch.utils.data import DataLoader
+    assert not fabric.should_stop
+    loader = fabric.setup_dataloaders(DataLoader(torch.arange(40.0).reshape(20, 2), num_workers=2, batch_size=1))
+    batches = iter(loader)
+    read = [next(batches)]
+    for worker in batches._workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGUSR1)
+    told()
+    read += batches
+    optimizer.step()
+    print(len(read), fabric.should_stop)
+    """)
+    assert (finished.returncode, finished.stdout) == (0, "20 True\n"), finished.stderr
+
+
 def test_without_steps_a_signal_keeps_its_meaning(run: Run) -> None:
     finished = run("""
     plain = Fabric(accelerator="cpu", devices=1)
