@@ -23,12 +23,15 @@ from fabric_lite.errors import LaunchError
 from fabric_lite.launch.environment import chosen_threads, listen_on, rank_environment, serve_store
 from fabric_lite.launch.failure import python_exit_code
 from fabric_lite.launch.process_tree import adopt_orphans, descendants, die_with_parent, end_descendants
-from fabric_lite.run_config import RunConfig
+from fabric_lite.run_config import EXIT_PREEMPTED, RunConfig
 
 __all__ = ["RankTraceback", "StartMethod", "run_function"]
 
 StartMethod = Literal["spawn", "fork", "forkserver"]
-_GRACE_SECONDS = 5.0
+# After a failure: how long the other ranks may still end by themselves, before SIGKILL; SIGTERM would ask them to save.
+_OTHERS_SECONDS = 0.5
+# Between SIGTERM and SIGKILL for what ranks leave behind, such as the workers of a loader.
+_LEFTOVER_SECONDS = 1.0
 # How long after a failure another rank may still turn out to have caused it, by ending without a word.
 _SILENT_END_SECONDS = 0.1
 
@@ -58,7 +61,7 @@ class _Answer:
 
     @property
     def is_failure(self) -> bool:
-        return self.trace is not None and self.exit_code != 0
+        return self.trace is not None and self.exit_code not in (0, EXIT_PREEMPTED)
 
 
 def run_function(
@@ -78,6 +81,7 @@ def run_function(
     Raises:
         BaseException: The first failing rank's own exception; its traceback is the cause.
         LaunchError: A rank was killed or has exited, or processes cannot be forked any more.
+        SystemExit: With ``EXIT_PREEMPTED``: the ranks were asked to leave, and have saved their work.
     """
     if start_method == "fork":
         _check_can_fork()
@@ -88,7 +92,7 @@ def run_function(
         listener = stack.enter_context(listen_on("127.0.0.1"))
         _start_helpers(start_method)
         others = descendants(os.getpid())
-        stack.callback(end_descendants, os.getpid(), keep=others, grace_seconds=_GRACE_SECONDS)
+        stack.callback(end_descendants, os.getpid(), keep=others, grace_seconds=_LEFTOVER_SECONDS)
         port = listener.getsockname()[1]
         started = []
         for rank in range(ranks):
@@ -231,12 +235,21 @@ def _collect(started: list[tuple[BaseProcess, Connection]]) -> Any:
                 if exit_code == 0:
                     # One that leaves with 0 and without a word has no value to give.
                     answers.setdefault(rank, _Answer(None, time=0.0))
-            _raise_first_failure(ended, answers)
+            _raise_first_failure(
+                {rank: code for rank, code in ended.items() if not _is_preempted(rank, answers)}, answers
+            )
             for rank in ended:
                 del waiting[rank]
     finally:
         _end([process for process, _ in started])
+    if any(_is_preempted(rank, answers) for rank in answers):
+        raise SystemExit(EXIT_PREEMPTED)
     return answers[0].value
+
+
+def _is_preempted(rank: int, answers: Mapping[int, _Answer]) -> bool:
+    """Whether the rank has left because it was asked to, and has saved its work; the others take their time for it."""
+    return rank in answers and answers[rank].exit_code == EXIT_PREEMPTED
 
 
 def _look(waiting: Mapping[int, tuple[BaseProcess, Connection]], answers: dict[int, _Answer]) -> dict[int, int]:
@@ -322,11 +335,8 @@ def _departures(answers: Mapping[int, _Answer], before: float) -> list[str]:
 
 
 def _end(processes: list[BaseProcess]) -> None:
-    """End the ranks that still run: SIGTERM, then SIGKILL after the grace."""
-    for process in processes:
-        if process.exitcode is None:
-            process.terminate()
-    deadline = time.monotonic() + _GRACE_SECONDS
+    """End the ranks that still run, by SIGKILL after the grace."""
+    deadline = time.monotonic() + _OTHERS_SECONDS
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
         if process.exitcode is None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,24 @@ def test_rank_that_leaves_with_0_is_named_beside_the_error_of_those_that_wait_fo
     with pytest.raises(RuntimeError) as caught:
         run_function(fail_on_rank_1, (how,), {}, ranks=2, start_method="fork", config=RunConfig())
     assert "Before it, rank 1 had left without a failure." in f"{caught.value}{caught.value.__cause__}"
+
+
+def leave_for_preemption() -> None:
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if dist.get_rank() == 1:
+        time.sleep(1)  # longer than what a failure would leave it
+        print("rank 1 has saved", flush=True)
+    sys.exit(75)
+
+
+def test_ranks_that_leave_for_preemption_take_their_time_and_this_program_leaves_too(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_function(leave_for_preemption, (), {}, ranks=2, start_method="fork", config=RunConfig())
+    assert caught.value.code == 75
+    assert "rank 1 has saved" in capfd.readouterr().out
 
 
 def return_a_closure() -> object:
