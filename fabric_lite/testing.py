@@ -149,6 +149,8 @@ def _serve(rank: int, ranks: int, pipe: Any, folder: str, timeout_seconds: float
     sys.path[:] = path
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    # Else a rank's own processes, data loader workers say, would be started as the rank was: a second's import each.
+    multiprocessing.set_start_method(None, force=True)
     # The rank's bootstrap: exactly what a launcher gives it.
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
