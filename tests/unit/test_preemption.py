@@ -387,8 +387,9 @@ def test_workers_of_a_loader_live_on_when_all_processes_get_the_signal(run: Run)
     finished = run("""
     from torch.utils.data import DataLoader
     assert not fabric.should_stop
-    loader = fabric.setup_dataloaders(DataLoader(torch.arange(40.0).reshape(20, 2), num_workers=2, batch_size=1))
-    batches = iter(loader)
+    data = torch.arange(40.0).reshape(20, 2)
+    loader = DataLoader(data, num_workers=2, batch_size=1, multiprocessing_context="fork")
+    batches = iter(fabric.setup_dataloaders(loader))
     read = [next(batches), next(batches)]  # each worker has begun
     for worker in batches._workers:
         os.kill(worker.pid, signal.SIGTERM)
