@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from fabric_lite.adopt import extension_of
 from fabric_lite.data import release_loader
 from fabric_lite.errors import FabricTypeError, FabricValueError
+from fabric_lite.extension import ModuleExtension
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.optim import LossScaler, release_optimizer
 from fabric_lite.route import compiled_from, release_module
@@ -114,7 +115,11 @@ def release_from_others(targets: Sequence[Any]) -> None:
 
 
 def _movement_of(target: Any) -> Any:
-    return getattr(extension_of(target), "entries", None)
+    """The forwards of a module through its engine, the batches of a loader; None for others."""
+    extension = extension_of(target)
+    if isinstance(extension, ModuleExtension):
+        return extension.entries
+    return getattr(target if extension is None else getattr(extension, "progress", None), "movement", None)
 
 
 def _owner_of(target: Any) -> Any:

@@ -73,6 +73,11 @@ class MovedIterable:
             raise AttributeError(name)
         return getattr(self.iterable, name)
 
+    @property
+    def movement(self) -> tuple[int, int]:
+        """What changes with each batch that is handed out; for a look from any thread."""
+        return self._epoch, self._yielded
+
     def set_epoch(self, epoch: int) -> None:
         """Note the epoch, and tell the iterable if it wants to know."""
         self._to_skip = self._to_skip if epoch == self._epoch else 0

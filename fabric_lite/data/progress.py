@@ -302,6 +302,12 @@ class Progress:
         return self.deals or (self._dealer is not None and current.start.seen > 0)
 
     @property
+    def movement(self) -> tuple[int, int]:
+        """What changes with each batch that is handed out; for a look from any thread."""
+        latest = self._latest
+        return id(latest), 0 if latest is None else latest.yielded
+
+    @property
     def deals(self) -> bool:
         """Whether the loader's items are dealt out to several ranks."""
         return self._dealer is not None and self._dealer.world_size > 1
