@@ -38,7 +38,8 @@ def packed(tensors: list[torch.Tensor], copy_of: Callable[[torch.Tensor], torch.
     Args:
         tensors: Detached tensors on any device, of any layout.
         copy_of: Makes a copy of a strided tensor that is neither conjugated nor negated: contiguous, on the CPU, in a
-            storage of just its size. With it everything is copied, nothing used as it is; None copies into new memory.
+            storage of just its size; one that is contiguous keeps its strides. With it everything is copied, nothing
+            used as it is; None copies into new memory.
     """
     written: _Packed = {}
     by_storage: dict[int, list[torch.Tensor]] = {}
@@ -102,6 +103,8 @@ def _overlapping(members: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 def _pack_cluster(cluster: list[torch.Tensor], copy_of: Callable[[torch.Tensor], torch.Tensor] | None) -> _Packed:
     head = cluster[0]
+    if copy_of is not None and len(cluster) == 1 and head.is_contiguous():
+        return {id(head): copy_of(head)}  # the most of them, and the training waits
     make = copy_of or _fresh
     if any(tensor.dtype != head.dtype for tensor in cluster):
         # One memory seen as several dtypes can't be written by torch.save: each gets its own.

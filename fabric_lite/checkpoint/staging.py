@@ -78,7 +78,9 @@ class Staging:
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         is_pinned = tensor.device.type == "cuda"
         storage = self._storage(tensor.numel() * tensor.itemsize, is_pinned)
-        copy = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, 0, tensor.shape)  # type: ignore[call-overload]
+        # Without elements in between, strides mean something only in the dims of size 1; a file shows them.
+        stride = tensor.stride() if tensor.is_contiguous() else torch.empty(tensor.shape, device="meta").stride()
+        copy = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, 0, tensor.shape, stride)
         copy.copy_(tensor, non_blocking=is_pinned)
         if is_pinned:
             self._devices.add(tensor.device)
