@@ -112,12 +112,13 @@ class Run:
     Args:
         cell: What to make.
         scramble: Random numbers that another life of the process has drawn before.
+        pad: As for ``setup_dataloaders``.
     """
 
-    def __init__(self, cell: Cell, scramble: int = 0) -> None:
+    def __init__(self, cell: Cell, scramble: int = 0, pad: bool | None = None) -> None:
         self.cell = cell
         strategies = {"ddp": DDPStrategy, "fsdp": lambda: FSDPStrategy(auto_wrap_policy={nn.Sequential})}
-        strategy = "auto" if cell.ranks == 1 else strategies[cell.strategy]()
+        strategy = strategies[cell.strategy]()
         self.fabric = Fabric(accelerator="cpu", devices=cell.ranks, strategy=strategy, precision=cell.precision)
         self.fabric.seed_everything(7)
         torch.rand(scramble), np.random.rand(scramble), [random.random() for _ in range(scramble)]
@@ -126,7 +127,8 @@ class Run:
         self.model, self.optimizer = self.fabric.setup(model, optimizer)
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
         rank = self.fabric.global_rank
-        self.loader = self.fabric.setup_dataloaders(make_loader(cell.data, cell.workers, rank, cell.ranks))
+        loader = make_loader(cell.data, cell.workers, rank, cell.ranks)
+        self.loader = self.fabric.setup_dataloaders(loader, pad=pad)
         self.state = {
             "fabric": self.fabric,
             "model": self.model,
@@ -210,13 +212,50 @@ def resumed(cell: Cell, stop: str, path: Path, expected: list[Any], ends: dict[s
     return {"stop": stop, "differing": differing, "repeated": place.repeated, "skipped": place.skipped}
 
 
-def digest(value: Any) -> str:
-    """A checksum of nested data with tensors, sharded ones by their own part."""
+def save_midway(cell: Cell, path: str, batches: int) -> dict[str, Any]:
+    """On each rank: train into the second epoch and save; the samples seen in it, and what was saved."""
+    run, trace = Run(cell, pad=False), list[Any]()
+    for place in run.batches(trace):
+        if place[:2] == (STOPPED_IN, batches):
+            break
+    run.fabric.save(path, run.state)
+    seen = [index for entry in trace if entry[0] == STOPPED_IN for index in entry[3]]
+    result = {"seen": seen, **whole_ends(run)}
+    run.fabric.close()
+    return result
+
+
+def go_on_elsewhere(cell: Cell, path: str) -> dict[str, Any]:
+    """On each rank of perhaps another number: load, and train to the end of the epoch."""
+    run, trace = Run(cell, scramble=3, pad=False), list[Any]()
+    run.state.update(run.fabric.load(path, run.state))
+    result = {"place": place_of(run.loader), **whole_ends(run)}
+    for _, batch, _ in run.batches(trace):
+        if batch == 0:
+            break
+    batches = [entry for entry in trace if len(entry) > 3]
+    result |= {"rest": [index for entry in batches for index in entry[3]], "batches": len(batches)}
+    run.fabric.close()
+    return result
+
+
+def whole_ends(run: Run) -> dict[str, str]:
+    """Checksums that are the same however a state is laid out over ranks."""
+    return {
+        "weights": digest(run.model.state_dict(), is_whole=True),
+        "moments": digest(run.optimizer.state_dict(), is_whole=True),
+    }
+
+
+def digest(value: Any, is_whole: bool = False) -> str:
+    """A checksum of nested data with tensors; of sharded ones their own part, or all if ``is_whole``."""
     hasher = hashlib.sha256()
 
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            local = value.to_local() if hasattr(value, "to_local") else value
+            local: Any = value
+            if hasattr(value, "full_tensor"):
+                local = value.full_tensor() if is_whole else value.to_local()
             hasher.update(local.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, dict):
             for key, inner in value.items():

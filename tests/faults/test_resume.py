@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,36 @@ def test_stopped_anywhere_a_run_goes_on_bit_for_bit(
     assert (repeated, skipped) == (0, 0)
     count = sum(map(len, chosen.values()))
     figures(f"exact resume: {strategy}, {precision}", cells=count, bitwise=count, repeated=repeated, skipped=skipped)
+
+
+WORLDS = list(itertools.product((1, 2, 3, 4), repeat=2))
+
+
+@pytest.mark.parametrize("is_full", [False, pytest.param(True, marks=pytest.mark.full)], ids=["few", "all"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_at_another_world_size_the_state_is_the_same_and_the_rest_of_the_epoch_is_seen_once(
+    ranks: RankPool, tmp_path: Path, figures: Figures, strategy: str, is_full: bool
+) -> None:
+    few = [(1, 2), (2, 3), (3, 1), (2, 2)] if strategy == "ddp" else [(2, 1), (3, 2), (1, 3), (3, 3)]
+    worlds = WORLDS if is_full else few
+    saved: dict[int, Any] = {}
+    for old, new in worlds:
+        path = str(tmp_path / f"{old}.ckpt")
+        cell = Cell(strategy, "32-true", 0, "shuffled map", 1)
+        if old not in saved:
+            before = dataclasses.replace(cell, ranks=old)
+            saved[old] = ranks.run(resuming.save_midway, before, path, 2, ranks=old)
+        after = ranks.run(resuming.go_on_elsewhere, dataclasses.replace(cell, ranks=new), path, ranks=new)
+        for name in ("weights", "moments"):
+            assert len({result[name] for result in saved[old] + after}) == 1, f"{name}, from {old} to {new} ranks"
+        seen = [index for result in saved[old] for index in result["seen"]]
+        rest = [index for result in after for index in result["rest"]]
+        assert len(seen) == old * 2 * 2
+        assert sorted(seen + rest) == list(range(resuming.SAMPLES)), f"from {old} to {new} ranks"
+        assert len({result["batches"] for result in after}) == 1, "every rank has as many batches"
+        assert {(result["place"].repeated, result["place"].skipped) for result in after} == {(0, 0)}
+    count = len(worlds)
+    figures(f"resume at another world size: {strategy}", cells=count, states_equal=count, repeated=0, skipped=0)
 
 
 def test_every_cell_of_the_table_is_run_and_every_pair_of_values_in_plain_pytest() -> None:
