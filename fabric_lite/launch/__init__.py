@@ -5,6 +5,7 @@ supervisor.py   the supervisor: imports no torch, watches the ranks, reports the
 job.py          what a launch holds: server, folder, logs, signals
 warm_server.py  the supervisor's handle on its one server process
 server.py       the server: imports torch once, then forks what it is asked for
+requeue.py      asking Slurm to run the job again
 rank.py         a rank: the user's script, as if started by ``python script.py``
 elastic.py      the supervisor of one of several nodes: torchelastic's agent over the same server
 in_script.py    starting from inside a script: ``fabric.launch()`` and ``fabric.launch(function)``

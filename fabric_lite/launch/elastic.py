@@ -61,7 +61,7 @@ _RENDEZVOUS_TIMEOUT_SECONDS = 600
 _MONITOR_INTERVAL_SECONDS = 0.1
 # How long a number of nodes that suffices waits for more; and how often a node says that it is there, and how many of
 # these words may be missing.
-_LAST_CALL_SECONDS = 5
+_LAST_CALL_SECONDS = 3
 _KEEP_ALIVE_SECONDS, _KEEP_ALIVE_MISSING = 1, 5
 # When nodes come or go, ranks that have not failed may save their work before all start again.
 _MEMBERSHIP_GRACE_SECONDS = 10.0
@@ -338,6 +338,8 @@ class _Agent(SimpleElasticAgent):
         return ProcessFailure(local_rank, self.group.pids[local_rank], failure.exit_code, error_file)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:  # torchelastic's signature
+        if self.group.first_failure is None:
+            print_line("fabric-run: nodes come or go; all ranks start again.")
         self._stop(_MEMBERSHIP_GRACE_SECONDS, signal.SIGTERM)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
