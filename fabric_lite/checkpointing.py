@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from fabric_lite import checkpoint, collectives
 from fabric_lite import seed as random_seed
 from fabric_lite.checkpoint import SaveHandle
+from fabric_lite.collectives import Collectives
 from fabric_lite.identity import Identity
 from fabric_lite.loss_scaling import LossScaler
 from fabric_lite.preemption import Preemption
@@ -25,6 +26,7 @@ class Checkpointing(Identity):
     """The checkpoints of a Fabric, and when it is time for one."""
 
     _scaler: LossScaler | None
+    _collectives: Collectives
     _steps: Steps
     _preemption: Preemption | None
 
@@ -64,6 +66,7 @@ class Checkpointing(Identity):
         :func:`fabric_lite.checkpoint.save`.
         """
         self._launched()
+        self._collectives.enter("save")
         # Shards that inference mode makes views of cannot be detached.
         with torch.inference_mode(False), torch.no_grad():
             return checkpoint.save(
@@ -89,6 +92,7 @@ class Checkpointing(Identity):
         keeps. See :func:`fabric_lite.checkpoint.load`.
         """
         self._launched()
+        self._collectives.enter("load")
         return checkpoint.load(path, state, strict=strict, weights_only=weights_only)
 
     def load_raw(self, path: str | Path, obj: nn.Module | Optimizer, strict: bool = True) -> None:
@@ -97,6 +101,7 @@ class Checkpointing(Identity):
         Every rank calls it.
         """
         self._launched()
+        self._collectives.enter("load_raw")
         checkpoint.load_raw(path, obj, strict=strict)
 
     def state_dict(self) -> dict[str, Any]:

@@ -351,6 +351,7 @@ class Fabric(Communication, Checkpointing):
             clip_grad_value(parameters, clip_val)
             return None
         assert max_norm is not None
+        self._collectives.enter("clip_gradients")
         strict = error_if_nonfinite and self._scaler is None
         return self.strategy.clip_grad_norm(parameters, float(max_norm), float(norm_type), strict)
 

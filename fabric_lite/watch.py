@@ -24,6 +24,7 @@ from torch.distributed import DistError
 
 from fabric_lite.errors import FabricTypeError, FabricValueError
 from fabric_lite.mesh import sequence_numbers
+from fabric_lite.movement import movement_count
 from fabric_lite.run_config import hang_reporter
 from fabric_lite.side_store import SideThread
 from fabric_lite.watch_position import is_debugged, position_of
@@ -140,7 +141,12 @@ class HangWatch:
         sequence = sequence_numbers()
         # Modules are counted for the long imports of a first step.
         movements = [reference() for reference in list(_movements)]
-        moves = (sequence, len(sys.modules), [movement() for movement in movements if movement is not None])
+        moves = (
+            sequence,
+            len(sys.modules),
+            movement_count(),
+            [movement() for movement in movements if movement is not None],
+        )
         if sequence != own.sequence:
             own.arrived_at = now
         debugged = is_debugged(self._target)

@@ -66,6 +66,8 @@ ROWS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("devices as a float", lambda: cpu(devices=2.0), TypeError, "devices=2.0"),
     ("devices as a bool", lambda: cpu(devices=True), TypeError, "devices=True"),
     ("devices as a list of words", lambda: cpu(devices=["0"]), TypeError, "indices"),
+    ("a hang limit below nothing", lambda: cpu(hang_timeout=-1), ValueError, "hang_timeout=600"),
+    ("a hang limit in words", lambda: cpu(hang_timeout="1 hour"), TypeError, "hang_timeout='1 hour'"),
     ("no node", lambda: cpu(num_nodes=0), ValueError, "num_nodes=0"),
     ("half a node", lambda: cpu(num_nodes=1.5), TypeError, "num_nodes=1.5"),
     ("nodes without a launcher", lambda: cpu(num_nodes=2), RuntimeError, "fabric-run --num-nodes"),

@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "trees", "attribute_dict"},
     {"policy"},
     {"precision", "topology", "run_config", "deferred", "parameters", "activation_checkpointing"},
-    {"call_site", "side_store"},
+    {"call_site", "movement", "side_store"},
     {"collective_check"},
     {"adopt", "mesh", "collectives", "device", "init", "seed", "callbacks", "clearing", "loss_scaling", "clipping"},
     {"extension", "optim", "notices", "signals", "watch_position"},

@@ -18,6 +18,7 @@ import torch
 from fabric_lite.checkpoint.boxes import Box
 from fabric_lite.checkpoint.manifest import DTYPES
 from fabric_lite.errors import FabricTypeError
+from fabric_lite.movement import note_movement
 
 __all__ = [
     "STAGING_BYTES",
@@ -170,6 +171,7 @@ def write_blocks(file: BinaryIO, blocks: Iterable[memoryview]) -> int:
     """Write blocks at the file's position; return the checksum of all of them."""
     checksum = 0
     for block in blocks:
+        note_movement()  # the other ranks wait, for as long as the disk takes
         if len(block) < _LEAST_BESIDE:
             checksum = zlib.crc32(block, checksum)
             file.write(block)
