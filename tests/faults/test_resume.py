@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fabric_lite.testing import RankPool
+from tests.distributed.launching import fabric_run, write
 from tests.distributed.layouts import pairwise
 from tests.faults import resuming
 from tests.faults.conftest import Figures
@@ -81,6 +83,37 @@ def test_at_another_world_size_the_state_is_the_same_and_the_rest_of_the_epoch_i
         assert {(result["place"].repeated, result["place"].skipped) for result in after} == {(0, 0)}
     count = len(worlds)
     figures(f"resume at another world size: {strategy}", cells=count, states_equal=count, repeated=0, skipped=0)
+
+
+SCRIPT = """
+    import json, sys
+
+    sys.path.insert(0, {root!r})
+    from tests.faults.resuming import Cell, Run
+
+    is_resumed = sys.argv[1] == "resume"
+    run, trace, first = Run(Cell("fsdp", "bf16-mixed", 2, "shuffled map", 1)), [], 0
+    if is_resumed:
+        run.state.update(run.fabric.load("saved", run.state))
+    for epoch, batch, _ in run.batches(trace):
+        if (epoch, batch) == (1, 5) and not is_resumed:
+            run.fabric.save("saved", run.state)
+            first = len(trace)
+    with open(f"{{sys.argv[1]}}-{{run.fabric.global_rank}}.json", "w") as file:
+        json.dump([trace[first:], run.ends()], file)
+    run.fabric.close()
+"""
+
+
+def test_new_processes_go_on_bit_for_bit(tmp_path: Path, figures: Figures) -> None:
+    script = write(tmp_path, SCRIPT.format(root=str(Path(__file__).parents[2])))
+    for word in ("whole", "resume"):
+        result = fabric_run("--devices", 2, script, word, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    for rank in range(2):
+        whole, resumed = (json.loads((tmp_path / f"{word}-{rank}.json").read_text()) for word in ("whole", "resume"))
+        assert resumed == whole
+    figures("exact resume in new processes", cells=1, bitwise=1)
 
 
 def test_every_cell_of_the_table_is_run_and_every_pair_of_values_in_plain_pytest() -> None:
