@@ -65,6 +65,11 @@ class ArchiveFile:
             _check_beginning(path, file.read(_TAR_AT + len(_TAR)))
             self._file = OpenFile(path, file)
 
+    @property
+    def source(self) -> object:
+        """What every tensor in it refers to until it has been read."""
+        return self._file
+
     def verify(self, share: tuple[int, int] = (0, 1)) -> None:
         """Compare the file with its manifest. Files of others have none and are not checked.
 

@@ -9,13 +9,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fabric_lite.checkpoint.layout import ShardPlan
+from fabric_lite.checkpoint.remote import Target
 from fabric_lite.checkpoint.staging import Staging
 from fabric_lite.checkpoint.together import Together, lost_ranks_explained
 from fabric_lite.collectives import is_distributed, rank
@@ -36,7 +36,7 @@ class SaveHandle:
     end of the process it is said on standard error. The process does not end before the save has.
     """
 
-    def __init__(self, target: Path, work: Callable[[], None]) -> None:
+    def __init__(self, target: Target, work: Callable[[], None]) -> None:
         self.path = target
         self.error: BaseException | None = None
         self.is_known = False  # whether its error was raised or said
@@ -93,7 +93,7 @@ class _Process:
 _process = _Process()
 
 
-def start(target: Path, content: Any, plan: ShardPlan, write: Write) -> SaveHandle:
+def start(target: Target, content: Any, plan: ShardPlan, write: Write) -> SaveHandle:
     """Copy what is to be written, and write the copy in a thread. Every rank calls it; no save may be under way.
 
     It raises nothing: a rank that has no memory for its copy says so to the others in the thread.

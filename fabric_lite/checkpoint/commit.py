@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 from fabric_lite.checkpoint.exchange import exchange
 from fabric_lite.checkpoint.manifest import MANIFEST, is_own_manifest, is_part_name
+from fabric_lite.checkpoint.remote import Folder, RemotePath, Target, uploaded_file, uploaded_folder
 from fabric_lite.errors import CheckpointError
 
 try:
@@ -56,7 +57,7 @@ def recovered(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def committed_file(target: Path) -> Iterator[BinaryIO]:
+def committed_file(target: Target) -> Iterator[BinaryIO]:
     """Open a new file for reading and writing that becomes ``target`` when the block ends well.
 
     Folders above it are created; permissions are those of any new file. Where ``target`` is a link, what it points to
@@ -68,6 +69,10 @@ def committed_file(target: Path) -> Iterator[BinaryIO]:
             that leads back to itself.
         OSError: The folder or the disk did not allow it.
     """
+    if isinstance(target, RemotePath):
+        with uploaded_file(target) as uploaded:
+            yield uploaded
+        return
     target, temporary = _prepared(target)
     # 0o666 is what open() asks for: the umask decides.
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
@@ -89,12 +94,16 @@ def committed_file(target: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def committed_folder(target: Path) -> Iterator[Path]:
+def committed_folder(target: Target) -> Iterator[Folder]:
     """Make a new folder that becomes ``target`` when the block ends well; one rank alone calls it.
 
     Who writes into it makes its files durable; the folder itself is made so here. All else is as for
     :func:`committed_file`.
     """
+    if isinstance(target, RemotePath):
+        with uploaded_folder(target) as folder:
+            yield folder
+        return
     target, temporary = _prepared(target)
     temporary.mkdir()
     try:

@@ -130,6 +130,11 @@ class DcpFolder:
             self._paths: dict[str, Any] = metadata.get("planner_data") or {}
             self._items = dict(self._item(*entry) for entry in metadata["storage_data"].items())
 
+    @property
+    def source(self) -> object:
+        """What every tensor in it refers to until it has been read."""
+        return self._folder
+
     def verify(self, share: tuple[int, int] = (0, 1)) -> None:
         """Compare the sizes of the files with the metadata; the format has no checksums."""
         del share

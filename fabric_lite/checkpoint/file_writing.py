@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from fabric_lite.checkpoint.gathering import Gathering
 from fabric_lite.checkpoint.layout import ShardPlan
 from fabric_lite.checkpoint.packing import packed
 from fabric_lite.checkpoint.plain import Place, tensors_in
+from fabric_lite.checkpoint.remote import Target
 from fabric_lite.checkpoint.together import Together, system_errors_explained
 from fabric_lite.collectives import rank
 from fabric_lite.trees import map_leaves
@@ -22,7 +22,7 @@ from fabric_lite.trees import map_leaves
 __all__ = ["write_file"]
 
 
-def write_file(target: Path, content: Any, plan: ShardPlan, origin: Origin, together: Together) -> None:
+def write_file(target: Target, content: Any, plan: ShardPlan, origin: Origin, together: Together) -> None:
     """Write a checkpoint file; every rank calls it, rank 0 writes.
 
     Sharded tensors take no more memory than two staging buffers, unless they have to be redistributed first
@@ -68,7 +68,7 @@ class _Streamed:
         self.archive.put(self._placeholders[place], blocks)
 
 
-def _write_at_once(target: Path, content: Any, origin: Origin) -> None:
+def _write_at_once(target: Target, content: Any, origin: Origin) -> None:
     if rank() != 0:
         return
     written = packed([tensor for _, tensor in tensors_in(content, Place())])
@@ -77,7 +77,7 @@ def _write_at_once(target: Path, content: Any, origin: Origin) -> None:
         write_archive(file, content, origin)
 
 
-def _opened(stack: contextlib.ExitStack, target: Path, content: Any, plan: ShardPlan) -> _Streamed | None:
+def _opened(stack: contextlib.ExitStack, target: Target, content: Any, plan: ShardPlan) -> _Streamed | None:
     if rank() != 0:
         return None
     leaves = [(str(place), tensor) for place, tensor in tensors_in(content, Place())]
@@ -93,7 +93,7 @@ def _opened(stack: contextlib.ExitStack, target: Path, content: Any, plan: Shard
 
 
 def _commit(
-    stack: contextlib.ExitStack, target: Path, streamed: _Streamed | None, error: Exception | None, origin: Origin
+    stack: contextlib.ExitStack, target: Target, streamed: _Streamed | None, error: Exception | None, origin: Origin
 ) -> None:
     if streamed is None:
         return

@@ -42,6 +42,11 @@ class CheckpointFolder:
         if not self._folder.is_current():
             raise CheckpointError("This checkpoint was replaced while it was opened.", given=path, fix="load it again")
 
+    @property
+    def source(self) -> object:
+        """What every tensor in it refers to until it has been read."""
+        return self._folder
+
     def verify(self, share: tuple[int, int] = (0, 1)) -> None:
         """Compare the parts with the manifest.
 

@@ -18,6 +18,7 @@ from fabric_lite.checkpoint.contents import Contents
 from fabric_lite.checkpoint.layout import ShardPlan
 from fabric_lite.checkpoint.manifest import FORMAT, MANIFEST, Chunk, Manifest, Part, TensorEntry, part_name
 from fabric_lite.checkpoint.part_writing import Piece, write_part
+from fabric_lite.checkpoint.remote import Folder, Target
 from fabric_lite.checkpoint.together import Together, system_errors_explained
 from fabric_lite.collectives import rank, world_size
 from fabric_lite.errors import CheckpointError
@@ -25,7 +26,7 @@ from fabric_lite.errors import CheckpointError
 __all__ = ["manifest_of", "write_folder"]
 
 
-def write_folder(target: Path, content: Any, plan: ShardPlan, origin: Origin, together: Together) -> None:
+def write_folder(target: Target, content: Any, plan: ShardPlan, origin: Origin, together: Together) -> None:
     """Write a checkpoint folder; every rank calls it.
 
     A rank needs no more memory than one staging buffer: it writes from the tensors' own memory where that is in order.
@@ -133,14 +134,14 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _opened(stack: contextlib.ExitStack, target: Path) -> Path | None:
+def _opened(stack: contextlib.ExitStack, target: Target) -> Folder | None:
     if rank() != 0:
         return None
     with system_errors_explained(target):
         return stack.enter_context(committed_folder(target))
 
 
-def _write_own_part(folder: Path, own: list[_Own], target: Path) -> _WrittenPart | None:
+def _write_own_part(folder: Folder, own: list[_Own], target: Target) -> _WrittenPart | None:
     if not folder.is_dir():
         raise CheckpointError(
             f"Rank {rank()} does not see the folder that rank 0 has made.",
@@ -164,11 +165,11 @@ def _write_own_part(folder: Path, own: list[_Own], target: Path) -> _WrittenPart
 
 def _commit(
     stack: contextlib.ExitStack,
-    folder: Path,
+    folder: Folder,
     contents: Contents | None,
     parts: list[_WrittenPart | None],
     origin: Origin,
-    target: Path,
+    target: Target,
 ) -> None:
     if contents is None:
         return

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,14 +14,19 @@ from fabric_lite.checkpoint.archive_reading import ArchiveFile
 from fabric_lite.checkpoint.commit import recovered
 from fabric_lite.checkpoint.dcp_reading import METADATA, DcpFolder
 from fabric_lite.checkpoint.folder_reading import CheckpointFolder
+from fabric_lite.checkpoint.remote import RemotePath, Target, fetched
 from fabric_lite.checkpoint.safetensors import SafetensorsFile
-from fabric_lite.errors import CheckpointError, FabricValueError
+from fabric_lite.errors import CheckpointError, FabricError, FabricValueError
 
 __all__ = ["StoredCheckpoint", "opened"]
 
 
 class StoredCheckpoint(Protocol):
     """A checkpoint that is open for reading."""
+
+    @property
+    def source(self) -> object:
+        """What every tensor in it refers to until it has been read."""
 
     def verify(self, share: tuple[int, int] = (0, 1)) -> None:
         """Compare it with its checksums, where it has any.
@@ -36,7 +46,43 @@ class StoredCheckpoint(Protocol):
         """
 
 
-def opened(path: Path, weights_only: bool | None = None) -> StoredCheckpoint:
+class _Fetched:
+    """A checkpoint of a store: a local copy is opened, which is there for as long as anything of it is used."""
+
+    def __init__(self, path: RemotePath, weights_only: bool | None) -> None:
+        self._url = path.url
+        self._folder = tempfile.mkdtemp(prefix="fabric_lite_")
+        with self._named():
+            self._checkpoint = opened(fetched(path, Path(self._folder)), weights_only)
+        weakref.finalize(self._checkpoint.source, shutil.rmtree, self._folder, ignore_errors=True)
+
+    @property
+    def source(self) -> object:
+        return self._checkpoint.source
+
+    def verify(self, share: tuple[int, int] = (0, 1)) -> None:
+        del share  # each rank has a copy of its own
+        with self._named():
+            self._checkpoint.verify()
+
+    def content(self) -> Any:
+        with self._named():
+            return self._checkpoint.content()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors name the checkpoint as the user did, not its copy, which is of no use then."""
+        try:
+            yield
+        except BaseException as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            if isinstance(error, FabricError):
+                parent = self._url.rstrip("/").rsplit("/", 1)[0]
+                error.args = (str(error).replace(self._folder, parent),)
+            raise
+
+
+def opened(path: Target, weights_only: bool | None = None) -> StoredCheckpoint:
     """Open the checkpoint at ``path``.
 
     Args:
@@ -49,6 +95,8 @@ def opened(path: Path, weights_only: bool | None = None) -> StoredCheckpoint:
         CheckpointError: It is no checkpoint, or damaged.
         FabricValueError: ``weights_only=False`` for something else than a file of ``torch.save``.
     """
+    if isinstance(path, RemotePath):
+        return _Fetched(path, weights_only)
     path = recovered(path)
     is_folder = path.is_dir()
     if path.exists() and not is_folder and not path.is_file():  # opening a pipe would wait for a writer

@@ -49,6 +49,7 @@ def load(
     Args:
         path: A file or folder of :func:`save`, a file of plain ``torch.save`` or of Lightning Fabric, a
             ``.safetensors`` file, or a folder of ``torch.distributed.checkpoint``, also as Lightning Fabric writes it.
+            Or what :func:`save` wrote into a store, of which each rank then fetches a copy.
         state: What to restore. None returns everything.
         strict: Whether the checkpoint must have all that ``state`` asks for, and modules all that it has. If not,
             what fits is loaded; a tensor of another shape is passed over with a warning.

@@ -26,6 +26,7 @@ import torch
 from fabric_lite.checkpoint.archive import CheckpointNotFoundError
 from fabric_lite.checkpoint.boxes import tiling_fault
 from fabric_lite.checkpoint.plain_json import decode, encode
+from fabric_lite.checkpoint.remote import Folder
 from fabric_lite.errors import CheckpointError
 
 __all__ = [
@@ -226,12 +227,9 @@ class Manifest:
             raise _damaged(path, "its checksum fits, and it is not written as it was")
         return manifest
 
-    def write(self, folder: Path) -> None:
-        """Write it into ``folder`` and onto the disk. Raises OSError."""
-        descriptor = os.open(
-            folder / MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
-        )
-        with os.fdopen(descriptor, "wb") as file:
+    def write(self, folder: Folder) -> None:
+        """Write it into ``folder`` and onto the disk. Raises OSError, and CheckpointError for a store."""
+        with (folder / MANIFEST).open("xb") as file:
             file.write(_text(self.to_json()))
             file.flush()
             os.fsync(file.fileno())

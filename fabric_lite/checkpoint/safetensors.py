@@ -61,6 +61,11 @@ class SafetensorsFile:
             raise CheckpointError("This checkpoint could not be read.", given=f"{path}: {error}") from error
         self.metadata, self._tensors = self._header()
 
+    @property
+    def source(self) -> object:
+        """What every tensor in it refers to until it has been read."""
+        return self._file
+
     def verify(self, share: tuple[int, int] = (0, 1)) -> None:
         """Do nothing: the format has no checksums, and its header was checked when it was opened."""
 

@@ -16,6 +16,7 @@ from fabric_lite.checkpoint.file_writing import write_file
 from fabric_lite.checkpoint.folder_writing import write_folder
 from fabric_lite.checkpoint.layout import Description, ShardPlan, described, is_sharded, shard_plan
 from fabric_lite.checkpoint.plain import Place, plain, stateful_objects, tensors_in
+from fabric_lite.checkpoint.remote import RemotePath, Target
 from fabric_lite.checkpoint.together import Together, lost_ranks_explained, on_every_rank
 from fabric_lite.collectives import gather_objects, rank
 from fabric_lite.errors import CheckpointError, FabricTypeError, FabricValueError
@@ -44,8 +45,9 @@ def save(
     all is on the disk. When it raises, it raises on every rank, and an earlier checkpoint is as it was.
 
     Args:
-        path: A local path. Folders above it are created; an earlier checkpoint of this name, file or folder, is
-            replaced at once. A folder with anything but a checkpoint in it is never touched.
+        path: A local path, or a name in a store that fsspec reaches (``s3://bucket/run/last``). Folders above it are
+            created; an earlier checkpoint of this name, file or folder, is replaced at once. A folder with
+            anything but a checkpoint in it is never touched.
         state: A dict of any nesting of modules, optimizers, schedulers, loaders, the fabric, any object with
             ``state_dict`` and ``load_state_dict``, tensors and plain values.
         filter: For some of the top keys a function ``(key, value) -> bool`` that chooses what is written of them;
@@ -88,13 +90,14 @@ def save(
     return None
 
 
-def checked_path(path: Any) -> Path:
-    """Return ``path`` as a Path; FabricTypeError if it is none, FabricValueError if it is not local."""
+def checked_path(path: Any) -> Target:
+    """Return ``path`` as a Path, or as the name in a store that it is; FabricTypeError if it is none."""
     if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
         raise FabricTypeError("A checkpoint's path is a string or a Path.", given=f"{type(path).__name__} {path!r:.80}")
-    if "://" in str(path):
-        raise FabricValueError("Checkpoints are written to local paths.", given=path, fix="a mounted folder")
-    return Path(path)
+    scheme, separator, local = str(path).partition("://")
+    if not separator:
+        return Path(path)
+    return Path(local) if scheme in ("file", "local") else RemotePath(str(path))
 
 
 def compare_objects(objects: list[tuple[Place, Any]], what: str) -> None:

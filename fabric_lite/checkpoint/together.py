@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
+from fabric_lite.checkpoint.remote import Target
 from fabric_lite.collectives import broadcast_object, gather_objects, raise_together
 from fabric_lite.errors import CheckpointError, FabricError
 
@@ -71,7 +71,7 @@ def on_every_rank(what: str, function: Callable[..., Result], *args: Any) -> Res
 
 
 @contextlib.contextmanager
-def system_errors_explained(target: Path) -> Iterator[None]:
+def system_errors_explained(target: Target) -> Iterator[None]:
     """Raise CheckpointError for what the system did not allow in writing ``target``."""
     try:
         yield

@@ -88,7 +88,7 @@ def test_a_container_that_holds_itself_and_a_key_that_is_an_object_are_refused(t
 
 
 @pytest.mark.parametrize(
-    ("path", "error"), [(3, FabricTypeError), (b"x", FabricTypeError), ("s3://bucket/a.ckpt", FabricValueError)]
+    ("path", "error"), [(3, FabricTypeError), (b"x", FabricTypeError), ("nowhere://bucket/a.ckpt", FabricValueError)]
 )
 def test_a_path_that_is_no_local_path_is_refused(path: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
