@@ -20,7 +20,7 @@ from fabric_lite.checkpoint.part_writing import Beside, Blocks, write_blocks
 from fabric_lite.checkpoint.plain import Place, tensors_in
 from fabric_lite.checkpoint.seal import UNSEALED, seal
 from fabric_lite.collectives import world_size
-from fabric_lite.errors import CheckpointError
+from fabric_lite.errors import CheckpointError, FabricTypeError
 
 __all__ = ["Origin", "StreamedArchive", "own_version", "placeholder", "write_archive"]
 
@@ -43,7 +43,7 @@ def write_archive(file: BinaryIO, content: Any, origin: Origin) -> None:
     checksums = Beside(lambda: {name: _crc32_of(storage) for name, (storage, _) in records.items()})
     try:
         with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
-            torch.save(content, file)
+            _save(content, file)
     finally:
         crc_by_name = checksums.result()
     _finish(file, records, crc_by_name, origin)
@@ -74,7 +74,7 @@ class StreamedArchive:
             torch.serialization.skip_data(materialize_fake_tensors=True),
             config.patch({"save.compute_crc32": False}),  # type: ignore[attr-defined]
         ):
-            torch.save(content, file)
+            _save(content, file)
         with zipfile.ZipFile(file) as archive:
             infos = {info.filename.split("/", 1)[1]: info for info in archive.infolist()}
         self._starts = {name: _start(file, infos[name]) for name in self._records}
@@ -94,6 +94,17 @@ class StreamedArchive:
     def _fill(self, name: str, blocks: Iterable[memoryview]) -> None:
         self._file.seek(self._starts[name])
         self._crc_by_name[name] = write_blocks(self._file, blocks)
+
+
+def _save(content: Any, file: BinaryIO) -> None:
+    try:
+        torch.save(content, file)
+    except KeyError as error:  # of a few bits an element: uint1 to uint7, int1 to int7
+        raise FabricTypeError(
+            "A tensor has a dtype that torch.save can't write.",
+            given=str(error.args[0]),
+            fix="tensor.view(torch.uint8), which has the same bytes",
+        ) from error
 
 
 def _finish(file: BinaryIO, records: _Records, crc_by_name: dict[str, int], origin: Origin) -> None:

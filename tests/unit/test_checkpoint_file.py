@@ -97,6 +97,17 @@ def test_a_path_that_is_no_local_path_is_refused(path: Any, error: type[Exceptio
         load(path)
 
 
+@pytest.mark.parametrize("name", ["uint4", "int3"])
+def test_a_dtype_that_torch_can_not_write_is_refused_and_the_old_file_stays(tmp_path: Path, name: str) -> None:
+    if not hasattr(torch, name):
+        pytest.skip("this torch has no such dtype")
+    save(tmp_path / "a", {"value": 1})
+    with pytest.raises(FabricTypeError, match="dtype that torch.save can't write"):
+        save(tmp_path / "a", {"tensor": torch.zeros(3, dtype=torch.uint8).view(getattr(torch, name))})
+    assert load(tmp_path / "a") == {"value": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_folders_are_created_and_nothing_else_is_left(tmp_path: Path) -> None:
     for value in (1, 2):
         save(str(tmp_path / "new" / "folder" / "é.ckpt"), {"value": value})
