@@ -240,9 +240,9 @@ class Collectives:
             fix="fabric.broadcast for any other object, or take it out of the data",
         )
 
-    def enter(self, operation: str) -> None:
+    def enter(self, operation: str, group: Any = None) -> None:
         """Compare a step that communicates by other ways than this object's, where calls are checked."""
-        self._compare(operation, None)
+        self._compare(operation, None, group)
 
     def leave(self) -> None:
         """Say that this rank makes no more calls, where calls are checked."""

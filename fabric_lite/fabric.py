@@ -192,7 +192,8 @@ class Fabric(Communication, Checkpointing):
         self._check_agreement(module, _optimizers)
         self._setup.lay_out(module, _optimizers, placement, move_to_device)
         if self._collectives.check:
-            compare_calls(module, self._collectives.enter)
+            group = getattr(self.strategy, "process_group", None)
+            compare_calls(module, lambda call: self._collectives.enter(call, group))
         return module
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:

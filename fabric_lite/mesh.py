@@ -29,6 +29,11 @@ def join(topology: Topology, device: torch.device, timeout_seconds: float | None
     A group that exists already (Ray, a notebook, the user's own) is adopted and never destroyed. One made here ends
     with the last of its users, or with the process.
 
+    Args:
+        topology: This process's place.
+        device: Its device, which decides the backend.
+        timeout_seconds: After so long a collective fails; None is torch's default.
+
     Returns:
         Whether the caller is a user of a group made here, and so must call :func:`leave`.
 
@@ -49,7 +54,7 @@ def join(topology: Topology, device: torch.device, timeout_seconds: float | None
         if topology.store_is_hosted:
             dist.init_process_group(backend, init_method="env://", timeout=timeout)
         else:
-            store = _store(topology, timeout)
+            store = _store(topology)
             dist.init_process_group(
                 backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout
             )
@@ -168,24 +173,26 @@ class _OwnGroup:
 
 
 _own = _OwnGroup()
+# How long a rank waits for those that have not started; once they have met, the group's own timeout holds.
+_MEETING_TIMEOUT = datetime.timedelta(seconds=300)
 # By device type and axes: the default group that it was made over, and the mesh.
 _meshes: dict[tuple[Any, ...], tuple[Any, DeviceMesh]] = {}
 _stores: dict[tuple[str, int], Store] = {}
 _group_numbers = itertools.count()  # every rank joins the same groups in the same order
 
 
-def _store(topology: Topology, timeout: datetime.timedelta | None) -> Store:
+def _store(topology: Topology) -> Store:
     """The store of ranks that a launcher without one (srun, mpirun) started; rank 0 serves it."""
     if topology.main_address is None or topology.main_port is None:
         return HashStore()  # a process alone, in a strategy that wants a group all the same
     # Kept for the groups to come: a rank that joins again at once would else reach the store that rank 0 is closing.
     key = (topology.main_address, topology.main_port)
     if key not in _stores:
-        _stores[key] = _served(topology, timeout)
+        _stores[key] = _served(topology)
     return PrefixStore(f"group {next(_group_numbers)}", _stores[key])
 
 
-def _served(topology: Topology, timeout: datetime.timedelta | None) -> Store:
+def _served(topology: Topology) -> Store:
     assert topology.main_address is not None
     assert topology.main_port is not None
     listener = None
@@ -197,6 +204,6 @@ def _served(topology: Topology, timeout: datetime.timedelta | None) -> Store:
         topology.main_port,
         topology.world_size,
         is_master=topology.rank == 0,
-        timeout=timeout or datetime.timedelta(seconds=300),
+        timeout=_MEETING_TIMEOUT,
         master_listen_fd=None if listener is None else listener.detach(),
     )
