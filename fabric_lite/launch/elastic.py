@@ -12,7 +12,9 @@ import os
 import select
 import signal
 import socket
+import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -63,6 +65,8 @@ _MONITOR_INTERVAL_SECONDS = 0.1
 # these words may be missing.
 _LAST_CALL_SECONDS = 3
 _KEEP_ALIVE_SECONDS, _KEEP_ALIVE_MISSING = 1, 5
+# How long a node that has told its failure, and may hold the store, stays for the others.
+_OTHERS_TELL_SECONDS = 1.0
 # When nodes come or go, ranks that have not failed may save their work before all start again.
 _MEMBERSHIP_GRACE_SECONDS = 10.0
 
@@ -73,9 +77,6 @@ def run_node(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> tuple[int, b
     Raises:
         LaunchError: The nodes have not met, or have lost the store in which they meet.
     """
-    if "LOGLEVEL" not in os.environ:
-        # What the user should know is said here; torchelastic says it again at length.
-        logging.disable(logging.CRITICAL)
     announce_threads(job)
     if job.local_world_size > cores():
         job.server.send(Preload())
@@ -83,13 +84,33 @@ def run_node(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> tuple[int, b
         # A wait inside torch's store runs no Python, so only the signal's own default can end it.
         signal.signal(number, signal.SIG_DFL)
     try:
-        return _run_agent(plan, rendezvous, job)
+        # What the user should know is said here; torchelastic, and torch's C++ code when a store is gone, say it again
+        # at length.
+        with contextlib.nullcontext() if "LOGLEVEL" in os.environ else _torch_silenced(job):
+            return _run_agent(plan, rendezvous, job)
     except (RendezvousError, DistError) as error:
         raise LaunchError(
             "The nodes could not meet, or have lost the store in which they meet.",
             given=f"--rdzv-backend {rendezvous.backend}, {rendezvous.endpoint}: {str(error).splitlines()[0]}",
             fix="start all nodes again; they meet on a machine that all reach, best one that trains nothing",
         ) from error
+
+
+@contextlib.contextmanager
+def _torch_silenced(job: Job) -> Iterator[None]:
+    """Send what is written to descriptor 2 to a file of the job's folder; what Python prints goes to the terminal."""
+    logging.disable(logging.CRITICAL)
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    file = os.open(os.path.join(job.folder, "node.err"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    os.dup2(file, 2)
+    os.close(file)
+    try:
+        with open(terminal, "w", closefd=False) as stream, contextlib.redirect_stderr(stream):
+            yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 def _run_agent(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> tuple[int, bool]:
@@ -109,7 +130,9 @@ def _run_agent(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> tuple[int,
             print_line(f"fabric-run: ended by {signal.Signals(error.sigval).name}.")
             return exit_status(-error.sigval), False
         finally:
-            handler.shutdown()
+            # The node that held the store may have left.
+            with contextlib.suppress(RendezvousError, DistError):
+                handler.shutdown()
         failure, is_main = agent.group.first_failure, agent.get_worker_group().group_rank == 0
     if failure is not None:
         return exit_status(failure.exit_code), is_main
@@ -318,17 +341,27 @@ class _Agent(SimpleElasticAgent):
             self._tell(store, key, worker_group, failure)
         self.group.end_leftovers()
         self._read_logs()
+        if self._remaining_restarts == 0:
+            self._let_others_tell(store, key, worker_group.group_world_size or 1)
 
     def _tell(self, store: Any, key: str, worker_group: WorkerGroup, failure: Failure) -> None:
         self._has_told = True
         nodes = range(worker_group.group_world_size or 1)
         told = [json.loads(store.get(f"{key}/{node}")) for node in nodes if store.check([f"{key}/{node}"])]
         *_, node, words = min(told)
-        restart_count = worker_group.spec.max_restarts - self._remaining_restarts
+        store.add(f"{key}/told", 1)
+        max_restarts = worker_group.spec.max_restarts
         if node == worker_group.group_rank:
-            self._job.report(failure, restart_count, worker_group.spec.max_restarts)
-        elif restart_count == worker_group.spec.max_restarts:
+            self._job.report(failure, max_restarts - self._remaining_restarts, max_restarts)
+        elif self._remaining_restarts == 0:
             print_line(f"fabric-run: ended because on node {node} {words}")
+
+    def _let_others_tell(self, store: Any, key: str, nodes: int) -> None:
+        """Wait a moment for the other nodes, which read in the store that this one may hold what has failed first."""
+        deadline = time.monotonic() + _OTHERS_TELL_SECONDS
+        with contextlib.suppress(DistError):  # who held the store has waited as long, and left
+            while store.add(f"{key}/told", 0) < nodes and time.monotonic() < deadline:
+                time.sleep(_MONITOR_INTERVAL_SECONDS / 4)
 
     def _process_failure(self, worker_group: WorkerGroup) -> ProcessFailure:
         failure = self.group.first_failure

@@ -14,7 +14,7 @@ __all__ = ["RankLogs"]
 
 @dataclasses.dataclass
 class _Stream:
-    """One pipe from a rank: what comes out goes to ``path``, and unless quiet to the descriptor ``terminal_fd``."""
+    """One pipe from a rank: what comes out goes to ``path``, and unless quiet to ``terminal_fd``, which it owns."""
 
     path: str
     terminal_fd: int
@@ -35,7 +35,7 @@ class _Stream:
                     _write_all(self.terminal_fd, chunk)
 
     def close(self) -> None:
-        for descriptor in (self.read_fd, self.write_fd, self.log_fd):
+        for descriptor in (self.read_fd, self.write_fd, self.log_fd, self.terminal_fd):
             os.close(descriptor)
 
 
@@ -58,7 +58,7 @@ class RankLogs:
         sys.stdout.flush()
         path = os.path.join(os.path.abspath(folder), "rank_")
         self._logs = [
-            _RankLog(_Stream(f"{path}{local_rank}.out", 1), _Stream(f"{path}{local_rank}.err", 2))
+            _RankLog(_Stream(f"{path}{local_rank}.out", os.dup(1)), _Stream(f"{path}{local_rank}.err", os.dup(2)))
             for local_rank in range(count)
         ]
 

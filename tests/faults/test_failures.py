@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.launching import FABRIC_RUN, kill, processes_in, started, wait_until, write
+from tests.distributed.test_launch_nodes import free_port
 from tests.faults.conftest import Figures
 
 SCRIPT = """
@@ -115,6 +116,31 @@ def test_a_rank_that_fails_is_named_with_its_cause_and_the_users_line(
 
 def test_a_program_that_starts_its_ranks_itself_says_the_same(tmp_path: Path) -> None:
     fail_once(tmp_path / "run", "in-script", "segfault", (2, 1))
+
+
+@pytest.mark.parametrize("trials", [1, pytest.param(10, marks=pytest.mark.full)])
+def test_both_of_two_nodes_name_the_rank_that_failed_first(tmp_path: Path, figures: Figures, trials: int) -> None:
+    most = 0
+    for trial in range(trials):
+        folder = tmp_path / str(trial)
+        folder.mkdir()
+        script, how, victim = write(folder, SCRIPT), [*CAUSES][(trial + 2) % len(CAUSES)], (trial + 1) % 2
+        meeting = ["--num-nodes", 2, "--main-address", "127.0.0.1", "--main-port", free_port()]
+        command = [*FABRIC_RUN, "--accelerator", "cpu", "--devices", 1, *meeting, "--node-rank"]
+        with started(*command, 0, script, how, 1, victim, cwd=folder) as first:  # noqa: SIM117
+            with started(*command, 1, script, how, 1, victim, cwd=folder) as second:
+                said = [process.communicate(timeout=60)[1].splitlines() for process in (first, second)]
+        cause, code = CAUSES[how]
+        processes = [first, second]
+        assert processes[victim].returncode == code, said
+        assert processes[1 - victim].returncode != 0, said
+        lines = [[line for line in each if not line.startswith("fabric_lite: ")] for each in said]
+        assert lines[victim][0] == f"fabric-run: rank {victim} failed: {cause}", said
+        assert lines[1 - victim] == [f"fabric-run: ended because on node {victim} rank {victim} failed: {cause}"], said
+        most = max(most, *map(len, lines))
+        assert most <= 10
+        seconds_until_nothing_is_left(folder)
+    figures("a rank of two nodes fails", trials=trials, named_on_both=trials, lines_at_most=most, orphans=0)
 
 
 @pytest.mark.parametrize("trials", [1, pytest.param(20, marks=pytest.mark.full)])
