@@ -14,10 +14,7 @@ from fabric_lite.checkpoint.boxes import Box
 from fabric_lite.collectives import gather_objects, rank
 from fabric_lite.errors import CheckpointError
 
-__all__ = ["Description", "Shard", "ShardPlan", "described", "is_sharded", "local_box", "shard_plan"]
-
-# Of each sharded tensor, in the order of their places: place, shape, dtype and placements.
-Description = list[tuple[str, tuple[int, ...], str, str]]
+__all__ = ["Held", "Shard", "ShardPlan", "held", "is_sharded", "local_box", "shard_plan"]
 
 
 def is_sharded(value: Any) -> bool:
@@ -79,54 +76,9 @@ def _as_boxes(tensor: Any) -> Any:
     """
     from torch.distributed.tensor import Replicate
 
-    if all(placement.is_replicate() or _cuts_a_box(tensor, axis) for axis, placement in enumerate(tensor.placements)):
+    if _is_a_box(tensor):
         return tensor
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
-
-
-def described(sharded: Mapping[str, Any]) -> Description:
-    """What all ranks must hold alike of their DTensors."""
-    return [(place, *_description(sharded[place])) for place in sorted(sharded)]
-
-
-def shard_plan(sharded: Mapping[str, Any], by_rank: list[Description]) -> ShardPlan:
-    """Say who has which part of which tensor. Every rank calls it.
-
-    A tensor whose parts are no boxes, or are sums that were not made yet, is a copy in the plan, whole on every rank.
-
-    Args:
-        sharded: This rank's DTensors by their places.
-        by_rank: What each rank has :func:`described`.
-
-    Raises:
-        CheckpointError: The ranks hold different DTensors.
-    """
-    # Compared before any of them is redistributed: a rank that does not hold it would be waited for in vain.
-    mine = by_rank[rank()]
-    if any(other != mine for other in by_rank):
-        raise CheckpointError(
-            "The ranks hold different sharded tensors, so they can't be put together.",
-            given=f"{len(mine)} on rank {rank()}",
-            fix="save the same objects on every rank, after the same steps",
-        )
-    if not mine:
-        return ShardPlan({}, {}, {})
-    tensors = {place: _as_boxes(sharded[place]) for place in sorted(sharded)}
-    plan = ShardPlan({place: _shard(tensor) for place, tensor in tensors.items()}, {}, {})
-    first: dict[Any, str] = {}
-    shares = gather_objects([_share(tensor, place, first) for place, tensor in tensors.items()])
-    for index, place in enumerate(tensors):
-        held = [share[index] for share in shares]
-        # A rank that holds nothing of a tensor can't tell whose memory it is.
-        owners = {share.same_as for share in held if share.box is not None}
-        if len(owners) == 1 and owners != {place}:
-            plan.same_as[place] = owners.pop()
-            continue
-        writers = plan.writers[place] = {}
-        for number, share in enumerate(held):
-            if share.box is not None:
-                writers.setdefault(share.box, number)
-    return plan
 
 
 class _Share(NamedTuple):
@@ -134,6 +86,63 @@ class _Share(NamedTuple):
 
     box: Box | None
     same_as: str
+
+
+class Held(NamedTuple):
+    """What one rank says of its DTensors, in the order of their places.
+
+    Args:
+        described: Place, shape, dtype and placements of each: alike on all ranks.
+        shares: What it has of each; None where some have to be laid out anew first.
+    """
+
+    described: list[tuple[str, tuple[int, ...], str, str]]
+    shares: list[_Share] | None
+
+
+def held(sharded: Mapping[str, Any]) -> Held:
+    """What this rank has to say of its DTensors, by their places; nothing is communicated."""
+    described = [(place, *_description(sharded[place])) for place in sorted(sharded)]
+    return Held(described, _shares(sharded) if all(map(_is_a_box, sharded.values())) else None)
+
+
+def shard_plan(sharded: Mapping[str, Any], by_rank: list[Held]) -> ShardPlan:
+    """Say who has which part of which tensor. Every rank calls it.
+
+    A tensor whose parts are no boxes, or are sums that were not made yet, is a copy in the plan, whole on every rank.
+
+    Args:
+        sharded: This rank's DTensors by their places.
+        by_rank: What each rank :func:`held`.
+
+    Raises:
+        CheckpointError: The ranks hold different DTensors.
+    """
+    # Compared before any of them is redistributed: a rank that does not hold it would be waited for in vain.
+    mine = by_rank[rank()].described
+    if any(other.described != mine for other in by_rank):
+        raise CheckpointError(
+            "The ranks hold different sharded tensors, so they can't be put together.",
+            given=f"{len(mine)} on rank {rank()}",
+            fix="save the same objects on every rank, after the same steps",
+        )
+    tensors = {place: _as_boxes(sharded[place]) for place in sorted(sharded)}
+    plan = ShardPlan({place: _shard(tensor) for place, tensor in tensors.items()}, {}, {})
+    shares = [other.shares for other in by_rank]
+    if any(share is None for share in shares):
+        shares = gather_objects(_shares(tensors))
+    for index, place in enumerate(tensors):
+        held_of_it = [share[index] for share in shares if share is not None]
+        # A rank that holds nothing of a tensor can't tell whose memory it is.
+        owners = {share.same_as for share in held_of_it if share.box is not None}
+        if len(owners) == 1 and owners != {place}:
+            plan.same_as[place] = owners.pop()
+            continue
+        writers = plan.writers[place] = {}
+        for number, share in enumerate(held_of_it):
+            if share.box is not None:
+                writers.setdefault(share.box, number)
+    return plan
 
 
 def _description(tensor: Any) -> tuple[tuple[int, ...], str, str]:
@@ -150,6 +159,18 @@ def _share(tensor: Any, place: str, first: dict[Any, str]) -> _Share:
         return _Share(None, place)
     identity = (local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape, tensor.placements)
     return _Share(local_box(tensor), first.setdefault(identity, place))
+
+
+def _shares(tensors: Mapping[str, Any]) -> list[_Share]:
+    first: dict[Any, str] = {}
+    return [_share(tensors[place], place, first) for place in sorted(tensors)]
+
+
+def _is_a_box(tensor: Any) -> bool:
+    """Whether each rank holds one box of a DTensor."""
+    return all(
+        placement.is_replicate() or _cuts_a_box(tensor, axis) for axis, placement in enumerate(tensor.placements)
+    )
 
 
 def _cuts_a_box(tensor: Any, axis: int) -> bool:

@@ -14,15 +14,15 @@ from fabric_lite.checkpoint import asynchronous
 from fabric_lite.checkpoint.asynchronous import SaveHandle
 from fabric_lite.checkpoint.file_writing import write_file
 from fabric_lite.checkpoint.folder_writing import write_folder
-from fabric_lite.checkpoint.layout import Description, ShardPlan, described, is_sharded, shard_plan
+from fabric_lite.checkpoint.layout import Held, ShardPlan, held, is_sharded, shard_plan
 from fabric_lite.checkpoint.plain import Place, plain, stateful_objects, tensors_in
 from fabric_lite.checkpoint.remote import RemotePath, Target
-from fabric_lite.checkpoint.together import Together, lost_ranks_explained, on_every_rank
+from fabric_lite.checkpoint.together import Together, lost_ranks_explained
 from fabric_lite.collectives import gather_objects, rank
 from fabric_lite.errors import CheckpointError, FabricTypeError, FabricValueError
 from fabric_lite.notices import says_that_it_waits
 
-__all__ = ["checked_path", "compare_objects", "on_every_rank", "own_keys", "save", "state_of", "uncompiled"]
+__all__ = ["checked_path", "compare_objects", "own_keys", "save", "state_of", "uncompiled"]
 
 _COMPILED = "_orig_mod."
 _KINDS = ("full", "sharded")
@@ -73,11 +73,11 @@ def save(
         asked = together.results("save()", _asked, error, path, state, filter, state_dict_type, async_)
     _compare_calls(asked)
     target, state = checked_path(path), dict(state)
-    states = _states_of_objects(state)
+    states, error = _states_of_objects(state)
     content: dict[str, Any] = {}
     sharded: dict[str, Any] = {}
     with lost_ranks_explained("save()"):
-        by_rank = together.results("save()", _collect, state, states, filter or {}, content, sharded)
+        by_rank = together.results("save()", _collect, error, state, states, filter or {}, content, sharded)
         plan = shard_plan(sharded, by_rank)
         write_to = write_file if state_dict_type == "full" else write_folder
 
@@ -210,25 +210,40 @@ def _check(path: Any, state: Any, filter: Any, state_dict_type: Any) -> None:
     checked_path(path)
 
 
-def _states_of_objects(state: dict[str, Any]) -> dict[int, Any]:
-    """By ``id`` of the object, its state as plain data. Asked one by one, the same one on all ranks at a time."""
+def _states_of_objects(state: dict[str, Any]) -> tuple[dict[int, Any], Exception | None]:
+    """By ``id`` of the object, its state as plain data; and the first error, if any.
+
+    After an error the others are asked all the same: they may communicate, and the other ranks ask them too.
+    """
     states: dict[int, Any] = {}
+    error: Exception | None = None
     for place, instance in stateful_objects(state, Place()):
-        states[id(instance)] = on_every_rank(f"{place}.state_dict()", _plain_state, instance, place)
-    return states
+        states[id(instance)], failure = _state_or_error(instance, place)
+        error = error or failure
+    return states, error
+
+
+def _state_or_error(instance: Any, place: Place) -> tuple[Any, Exception | None]:
+    try:
+        return _plain_state(instance, place), None
+    except Exception as error:
+        return None, error
 
 
 def _collect(
+    error: Exception | None,
     state: dict[str, Any],
     states: dict[int, Any],
     filter: Filter,
     content: dict[str, Any],
     sharded: dict[str, Any],
-) -> Description:
+) -> Held:
     """Fill ``content`` with ``state`` as plain data and ``sharded`` with the DTensors in it; what these are."""
+    if error is not None:
+        raise error
     content |= _filtered(plain(state, Place(), lambda _, instance: states[id(instance)]), filter)
     sharded |= {str(place): tensor for place, tensor in tensors_in(content, Place()) if is_sharded(tensor)}
-    return described(sharded)
+    return held(sharded)
 
 
 def _plain_state(instance: Any, place: Place) -> Any:
