@@ -7,11 +7,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fabric_lite.collectives import Collectives
+import torch.distributed as dist
+
+from fabric_lite.collectives import Collectives, gather_objects, is_distributed, rank
 from fabric_lite.data.place import Place
-from fabric_lite.errors import FabricRuntimeError
+from fabric_lite.errors import FabricRuntimeError, FabricValueError
 
 __all__ = ["MovedIterable", "end_together"]
+
+_OF_RANKS = "states of all ranks"
 
 
 class MovedIterable:
@@ -86,9 +90,10 @@ class MovedIterable:
             own(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place: the iterable's own state where it has one."""
+        """Return the place: the iterable's own state where it has one, of each of several ranks; then every rank
+        calls."""
         if callable(own := getattr(self.iterable, "state_dict", None)):
-            return own()
+            return {_OF_RANKS: gather_objects(own())} if is_distributed() else own()
         return {"epoch": self._epoch, "seen": self._yielded or self._to_skip}
 
     def place(self) -> Place:
@@ -99,7 +104,7 @@ class MovedIterable:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next iteration go on at ``state_dict``."""
         if callable(own := getattr(self.iterable, "load_state_dict", None)):
-            own(state_dict)
+            own(self._own_part(state_dict))
             return
         if iter(self.iterable) is self.iterable and self._yielded:
             raise FabricRuntimeError(
@@ -108,6 +113,18 @@ class MovedIterable:
                 fix="load before the first batch, or set up a DataLoader",
             )
         self._epoch, self._to_skip, self._yielded = state_dict["epoch"], state_dict["seen"], 0
+
+    def _own_part(self, state_dict: dict[str, Any]) -> Any:
+        if list(state_dict) != [_OF_RANKS]:
+            return state_dict
+        states, ranks = state_dict[_OF_RANKS], dist.get_world_size() if is_distributed() else 1
+        if len(states) != ranks:
+            raise FabricValueError(
+                "The place of an iterable that reads on its own on each rank cannot be dealt out anew.",
+                given=f"the states of {len(states)} ranks; here: {ranks}",
+                fix="the same number of ranks, or a DataLoader over a dataset with indices",
+            )
+        return states[rank()]
 
 
 def end_together(batches: Iterator[Any], ends: Collectives) -> Iterator[Any]:

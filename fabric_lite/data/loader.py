@@ -60,8 +60,18 @@ def extend_loader(
 
     The order is a function of seed, epoch and place, which is all that ``state_dict`` keeps. A sampler with a random
     state of its own that is neither a torch generator nor a global one (a numpy ``Generator``) must make it a function
-    of the epoch in ``set_epoch``, or it resumes in another order. Two live iterators go their own ways, except over
-    persistent workers, where torch itself has one iterator.
+    of the epoch in ``set_epoch``, or it resumes in another order; so must one that draws from a global generator bit
+    by bit while the script draws too. Two live iterators go their own ways, except over persistent workers, where
+    torch itself has one iterator.
+
+    Random numbers in workers are a function of (seed, epoch, rank, batch), whatever the number of workers; without a
+    seed for workers, of the number that torch draws for an epoch. Only a ``worker_init_fn`` that seeds torch's
+    generator takes them over; they are not resumed then, nor is a generator that a worker makes for itself.
+
+    An ``IterableDataset`` with a ``state_dict`` that needs no arguments goes on from that, under workers through
+    torchdata's ``StatefulDataLoader`` within an epoch. Without, what was seen is read again and dropped, by as many
+    workers as before: exact if reading is. What is not: an order drawn bit by bit from the global generators of this
+    process, or in the ``__iter__`` itself (not its first item) in persistent workers.
 
     Args:
         loader: A ``DataLoader`` of any subclass, or any other iterable of batches.
