@@ -69,6 +69,12 @@ class Checkpoints:
     ) -> None:
         if not isinstance(folder, (str, os.PathLike)):
             raise FabricTypeError("The folder of Checkpoints is a path.", given=f"{folder!r:.80}", fix='"runs/a"')
+        if "://" in str(folder):
+            raise FabricValueError(
+                "The folder of Checkpoints is a local one.",
+                given=folder,
+                fix='a folder that all ranks see; a copy for elsewhere with fabric.save("s3://...", state)',
+            )
         for name, value, least in (("every", every, 1), ("keep_last", keep_last, 1), ("keep_best", keep_best, 0)):
             _check_count(name, value, least, may_be_none=name != "keep_best")
         if mode not in ("min", "max"):

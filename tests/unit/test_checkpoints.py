@@ -316,4 +316,6 @@ def test_the_state_is_checked(run: Run, tmp_path: Path) -> None:
         checkpoints.save(run.state, metrics={"loss": "low"})
     with pytest.raises(FabricTypeError, match="is a path"):
         Checkpoints(3)  # type: ignore[arg-type]
+    with pytest.raises(FabricValueError, match="is a local one"):
+        Checkpoints("s3://bucket/a")
     assert names(tmp_path) == []
