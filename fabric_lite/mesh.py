@@ -102,12 +102,16 @@ def sequence_numbers() -> dict[str, int]:
     groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
     return {
         # One backend may serve several kinds of device.
-        group.group_name: sum(
-            backend._get_sequence_number_for_group()
-            for backend in {group._get_backend(device) for device in group._device_types}
-        )
+        group.group_name: sum(map(_entered, {group._get_backend(device) for device in group._device_types}))
         for group in groups
     }
+
+
+def _entered(backend: Any) -> int:
+    try:
+        return int(backend._get_sequence_number_for_group())
+    except RuntimeError:
+        return 0  # MPI and others do not count
 
 
 def build_mesh(device: torch.device, axes: Mapping[str, int]) -> DeviceMesh | None:
