@@ -102,7 +102,7 @@ def test_a_dtype_that_torch_can_not_write_is_refused_and_the_old_file_stays(tmp_
     if not hasattr(torch, name):
         pytest.skip("this torch has no such dtype")
     save(tmp_path / "a", {"value": 1})
-    with pytest.raises(FabricTypeError, match="dtype that torch.save can't write"):
+    with pytest.raises(FabricTypeError, match="A tensor has a dtype that torch"):
         save(tmp_path / "a", {"tensor": torch.zeros(3, dtype=torch.uint8).view(getattr(torch, name))})
     assert load(tmp_path / "a") == {"value": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
