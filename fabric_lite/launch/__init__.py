@@ -8,6 +8,7 @@ server.py       the server: imports torch once, then forks what it is asked for
 requeue.py      asking Slurm to run the job again
 rank.py         a rank: the user's script, as if started by ``python script.py``
 elastic.py      the supervisor of one of several nodes: torchelastic's agent over the same server
+rendezvous.py   how the supervisors of several nodes meet
 in_script.py    starting from inside a script: ``fabric.launch()`` and ``fabric.launch(function)``
 
 messages.py, failure.py, environment.py, process_tree.py hold what several of them use.

@@ -11,18 +11,12 @@ import logging
 import os
 import select
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
-from torch.distributed import (  # type: ignore[attr-defined] # documented, not in torch's __all__
-    DistError,
-    PrefixStore,
-    TCPStore,
-)
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     SimpleElasticAgent,
@@ -32,17 +26,10 @@ from torch.distributed.elastic.agent.server.api import (
 )
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.rendezvous import (
-    RendezvousError,
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousParameters,
-    RendezvousStoreInfo,
-)
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from fabric_lite.errors import LaunchError
-from fabric_lite.launch.environment import cores, listen_on, rank_environment, serve_store
+from fabric_lite.launch.environment import cores, rank_environment
 from fabric_lite.launch.failure import Failure, exit_status, summary
 from fabric_lite.launch.job import (
     PREEMPTION_GRACE_SECONDS,
@@ -55,16 +42,12 @@ from fabric_lite.launch.job import (
 from fabric_lite.launch.messages import Preload, StartRank
 from fabric_lite.launch.plan import LaunchPlan, Rendezvous
 from fabric_lite.launch.rank_group import RankGroup
+from fabric_lite.launch.rendezvous import rendezvous_handler
 from fabric_lite.run_config import EXIT_PREEMPTED
 
 __all__ = ["run_node"]
 
-_RENDEZVOUS_TIMEOUT_SECONDS = 600
 _MONITOR_INTERVAL_SECONDS = 0.1
-# How long a number of nodes that suffices waits for more; and how often a node says that it is there, and how many of
-# these words may be missing.
-_LAST_CALL_SECONDS = 3
-_KEEP_ALIVE_SECONDS, _KEEP_ALIVE_MISSING = 1, 5
 # How long a node that has told its failure, and may hold the store, stays for the others.
 _OTHERS_TELL_SECONDS = 1.0
 # When nodes come or go, ranks that have not failed may save their work before all start again.
@@ -114,7 +97,7 @@ def _torch_silenced(job: Job) -> Iterator[None]:
 
 
 def _run_agent(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> tuple[int, bool]:
-    handler = _StaticRendezvous(rendezvous) if rendezvous.backend == "static" else _torch_handler(rendezvous)
+    handler = rendezvous_handler(rendezvous)
     spec = WorkerSpec(
         role="default",
         local_world_size=job.local_world_size,
@@ -140,77 +123,6 @@ def _run_agent(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> tuple[int,
         print_line("fabric-run: stopped for preemption; the ranks have saved their work.")
         return EXIT_PREEMPTED, is_main
     return 0, is_main
-
-
-class _StaticRendezvous(RendezvousHandler):
-    """All nodes are known by number; node 0 serves the store in which they meet, on the main address alone."""
-
-    def __init__(self, rendezvous: Rendezvous) -> None:
-        assert rendezvous.node_rank is not None
-        self._node_rank = rendezvous.node_rank
-        self._rendezvous = rendezvous
-        self._store: TCPStore | None = None
-
-    def get_backend(self) -> str:
-        return "static"
-
-    @property
-    def use_agent_store(self) -> bool:
-        return True
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        host, port = _split(self._rendezvous.endpoint)
-        if self._store is None and self._node_rank == 0:
-            self._store = serve_store(self._listen(host, port))
-        elif self._store is None:
-            timeout = timedelta(seconds=_RENDEZVOUS_TIMEOUT_SECONDS)
-            self._store = TCPStore(host, port, None, False, timeout=timeout, wait_for_workers=False)
-        return RendezvousInfo(
-            PrefixStore(self._rendezvous.run_id, self._store),
-            self._node_rank,
-            self._rendezvous.num_nodes,
-            RendezvousStoreInfo(host, port),
-        )
-
-    def _listen(self, host: str, port: int) -> socket.socket:
-        try:
-            return listen_on(host, port)
-        except OSError as error:
-            raise LaunchError(
-                "Node 0 cannot listen on the main address.",
-                given=f"--main-address {host} --main-port {port}: {error}",
-                fix="an address of node 0 that the others reach, and a free port",
-            ) from error
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None:
-        pass
-
-    def num_nodes_waiting(self) -> int:
-        return 0
-
-    def get_run_id(self) -> str:
-        return self._rendezvous.run_id
-
-    def shutdown(self) -> bool:
-        return True
-
-
-def _torch_handler(rendezvous: Rendezvous) -> RendezvousHandler:
-    parameters = RendezvousParameters(
-        backend=rendezvous.backend,
-        endpoint=rendezvous.endpoint,
-        run_id=rendezvous.run_id,
-        min_nodes=rendezvous.min_nodes or rendezvous.num_nodes,
-        max_nodes=rendezvous.num_nodes,
-        timeout=_RENDEZVOUS_TIMEOUT_SECONDS,
-        last_call_timeout=_LAST_CALL_SECONDS,
-        keep_alive_interval=_KEEP_ALIVE_SECONDS,
-        keep_alive_max_attempt=_KEEP_ALIVE_MISSING,
-    )
-    return get_rendezvous_handler(parameters)
 
 
 class _Agent(SimpleElasticAgent):
@@ -401,8 +313,3 @@ class _Agent(SimpleElasticAgent):
     def _read_logs(self) -> None:
         if self._job.logs is not None:
             self._job.logs.drain()
-
-
-def _split(endpoint: str) -> tuple[str, int]:
-    host, _, port = endpoint.rpartition(":")
-    return host, int(port)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from fabric_lite import run_config
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.cli import parse_arguments
 from fabric_lite.launch.environment import chosen_threads, cores
-from fabric_lite.launch.failure import Failure, describe_exception, exit_status, report
+from fabric_lite.launch.failure import Failure, describe_exception, exit_status, report, summary
 from fabric_lite.launch.plan import count_in, count_present, parse_devices
 from fabric_lite.run_config import RunConfig
 
@@ -104,6 +105,41 @@ def test_several_nodes_need_to_know_each_other() -> None:
     for words in (["--num-nodes", "2"], ["--num-nodes", "2", "--main-address", "host", "--node-rank", "2"]):
         with pytest.raises(LaunchError, match="Given"):
             parse_arguments([*words, SCRIPT])
+
+
+def test_the_number_of_nodes_may_be_a_range() -> None:
+    plan = parse_arguments(["--num-nodes", "1:4", "--rdzv-endpoint", "host:29400", SCRIPT])
+    assert plan.rendezvous is not None
+    assert (plan.rendezvous.min_nodes, plan.rendezvous.num_nodes, plan.rendezvous.backend) == (1, 4, "c10d")
+    assert plan.run_config.num_nodes == 4
+    for words in (["4:1"], ["0:2"], ["1:"], [":2"], ["many"], ["1:2:3"], ["1:2", "--rdzv-backend", "static"], ["1:2"]):
+        with pytest.raises(LaunchError, match="Given"):
+            parse_arguments(["--num-nodes", *words, SCRIPT])
+
+
+def test_report_of_a_crash_names_the_users_line(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import ctypes\nctypes.string_at(0)\n")
+    log = tmp_path / "rank_0.err"
+    log.write_text(
+        "Fatal Python error: Segmentation fault\n\nCurrent thread 0x00007f (most recent call first):\n"
+        f'  File "{sysconfig.get_path("stdlib")}/ctypes/__init__.py", line 519 in string_at\n'
+        f'  File "{script}", line 2 in <module>\n'
+    )
+    assert report(Failure(0, -11, str(log))).splitlines() == [
+        "fabric-run: rank 0 failed: killed by SIGSEGV",
+        f"  at {script}:2, in <module>",
+        "    ctypes.string_at(0)",
+        f"  The full traceback is in {log}, those of other ranks beside it.",
+    ]
+
+
+def test_a_hang_is_reported_in_its_own_words_and_at_most_ten_lines() -> None:
+    failure = Failure(0, 1, "/logs/rank_0.err", hang=("fabric-run: rank 1 did not arrive", *["  a rank"] * 20))
+    lines = report(failure).splitlines()
+    assert lines[0] == "fabric-run: rank 1 did not arrive"
+    assert len(lines) == 10
+    assert summary(failure) == "rank 1 did not arrive"
 
 
 def test_report_is_short_however_long_the_message() -> None:

@@ -1,0 +1,108 @@
+"""How the supervisors of several nodes meet: by number at node 0, or by a backend of torchelastic."""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined] # documented, not in torch's __all__
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+)
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from fabric_lite.errors import LaunchError
+from fabric_lite.launch.environment import listen_on, serve_store
+from fabric_lite.launch.plan import Rendezvous
+
+__all__ = ["rendezvous_handler"]
+
+_RENDEZVOUS_TIMEOUT_SECONDS = 600
+# How long a number of nodes that suffices waits for more; and how often a node says that it is there, and how many of
+# these words may be missing.
+_LAST_CALL_SECONDS = 3
+_KEEP_ALIVE_SECONDS, _KEEP_ALIVE_MISSING = 1, 5
+
+
+def rendezvous_handler(rendezvous: Rendezvous) -> RendezvousHandler:
+    """Return what torchelastic's agent meets the other nodes by."""
+    return _StaticRendezvous(rendezvous) if rendezvous.backend == "static" else _torch_handler(rendezvous)
+
+
+class _StaticRendezvous(RendezvousHandler):
+    """All nodes are known by number; node 0 serves the store in which they meet, on the main address alone."""
+
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        assert rendezvous.node_rank is not None
+        self._node_rank = rendezvous.node_rank
+        self._rendezvous = rendezvous
+        self._store: TCPStore | None = None
+
+    def get_backend(self) -> str:
+        return "static"
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        host, port = _split(self._rendezvous.endpoint)
+        if self._store is None and self._node_rank == 0:
+            self._store = serve_store(self._listen(host, port))
+        elif self._store is None:
+            timeout = timedelta(seconds=_RENDEZVOUS_TIMEOUT_SECONDS)
+            self._store = TCPStore(host, port, None, False, timeout=timeout, wait_for_workers=False)
+        return RendezvousInfo(
+            PrefixStore(self._rendezvous.run_id, self._store),
+            self._node_rank,
+            self._rendezvous.num_nodes,
+            RendezvousStoreInfo(host, port),
+        )
+
+    def _listen(self, host: str, port: int) -> socket.socket:
+        try:
+            return listen_on(host, port)
+        except OSError as error:
+            raise LaunchError(
+                "Node 0 cannot listen on the main address.",
+                given=f"--main-address {host} --main-port {port}: {error}",
+                fix="an address of node 0 that the others reach, and a free port",
+            ) from error
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        pass
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return self._rendezvous.run_id
+
+    def shutdown(self) -> bool:
+        return True
+
+
+def _torch_handler(rendezvous: Rendezvous) -> RendezvousHandler:
+    parameters = RendezvousParameters(
+        backend=rendezvous.backend,
+        endpoint=rendezvous.endpoint,
+        run_id=rendezvous.run_id,
+        min_nodes=rendezvous.min_nodes or rendezvous.num_nodes,
+        max_nodes=rendezvous.num_nodes,
+        timeout=_RENDEZVOUS_TIMEOUT_SECONDS,
+        last_call_timeout=_LAST_CALL_SECONDS,
+        keep_alive_interval=_KEEP_ALIVE_SECONDS,
+        keep_alive_max_attempt=_KEEP_ALIVE_MISSING,
+    )
+    return get_rendezvous_handler(parameters)
+
+
+def _split(endpoint: str) -> tuple[str, int]:
+    host, _, port = endpoint.rpartition(":")
+    return host, int(port)
