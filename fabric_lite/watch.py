@@ -229,7 +229,8 @@ class HangWatch:
         lines = explain(self._statuses(), self._silent(), missing, self._limit)
         if connection is None:
             lines[1:1] = ["  the other ranks cannot be asked: the store does not answer"]
-        lines.append(f"  Nothing moved on any rank for {self._limit:g} s; --hang-timeout sets the limit, 0 for none.")
+        limit = f"{self._limit:g} s, the limit: --hang-timeout or Fabric(hang_timeout=), 0 for none"
+        lines.append(f"  Nothing moved on any rank for {limit}.")
         if connection is None or connection.may_speak(self._rank, "hang"):
             if self._report is None:
                 print("\n".join(["fabric_lite: " + lines[0], *lines[1:]]), file=sys.stderr, flush=True)
