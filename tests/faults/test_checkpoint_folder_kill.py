@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import multiprocessing
 import os
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from fabric_lite.checkpoint import load, save
 from fabric_lite.checkpoint.commit import is_temporary
 from fabric_lite.errors import CheckpointError
 from tests.faults.conftest import Figures
+from tests.faults.nursery import Nursery
 
 RANKS = 2
 
@@ -39,11 +38,12 @@ def sharded(number: int) -> Any:
     return DTensor.from_local(local, init_device_mesh("cpu", (RANKS,)), [Shard(0)], run_check=False)
 
 
-def save_for_ever(rank: int, store: Path, path: Path, first: int, pipe: Any) -> None:
-    join_ranks(rank, store)
+def save_for_ever(path: Path, first: int, log: Path) -> None:
     for number in itertools.count(first):
         save(path, {"number": number, "weights": [sharded(number) for _ in range(5)]}, state_dict_type="sharded")
-        pipe.send(number)
+        # By whichever rank: a save that has returned on one of them is in place.
+        with log.open("a") as file:
+            file.write(f"{number}\n")
 
 
 def started(function: Any, arguments: list[tuple[Any, ...]]) -> list[Any]:
@@ -55,44 +55,24 @@ def started(function: Any, arguments: list[tuple[Any, ...]]) -> list[Any]:
     return processes
 
 
-def killed_at_random(folder: Path, first: int, delay_seconds: float) -> int:
-    """Save over and over, be killed after a delay, all ranks; the last number that a rank reported as saved."""
-    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(RANKS)]
-    store = folder / f"store-{first}-{delay_seconds}"
-    arguments = [(rank, store, folder / "saves" / "a", first, pipes[rank][1]) for rank in range(RANKS)]
-    processes = started(save_for_ever, arguments)
-    for _, sender in pipes:
-        sender.close()
-    receivers = [receiver for receiver, _ in pipes]
-    reported = max(receiver.recv() for receiver in receivers)
-    deadline = time.monotonic() + delay_seconds
-    while receivers[0].poll(max(0.0, deadline - time.monotonic())):
-        reported = receivers[0].recv()
-    for process in processes:
-        process.kill()
-    for receiver in receivers:
-        with contextlib.suppress(EOFError):
-            while True:
-                reported = max(reported, receiver.recv())
-    for process in processes:
-        process.join()
-    return int(reported)
-
-
 @pytest.mark.parametrize("kills", [1, pytest.param(100, marks=pytest.mark.full)])
 def test_ranks_killed_at_a_random_moment_leave_the_old_or_the_new_folder(
     tmp_path: Path, kills: int, times: int, figures: Figures
 ) -> None:
-    moments, number, unfinished = random.Random(0), 0, 0
-    for _ in range(kills * times):
-        reported = killed_at_random(tmp_path, number + 1, moments.uniform(0.0, 0.1))
-        content = load(tmp_path / "saves" / "a")  # compares the checksums
-        number = content["number"]
-        assert number in (reported, reported + 1)
-        assert all(weight.eq(number).all() and weight.shape == (RANKS * 100_000,) for weight in content["weights"])
-        left = [name for name in (tmp_path / "saves").iterdir() if is_temporary(name.name)]
-        assert len(left) <= 1
-        unfinished += len(left)
+    path, moments, number, unfinished = tmp_path / "saves" / "a", random.Random(0), 0, 0
+    with Nursery() as nursery:
+        for trial in range(kills * times):
+            log = tmp_path / f"saved-{trial}"
+            kill = (log, moments.uniform(0.0, 0.1))
+            nursery.run(save_for_ever, path, number + 1, log, ranks=RANKS, kill=kill)
+            reported = max(map(int, log.read_text().split()), default=number)
+            content = load(path)  # compares the checksums
+            number = content["number"]
+            assert number in (reported, reported + 1)
+            assert all(weight.eq(number).all() and weight.shape == (RANKS * 100_000,) for weight in content["weights"])
+            left = [name for name in path.parent.iterdir() if is_temporary(name.name)]
+            assert len(left) <= 1
+            unfinished += len(left)
     assert unfinished or kills == 1, "no kill came in the middle of a save: the test shows nothing"
     save(tmp_path / "saves" / "a", {"number": -1}, state_dict_type="sharded")
     assert [name.name for name in (tmp_path / "saves").iterdir()] == ["a"]
