@@ -43,6 +43,7 @@ from fabric_lite import Fabric
 from fabric_lite.testing import RankPool
 
 WIDTH = 1024  # one layer is 4 MiB, with its moments 12
+PROCESSOR = ", processor time"
 PHASES = ("save", "load, cold", "load, warm")
 
 
@@ -300,14 +301,18 @@ def tensors_of(model: nn.Module, optimizer: Any) -> list[torch.Tensor]:
 
 
 def stall_beside_copy(folder: Path, layers: int, ranks: int, runs: int) -> dict[str, list[float]]:
-    """On each rank: seconds that an asynchronous save takes to return, and of one memory copy, in turn."""
+    """On each rank: seconds that an asynchronous save takes to return, and of one memory copy, in turn.
+
+    Also the processor time of the calling thread, which is of use on a machine that others use as well.
+    """
     fabric = Fabric(accelerator="cpu", devices=ranks, strategy="fsdp" if ranks > 1 else "auto")
     model, optimizer = fabric.setup(*make(layers))
     fill(model, optimizer)
     state = {"model": model, "optimizer": optimizer, "step": 1}
     tensors = tensors_of(model, optimizer)
     copies = [torch.empty_like(tensor) for tensor in tensors]
-    times: dict[str, list[float]] = {"memory copy": [], "asynchronous save": []}
+    names = ("memory copy", "asynchronous save")
+    times: dict[str, list[float]] = {f"{name}{kind}": [] for name in names for kind in ("", PROCESSOR)}
 
     def copy_once() -> None:
         for copy, tensor in zip(copies, tensors, strict=True):
@@ -317,15 +322,16 @@ def stall_beside_copy(folder: Path, layers: int, ranks: int, runs: int) -> dict[
         return fabric.save(folder / "beside", state, state_dict_type="sharded" if ranks > 1 else "full", async_=True)
 
     for run in range(runs + 1):
-        for name in sorted(times, reverse=bool(run % 2)):
+        for name in sorted(names, reverse=bool(run % 2)):
             meet()
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.thread_time()
             handle = copy_once() if name == "memory copy" else save_once()
-            seconds = time.perf_counter() - start
+            seconds, used = time.perf_counter() - start, time.thread_time() - used
             if handle is not None:
                 handle.result()
             if run:
                 times[name].append(seconds)
+                times[name + PROCESSOR].append(used)
     fabric.close()
     return times
 
@@ -355,9 +361,9 @@ def ratios(folder: Path, layers: int, ranks: int, runs: int) -> list[dict[str, A
             times = {
                 name: [max(run) for run in zip(*(one[name] for one in by_rank), strict=True)] for name in by_rank[0]
             }
-            rows.append(
-                compared(f"stall, {count} rank{'s' * (count > 1)}", times, "asynchronous save", "memory copy", 1.3)
-            )
+            for kind in ("", PROCESSOR):
+                what = f"stall, {count} rank{'s' * (count > 1)}{kind}"
+                rows.append(compared(what, times, f"asynchronous save{kind}", f"memory copy{kind}", 1.3))
             if count == 1:
                 [times] = pool.run(save_beside_torch, folder, layers, runs, ranks=1)
                 rows.append(compared("synchronous save, 1 rank", times, "fabric_lite", "torch.save", 1.1))
@@ -366,7 +372,7 @@ def ratios(folder: Path, layers: int, ranks: int, runs: int) -> list[dict[str, A
 
 def compared(what: str, times: dict[str, list[float]], name: str, baseline: str, bar: float) -> dict[str, Any]:
     middle, low, high = ratio(times, name, baseline)
-    seconds = {one: statistics.median(values) for one, values in times.items()}
+    seconds = {one: statistics.median(times[one]) for one in (name, baseline)}
     return {"what": what, "ratio": middle, "interval": [low, high], "bar": bar, "seconds": seconds}
 
 
