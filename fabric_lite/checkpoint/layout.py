@@ -153,17 +153,21 @@ def _shard(tensor: Any) -> Shard:
     return Shard(tuple(tensor.shape), tensor.dtype, tensor.to_local().detach())
 
 
-def _share(tensor: Any, place: str, first: dict[Any, str]) -> _Share:
+def _share(tensor: Any, place: str, first: dict[Any, str], boxes: dict[Any, Box]) -> _Share:
     local = tensor.to_local()
     if local.numel() == 0:
         return _Share(None, place)
     identity = (local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape, tensor.placements)
-    return _Share(local_box(tensor), first.setdefault(identity, place))
+    layout = tensor.shape, id(tensor.device_mesh), tensor.placements
+    if layout not in boxes:
+        boxes[layout] = local_box(tensor)
+    return _Share(boxes[layout], first.setdefault(identity, place))
 
 
 def _shares(tensors: Mapping[str, Any]) -> list[_Share]:
     first: dict[Any, str] = {}
-    return [_share(tensors[place], place, first) for place in sorted(tensors)]
+    boxes: dict[Any, Box] = {}  # many tensors are of one shape and layout, and torch takes its time
+    return [_share(tensors[place], place, first, boxes) for place in sorted(tensors)]
 
 
 def _is_a_box(tensor: Any) -> bool:
