@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -49,7 +50,9 @@ __all__ = ["run_node"]
 
 _MONITOR_INTERVAL_SECONDS = 0.1
 # How long a node that has told its failure, and may hold the store, stays for the others.
-_OTHERS_TELL_SECONDS = 1.0
+_OTHERS_TELL_SECONDS = 1.5
+# How long ranks of other nodes may take to notice a failure, by which they fail themselves.
+_FAILURE_ELSEWHERE_SECONDS = 0.3
 # When nodes come or go, ranks that have not failed may save their work before all start again.
 _MEMBERSHIP_GRACE_SECONDS = 10.0
 
@@ -136,6 +139,8 @@ class _Agent(SimpleElasticAgent):
         self._signals: Signals | None = None
         self._attempts = 0
         self._has_told = False
+        self._look_at = 0.0
+        self._knows_failure = False
 
     def close(self) -> None:
         """Give the signals back."""
@@ -155,7 +160,7 @@ class _Agent(SimpleElasticAgent):
             self._signals = Signals().__enter__()
         attempt = self._agree_on_attempt(worker_group)
         port = self._agree_on_port(worker_group, attempt)
-        self._has_told = False
+        self._has_told = self._knows_failure = False
         self.group.start([self._request(worker_group, worker, attempt, port) for worker in worker_group.workers])
         while len(self.group.pids) < len(worker_group.workers):
             self.group.read()
@@ -226,10 +231,24 @@ class _Agent(SimpleElasticAgent):
             return RunResult(WorkerState.FAILED, failures={failure.rank: self._process_failure(worker_group)})
         if self.group.has_ended and self._are_asked_to_change(worker_group, signals):
             return RunResult(WorkerState.HEALTHY)
-        if self.group.has_ended:
+        if not self.group.has_ended and self._is_failure_elsewhere(worker_group):
+            # Ranks that are stopped, or in no collective, would not notice.
+            self.group.fail_with_others()
+        elif self.group.has_ended:
             self.group.end_leftovers()
             return RunResult(WorkerState.SUCCEEDED, return_values={w.global_rank: None for w in worker_group.workers})
         return RunResult(WorkerState.HEALTHY)
+
+    def _is_failure_elsewhere(self, worker_group: WorkerGroup) -> bool:
+        """Whether a rank of another node has failed a moment ago; looked at now and then."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + _FAILURE_ELSEWHERE_SECONDS
+            store: Any = worker_group.store
+            was_known = self._knows_failure
+            self._knows_failure = store.check([f"fabric_lite/failure/{self._attempts - 1}/any"])
+            return was_known and self._knows_failure
+        return False
 
     def _are_asked_to_change(self, worker_group: WorkerGroup, signals: Signals) -> bool:
         """Whether the ranks have left because another node has told its own to, for a node that comes."""
@@ -240,9 +259,11 @@ class _Agent(SimpleElasticAgent):
         """End all ranks after a failure; say what has failed, unless it was on another node."""
         attempt, node = self._attempts - 1, worker_group.group_rank
         # Of several nodes the order is by their clocks, and an exception may be what another's end without a word made.
-        order = [failure.details is not None and not failure.is_exit, time.time() - (time.monotonic() - failure.time)]
+        is_effect = failure.time == math.inf or (failure.details is not None and not failure.is_exit)
+        order = [is_effect, time.time() - (time.monotonic() - failure.time)]
         store: Any = worker_group.store
         key = f"fabric_lite/failure/{attempt}"
+        store.set(f"{key}/any", "")
         store.set(f"{key}/{node}", json.dumps([*order, node, summary(failure)]))
         self.group.stop_failed()
         while not self.group.has_ended:

@@ -44,7 +44,8 @@ class Failure:
         details: What :func:`describe_exception` found out; None where no exception was seen.
         is_exit: Whether the exception was the rank's own SystemExit.
         hang: The report of a job that hangs, found by this rank; empty for any other failure.
-        time: When, by the clock that all processes of the machine share.
+        time: When, by the clock that all processes of the machine share; infinite for ranks that are only ended
+            because those of another node have failed.
         preempted: The ranks that had saved their work and left before, because they were asked to.
         left: The ranks that had left without a failure before, and the user's lines at which they exited, if any.
     """

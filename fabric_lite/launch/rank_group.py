@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Sequence
@@ -122,11 +123,15 @@ class RankGroup:
         if self._is_failing:
             return
         self._is_failing = self._is_stopping = True
-        if failure.hang:
+        if failure.hang or failure.time == math.inf:
             self._kills = [(self._failed_at, None)]
         else:
             failed = next(local_rank for local_rank in self._requests if self._rank(local_rank) == failure.rank)
             self._kills = [(self._failed_at + _OTHERS_SECONDS, failed), (self._failed_at + _FAILED_SECONDS, None)]
+
+    def fail_with_others(self) -> None:
+        """Take the ranks, none of which has failed, for failed, because ranks of another node have."""
+        self._note_failure(min(self.running), 1, time=math.inf)
 
     def seconds_to_deadline(self) -> float | None:
         """Return how long the ranks may still take to end; None: as long as they like. Kills them when it is over."""

@@ -31,10 +31,23 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_two(tmp_path: Path, backend: str, *words: object, devices: int = 1) -> list[tuple[int, str, str]]:
+STOPPED = """
+    import os, pathlib, signal, time
+    if os.environ["RANK"] == "1":
+        pathlib.Path("stopped").touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while not os.path.exists("stopped"):
+        time.sleep(0.01)
+    raise ValueError("boom")
+"""
+
+
+def run_two(
+    tmp_path: Path, backend: str, *words: object, devices: int = 1, source: str = SCRIPT
+) -> list[tuple[int, str, str]]:
     """Run the script on two nodes; return exit code, stdout and stderr of each."""
     port = free_port()
-    script = write(tmp_path, SCRIPT)
+    script = write(tmp_path, source)
     both = [*FABRIC_RUN, "--accelerator", "cpu", "--num-nodes", 2, "--devices", devices]
     commands = []
     for node in (0, 1):
@@ -72,4 +85,12 @@ def test_failure_on_a_node_is_its_exit_code(tmp_path: Path) -> None:
     assert stderr.startswith("fabric-run: rank 1 failed: exit code 7\n")
     (other,) = (stderr for code, _, stderr in results if code == 1)
     assert other == "fabric-run: ended because on node 1 rank 1 failed: exit code 7\n"
+    assert_nothing_left(tmp_path)
+
+
+def test_a_failure_on_a_node_ends_ranks_of_others_that_do_not_notice(tmp_path: Path) -> None:
+    (code, _, said), (other_code, _, other_said) = run_two(tmp_path, "static", source=STOPPED)
+    assert (code, other_code) == (1, 1)
+    assert said.startswith("fabric-run: rank 0 failed: ValueError: boom\n")
+    assert other_said == "fabric-run: ended because on node 0 rank 0 failed: ValueError: boom\n"
     assert_nothing_left(tmp_path)
