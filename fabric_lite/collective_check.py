@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from torch.distributed import DistError
+
 from fabric_lite.call_site import user_frame
 from fabric_lite.errors import CollectiveError
 from fabric_lite.side_store import connect
@@ -117,7 +119,10 @@ class CollectiveCheck:
 
     def leave(self) -> None:
         """Say that this rank makes no more calls; those that wait for one raise."""
-        self._say(dataclasses.replace(self._said, left=_site()))
+        try:
+            self._say(dataclasses.replace(self._said, left=_site()))
+        except DistError:
+            return  # the store has ended, with the rank that served it: nobody waits there
 
     def _elsewhere(self, said: _Said) -> str | None:
         """What a rank does that will never come here; None for one that may be on its way."""

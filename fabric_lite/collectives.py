@@ -246,7 +246,7 @@ class Collectives:
 
     def leave(self) -> None:
         """Say that this rank makes no more calls, where calls are checked."""
-        if self.check and is_distributed():
+        if "_checker" in vars(self):
             self._checker.leave()
 
     @functools.cached_property

@@ -455,6 +455,7 @@ class Fabric(Communication, Checkpointing):
         share = data_share(mesh, self.strategy.data_axes, (self.global_rank, self.world_size))
         self._placement = Placement(self.device, self.precision, self.world_size, mesh, *share)
         self._preemption = Preemption(self._steps, self.global_rank, self.world_size)
+        self._collectives.enter("Fabric()")
         if self._owns_group and self.world_size > 1 and self._hang_timeout:
             self._watch = HangWatch(self.global_rank, self.world_size, self._hang_timeout, self._set_up.movement)
         for notice in self._run.notices:
