@@ -35,6 +35,7 @@ def cells_of(strategy: str, precision: str, is_full: bool) -> dict[Cell, list[st
     "is_full", [pytest.param(False, id="pairs"), pytest.param(True, id="all", marks=pytest.mark.full)]
 )
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_stopped_anywhere_a_run_goes_on_bit_for_bit(
     ranks: RankPool, tmp_path: Path, figures: Figures, strategy: str, precision: str, is_full: bool
