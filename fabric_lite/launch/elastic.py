@@ -14,7 +14,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.distributed import DistError
@@ -30,16 +30,10 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from fabric_lite.errors import LaunchError
+from fabric_lite.launch.ending import begin_to_end, is_by_signal
 from fabric_lite.launch.environment import cores, rank_environment
 from fabric_lite.launch.failure import Failure, exit_status, summary
-from fabric_lite.launch.job import (
-    PREEMPTION_GRACE_SECONDS,
-    SIGNAL_GRACE_SECONDS,
-    Job,
-    Signals,
-    announce_threads,
-    print_line,
-)
+from fabric_lite.launch.job import PREEMPTION_GRACE_SECONDS, Job, Signals, announce_threads, print_line
 from fabric_lite.launch.messages import Preload, StartRank
 from fabric_lite.launch.plan import LaunchPlan, Rendezvous
 from fabric_lite.launch.rank_group import RankGroup
@@ -53,8 +47,6 @@ _MONITOR_INTERVAL_SECONDS = 0.1
 _OTHERS_TELL_SECONDS = 1.5
 # How long ranks of other nodes may take to notice a failure, by which they fail themselves.
 _FAILURE_ELSEWHERE_SECONDS = 0.3
-# When nodes come or go, ranks that have not failed may save their work before all start again.
-_MEMBERSHIP_GRACE_SECONDS = 10.0
 
 
 def run_node(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> tuple[int, bool]:
@@ -66,20 +58,30 @@ def run_node(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> tuple[int, b
     announce_threads(job)
     if job.local_world_size > cores():
         job.server.send(Preload())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # A wait inside torch's store runs no Python, so only the signal's own default can end it.
-        signal.signal(number, signal.SIG_DFL)
     try:
         # What the user should know is said here; torchelastic, and torch's C++ code when a store is gone, say it again
         # at length.
-        with contextlib.nullcontext() if "LOGLEVEL" in os.environ else _torch_silenced(job):
+        with contextlib.nullcontext() if "LOGLEVEL" in os.environ else _torch_silenced(job), _ended_by_signals():
             return _run_agent(plan, rendezvous, job)
     except (RendezvousError, DistError) as error:
+        # One that has timed out has no words.
+        words = (str(error).splitlines() or [type(error).__name__])[0]
         raise LaunchError(
             "The nodes could not meet, or have lost the store in which they meet.",
-            given=f"--rdzv-backend {rendezvous.backend}, {rendezvous.endpoint}: {str(error).splitlines()[0]}",
+            given=f"--rdzv-backend {rendezvous.backend}, {rendezvous.endpoint}: {words}",
             fix="start all nodes again; they meet on a machine that all reach, best one that trains nothing",
         ) from error
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the process: a wait inside torch's store runs no Python, so nothing else could."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -153,13 +155,29 @@ class _Agent(SimpleElasticAgent):
         handler: Any = worker_group.spec.rdzv_handler
         if hasattr(handler, "_bootstrap_store_info"):
             handler._bootstrap_store_info = None
-        super()._rendezvous(worker_group)
+        with self._waiting():
+            super()._rendezvous(worker_group)
+
+    def _exit_barrier(self) -> None:
+        # Ranks that have left because of a signal are on their way out, and the signal may come again.
+        is_asked = self._signals is not None and bool(self._signals.received)
+        with contextlib.nullcontext() if is_asked else _ended_by_signals():
+            super()._exit_barrier()
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """While this node waits for others, and no rank runs."""
+        with _ended_by_signals():
+            if self._signals is not None and self._signals.ending is not None:
+                raise SignalException("while no rank runs", signal.Signals(self._signals.ending))
+            yield
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        with self._waiting():
+            attempt = self._agree_on_attempt(worker_group)
+            port = self._agree_on_port(worker_group, attempt)
         if self._signals is None:
             self._signals = Signals().__enter__()
-        attempt = self._agree_on_attempt(worker_group)
-        port = self._agree_on_port(worker_group, attempt)
         self._has_told = self._knows_failure = False
         self.group.start([self._request(worker_group, worker, attempt, port) for worker in worker_group.workers])
         while len(self.group.pids) < len(worker_group.workers):
@@ -217,16 +235,15 @@ class _Agent(SimpleElasticAgent):
         signals = self._signals
         assert signals is not None
         signals.pass_on(self.group)
+        begin_to_end(self.group, signals, len(worker_group.workers))
+        if self.group.is_stopping and not self.group.is_failing:
+            self._wait_for_end(signals.received)
         failure = self.group.first_failure
-        if failure is None and self.group.preempted:
-            self._stop(PREEMPTION_GRACE_SECONDS, None)
-        elif failure is None and signals.ending and len(self.group.running) < len(worker_group.workers):
-            self._stop(SIGNAL_GRACE_SECONDS, None)
-        failure = self.group.first_failure
-        if failure is not None and signals.ending and not failure.hang:
-            self._stop(SIGNAL_GRACE_SECONDS, None)
+        if failure is not None and signals.ending and self._is_by_signal(failure, signals.received):
             raise SignalException("passed on to the ranks, which have ended", signal.Signals(signals.ending))
         if failure is not None:
+            if signals.ending:
+                self._remaining_restarts = 0
             self._stop_failed(worker_group, failure)
             return RunResult(WorkerState.FAILED, failures={failure.rank: self._process_failure(worker_group)})
         if self.group.has_ended and self._are_asked_to_change(worker_group, signals):
@@ -246,7 +263,10 @@ class _Agent(SimpleElasticAgent):
             self._look_at = now + _FAILURE_ELSEWHERE_SECONDS
             store: Any = worker_group.store
             was_known = self._knows_failure
-            self._knows_failure = store.check([f"fabric_lite/failure/{self._attempts - 1}/any"])
+            try:
+                self._knows_failure = store.check([f"fabric_lite/failure/{self._attempts - 1}/any"])
+            except DistError:
+                return False  # who held the store has finished, which is no reason to end ranks that still work
             return was_known and self._knows_failure
         return False
 
@@ -259,7 +279,11 @@ class _Agent(SimpleElasticAgent):
         """End all ranks after a failure; say what has failed, unless it was on another node."""
         attempt, node = self._attempts - 1, worker_group.group_rank
         # Of several nodes the order is by their clocks, and an exception may be what another's end without a word made.
-        is_effect = failure.time == math.inf or (failure.details is not None and not failure.is_exit)
+        is_effect = (
+            failure.time == math.inf
+            or (failure.details is not None and not failure.is_exit)
+            or (failure.details is None and failure.exit_code == -signal.SIGABRT)
+        )
         order = [is_effect, time.time() - (time.monotonic() - failure.time)]
         store: Any = worker_group.store
         key = f"fabric_lite/failure/{attempt}"
@@ -304,9 +328,13 @@ class _Agent(SimpleElasticAgent):
         return ProcessFailure(local_rank, self.group.pids[local_rank], failure.exit_code, error_file)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:  # torchelastic's signature
-        if self.group.first_failure is None:
-            print_line("fabric-run: nodes come or go; all ranks start again.")
-        self._stop(_MEMBERSHIP_GRACE_SECONDS, signal.SIGTERM)
+        if self.group.first_failure is not None:
+            return  # all have ended
+        print_line("fabric-run: nodes come or go; all ranks start again.")
+        self._stop(PREEMPTION_GRACE_SECONDS, signal.SIGTERM)
+        failure = self.group.first_failure
+        if failure is not None and not self._is_by_signal(failure, [signal.SIGTERM]):
+            self._job.mention(failure)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         self._stop(timeout, death_sig)
@@ -316,12 +344,24 @@ class _Agent(SimpleElasticAgent):
         if self.group.has_ended:
             return
         self.group.stop(grace_seconds=grace_seconds, number=number)
+        self._wait_for_end([] if number is None else [number])
+
+    def _wait_for_end(self, numbers: Sequence[int]) -> None:
+        """Wait until all ranks have ended that were sent these signals, and what they have started; not for long once
+        one has failed."""
         while not self.group.has_ended:
             self._read_events(self.group.seconds_to_deadline())
             if self._signals is not None:
                 self._signals.pass_on(self.group)
+                numbers = [*numbers, *self._signals.received]
+            failure = self.group.first_failure
+            if failure is not None and not self._is_by_signal(failure, numbers):
+                self.group.stop_failed()
         self.group.end_leftovers()
         self._read_logs()
+
+    def _is_by_signal(self, failure: Failure, numbers: Sequence[int]) -> bool:
+        return is_by_signal(failure, numbers, has_killed=self.group.has_killed)
 
     def _read_events(self, timeout_seconds: float | None) -> None:
         channel = self._job.server.channel

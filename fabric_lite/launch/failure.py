@@ -60,6 +60,11 @@ class Failure:
     preempted: tuple[int, ...] = ()
     left: dict[int, dict[str, Any] | None] = dataclasses.field(default_factory=dict)
 
+    @property
+    def exception(self) -> str | None:
+        """The name of the exception's type; None where none was seen."""
+        return None if self.details is None else str(self.details["message"]["message"]).partition(":")[0]
+
 
 def describe_exception(error: BaseException) -> dict[str, Any]:
     """Return the exception in the layout of torchelastic's error file, with the user's line added."""

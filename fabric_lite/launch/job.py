@@ -83,6 +83,11 @@ class Job:
         if self.logs is not None:
             self.logs.keep_errors(True)
 
+    def mention(self, failure: Failure) -> None:
+        """Say in one line what has failed while the ranks were ending anyhow. The folder stays from now on."""
+        self.keeps_folder = self.logs is None
+        print_line(f"fabric-run: {summary(failure)}; its traceback is in {failure.log}")
+
     def error_file(self, local_rank: int, restart_count: int) -> str:
         """Return the path at which this rank tells its exception."""
         return os.path.join(self.folder, f"attempt_{restart_count}_rank_{local_rank}.json")

@@ -51,6 +51,7 @@ class RankGroup:
         self.first_failure: Failure | None = None
         self.preempted: set[int] = set()
         self.leftovers_ended = False
+        self.has_killed = False
         self._requests: dict[int, StartRank] = {}
         self._left: dict[int, dict[str, Any] | None] = {}
         self._failed_at = 0.0
@@ -85,6 +86,7 @@ class RankGroup:
         self.first_failure = None
         self.preempted = set()
         self.leftovers_ended = False
+        self.has_killed = False
         self._left = {}
         self._kills = []
         self._is_stopping = False
@@ -101,7 +103,18 @@ class RankGroup:
 
     def send_signal(self, number: int) -> None:
         """Send a signal to every rank that still runs."""
+        self.has_killed = self.has_killed or number == signal.SIGKILL
         self._server.send(SignalRanks(number))
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the ranks have been told, or are going to be made, to end."""
+        return self._is_stopping
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether they end because one has failed."""
+        return self._is_failing
 
     @property
     def is_failure_settled(self) -> bool:
@@ -141,11 +154,14 @@ class RankGroup:
             if left > 0:
                 return left
             del self._kills[0]
+            self.has_killed = True
             self._server.send(SignalRanks(signal.SIGKILL, spared))
         return None
 
     def end_leftovers(self) -> None:
-        """End what the ranks left behind, such as workers of a loader, and wait for it."""
+        """End what the ranks left behind, such as workers of a loader, and wait for it; again does nothing."""
+        if self.leftovers_ended:
+            return
         if len(self.pids) != len(self._requests):
             raise LaunchError(
                 "Fewer ranks were started than asked for.",

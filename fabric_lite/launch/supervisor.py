@@ -10,17 +10,10 @@ import selectors
 import signal
 from typing import NoReturn
 
+from fabric_lite.launch.ending import begin_to_end, is_by_signal
 from fabric_lite.launch.environment import cores, rank_environment
 from fabric_lite.launch.failure import Failure, exit_status
-from fabric_lite.launch.job import (
-    PREEMPTION_GRACE_SECONDS,
-    SIGNAL_GRACE_SECONDS,
-    Job,
-    Signals,
-    announce_threads,
-    open_job,
-    print_line,
-)
+from fabric_lite.launch.job import Job, Signals, announce_threads, open_job, print_line
 from fabric_lite.launch.messages import Preload, StartRank
 from fabric_lite.launch.plan import LaunchPlan
 from fabric_lite.launch.process_tree import adopt_orphans
@@ -111,13 +104,7 @@ class _Supervisor:
         for key, _ in self.selector.select(self.group.seconds_to_deadline()):
             key.data()
         self.signals.pass_on(self.group)
-        failure = self.group.first_failure
-        if failure is not None and (failure.hang or not self.signals.ending):
-            self.group.stop_failed()
-        elif self.group.preempted:
-            self.group.stop(grace_seconds=PREEMPTION_GRACE_SECONDS, number=None)
-        elif self.signals.ending and len(self.group.running) < self.job.local_world_size:
-            self.group.stop(grace_seconds=SIGNAL_GRACE_SECONDS, number=None)
+        begin_to_end(self.group, self.signals, self.job.local_world_size)
 
     def _report(self, restart_count: int) -> None:
         """Say what has failed: its report, or one line where the ranks start again; once only."""
@@ -125,7 +112,8 @@ class _Supervisor:
         if failure is None or self._is_stopped_by_signal(failure) or self.reports == restart_count + 1:
             return
         self.reports = restart_count + 1
-        self.job.report(failure, restart_count, self.plan.max_restarts)
+        is_last = restart_count == self.plan.max_restarts or self.signals.ending is not None
+        self.job.report(failure, restart_count, restart_count if is_last else self.plan.max_restarts)
 
     def _request(self, local_rank: int, port: int, restart_count: int) -> StartRank:
         job = self.job
@@ -146,10 +134,7 @@ class _Supervisor:
 
     def _is_stopped_by_signal(self, failure: Failure) -> bool:
         """Whether the ranks have ended because fabric-run was told to end."""
-        if failure.hang:
-            return False
-        is_hint = signal.SIGUSR1 in self.signals.received and failure.exit_code == -signal.SIGUSR1
-        return self.signals.ending is not None or is_hint
+        return is_by_signal(failure, self.signals.received, has_killed=self.group.has_killed)
 
     def _conclude(self, failure: Failure | None) -> int:
         if failure is None and self.group.preempted:
@@ -161,5 +146,5 @@ class _Supervisor:
             return exit_status(failure.exit_code)
         number = signal.Signals(self.signals.ending or signal.SIGUSR1)
         print_line(f"fabric-run: ended by {number.name}.")
-        # A rank's own choice of exit code counts; what it dies of in the middle of its work is the signal's doing.
+        # A rank's own choice of exit code counts.
         return failure.exit_code if failure.exit_code > 1 else exit_status(-number)

@@ -225,9 +225,17 @@ def test_second_signal_kills(tmp_path: Path) -> None:
     assert_nothing_left(tmp_path)
 
 
-@pytest.mark.parametrize(("action", "code"), [("raise RuntimeError('a worker is gone')", 130), ("sys.exit(7)", 7)])
-def test_after_ctrl_c_the_exit_code_is_the_signals_or_the_scripts_own_choice(
-    tmp_path: Path, action: str, code: int
+@pytest.mark.parametrize(
+    ("action", "code", "words"),
+    [
+        ("raise KeyboardInterrupt", 130, "ended by SIGINT"),
+        ("sys.exit(7)", 7, "ended by SIGINT"),
+        # Such as that the disk is full: the work is not saved, and nobody else would say so.
+        ("raise OSError('the save has failed')", 1, "failed: OSError: the save has failed"),
+    ],
+)
+def test_after_ctrl_c_the_exit_code_is_the_signals_or_the_scripts_own_and_an_error_is_reported(
+    tmp_path: Path, action: str, code: int, words: str
 ) -> None:
     script = write(
         tmp_path,
@@ -245,7 +253,11 @@ def test_after_ctrl_c_the_exit_code_is_the_signals_or_the_scripts_own_choice(
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == code, stderr
-    assert "ended by SIGINT" in stderr
+    assert words in stderr
+    if code == 1:
+        log = Path(stderr.partition("is in ")[2].partition(",")[0])
+        assert "the save has failed" in log.read_text()
+        shutil.rmtree(log.parent)
     assert_nothing_left(tmp_path)
 
 
