@@ -85,10 +85,10 @@ def committed_file(target: Target) -> Iterator[BinaryIO]:
         if os.name == "nt":  # there only a closed file can be renamed
             file.close()
         _put_in_place(temporary, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # it would write again what could not be written
             file.close()
-        _remove(temporary)
+        _remove_unless_unsettled(temporary, error)
         raise
     file.close()
 
@@ -111,8 +111,8 @@ def committed_folder(target: Target) -> Iterator[Folder]:
             yield temporary
             fsync_folder(temporary)
             _put_in_place(temporary, target)
-    except BaseException:
-        _remove(temporary)
+    except BaseException as error:
+        _remove_unless_unsettled(temporary, error)
         raise
 
 
@@ -130,16 +130,23 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove(target: Path) -> None:
+def remove(target: Path) -> bool:
     """Delete a checkpoint, which is there as a whole until it is gone; the next save sweeps what a crash leaves.
+
+    Returns:
+        Whether it was deleted; a folder that holds anything but a checkpoint's files is left as it is.
 
     Raises:
         OSError: The folder did not allow it.
     """
+    path = recovered(target)
+    if not stat.S_ISREG(os.lstat(path).st_mode) and not _has_names_of_checkpoint(path):
+        return False
     temporary = _temporary_beside(target)
-    os.rename(recovered(target), temporary)
+    os.rename(path, temporary)
     fsync_folder(target.parent)
     _remove(temporary)
+    return True
 
 
 def _temporary_beside(target: Path) -> Path:
@@ -203,12 +210,12 @@ def _put_in_place(temporary: Path, target: Path, in_one_step: Callable[[Path, Pa
     """Let ``target`` be the new checkpoint in one step, or in two where ``in_one_step`` can't, and remove the old."""
     _check_replaceable(target)  # again: it has been a while
     kept = _kept(target)
-    old_is_folder, new_is_folder = target.is_dir(), temporary.is_dir()
-    if not os.path.lexists(target) or not (old_is_folder or new_is_folder):
+    is_free, is_folder = not os.path.lexists(target), target.is_dir() or temporary.is_dir()
+    if is_free or not is_folder:
         os.replace(temporary, target)
-        fsync_folder(target.parent)
+        _settle(target, functools.partial(os.rename, target, temporary) if is_free else None)
     elif in_one_step(temporary, target):
-        fsync_folder(target.parent)
+        _settle(target, functools.partial(in_one_step, temporary, target))
         _remove(temporary)
     else:
         _remove(kept)
@@ -220,8 +227,42 @@ def _put_in_place(temporary: Path, target: Path, in_one_step: Callable[[Path, Pa
         except BaseException:
             os.rename(kept, target)
             raise
-        fsync_folder(target.parent)
+        _settle(target, functools.partial(_in_two_steps_back, temporary, target, kept))
     _remove(kept)  # of this save, or of an earlier one that was killed in between
+
+
+class _UnsettledError(CheckpointError):
+    """The disk did not take the names: which of them a power cut would leave is not known, so both contents stay."""
+
+
+def _settle(target: Path, take_back: Callable[[], object] | None) -> None:
+    """Put the names beside ``target`` onto the disk; if it does not take them, undo what was done to them.
+
+    ``take_back`` is None where what was there before is gone.
+    """
+    try:
+        fsync_folder(target.parent)
+    except OSError as error:
+        is_back = False
+        with contextlib.suppress(OSError):  # then the new one stays in place, and the error says so
+            is_back = take_back is not None and take_back() is not False
+        stands = "what was there before is as it was" if is_back else "the new one is in place"
+        raise _UnsettledError(
+            f"The disk failed while the checkpoint was put in place; {stands}, unless this machine loses its power.",
+            given=f"{target}: {type(error).__name__}: {error}",
+            fix="see the system's log; save again, here or on another disk",
+        ) from error
+
+
+def _in_two_steps_back(temporary: Path, target: Path, kept: Path) -> None:
+    os.rename(target, temporary)
+    os.rename(kept, target)
+
+
+def _remove_unless_unsettled(temporary: Path, error: BaseException) -> None:
+    """Remove what an unfinished save wrote; the next save removes what has to stay for now."""
+    if not isinstance(error, _UnsettledError):
+        _remove(temporary)
 
 
 def _kept(target: Path) -> Path:
