@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -30,6 +30,7 @@ __all__ = [
     "is_distributed",
     "raise_together",
     "rank",
+    "results_together",
     "world_size",
 ]
 
@@ -92,7 +93,28 @@ def raise_together(error: BaseException | None, what: str, kind: type[FabricErro
         kind: An error type of :mod:`fabric_lite.errors`, raised on those ranks.
         group: Through which the ranks tell each other, one of all ranks; None is the default group.
     """
-    failures = gather_objects(None if error is None else _in_words(error), group)
+    _raise_first(error, gather_objects(None if error is None else _in_words(error), group), what, kind)
+
+
+def results_together(function: Callable[[], Any], what: str, kind: type[FabricError], group: Any = None) -> list[Any]:
+    """Call ``function`` and return the results of all ranks, by rank; raise as :func:`raise_together` does.
+
+    One exchange, which every rank comes to also when its ``function`` raises. The results must be picklable.
+    """
+    error: Exception | None = None
+    result: Any = None
+    try:
+        result = function()
+    except Exception as exception:
+        error = exception
+    by_rank = gather_objects((None if error is None else _in_words(error), result), group)
+    _raise_first(error, [message for message, _ in by_rank], what, kind)
+    return [value for _, value in by_rank]
+
+
+def _raise_first(
+    error: BaseException | None, failures: Sequence[str | None], what: str, kind: type[FabricError]
+) -> None:
     if error is not None:
         raise error
     for failed, message in enumerate(failures):

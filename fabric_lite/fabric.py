@@ -102,6 +102,7 @@ class Fabric(Communication, Checkpointing):
         self._set_up = Registry(self, self.strategy, self._scaler)
         self._steps = Steps(self)
         self._window = Window()
+        self._loaders_set_up = 0
         self._preemption: Preemption | None = None
         self._setup = Setup(self, self._run, self._scaler, self._callbacks, self._set_up, self._steps, self._window)
         self._is_closed = False
@@ -255,9 +256,12 @@ class Fabric(Communication, Checkpointing):
                 uneven=uneven,
                 owner=self,
                 window=self._window,
+                number=self._loaders_set_up + position,
+                collectives=self._collectives,
             )
-            for loader in dataloaders
+            for position, loader in enumerate(dataloaders)
         ]
+        self._loaders_set_up += len(dataloaders)
         for loader in extended:
             self._set_up.add(loader)
         if placement.data_world_size > 1 and use_distributed_sampler:

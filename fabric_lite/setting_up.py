@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,7 +99,9 @@ class Setup:
             call_hook(self.callbacks, "on_after_optimizer_step", strategy=self.run.strategy, optimizer=stepped)
 
         wanted = after_step if has_hook(self.callbacks, "on_after_optimizer_step") else None
-        hooks = [hook for hook in (self.window.follow(), self.steps.follow(optimizer), wanted) if hook is not None]
+        hooks = [
+            hook for hook in (self.window.follow(optimizer), self.steps.follow(optimizer), wanted) if hook is not None
+        ]
         strategy = self.run.strategy
         engine_step = strategy.step if strategy.owns_step else None
         # With several ranks, gradients that no engine has seen would let the ranks drift apart; and parts of a sharded
@@ -106,6 +109,7 @@ class Setup:
         several = self.run.topology.world_size > 1 or strategy.is_sharded
         guard = SynchronisationGuard(self.registry.modules) if several else None
         extend_optimizer(optimizer, self.owner, self.scaler, guard, engine_step, hooks)
+        extension_of(optimizer).handles.append(_Forgotten(self.window, optimizer))
         if strategy.is_sharded:
             extension_of(optimizer).handles.append(extend_zero_grad(optimizer, self._forget_unsynchronised))
         self.registry.add(optimizer)
@@ -132,3 +136,17 @@ class Setup:
             self.run.strategy.forget_unsynchronised(module, parameters)
             if any(id(parameter) in parameters for parameter in module.parameters()):
                 extension_of(module).waits = False
+
+
+class _Forgotten:
+    """A handle whose removal tells the window that an optimizer's steps are not seen any more."""
+
+    def __init__(self, window: Window, optimizer: Optimizer) -> None:
+        self._window = window
+        self._optimizer = weakref.ref(optimizer)
+
+    def remove(self) -> None:
+        """Called when the optimizer is released."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._window.forget(optimizer)

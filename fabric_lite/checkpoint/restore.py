@@ -86,13 +86,17 @@ def _prepared(place: Place, instance: Any, saved: Any, strict: bool, names: Para
         return _prepare_module(place, uncompiled(instance), saved, strict)
     if isinstance(instance, torch.optim.Optimizer):
         return _prepare_optimizer(place, instance, saved, names)
+    return Restore(place, _IN_ORDER, lambda: instance.load_state_dict(materialized(saved)), _way_back(instance))
+
+
+def _way_back(instance: Any) -> Callable[[], Any]:
+    """What undoes a ``load_state_dict``. A set-up loader has one that needs no other rank and keeps a loop's place."""
+    own = getattr(type(instance), "_way_back", None)
+    if own is not None:
+        way_back: Callable[[], Any] = own(instance)
+        return way_back
     before = copied(instance.state_dict())
-    return Restore(
-        place,
-        _IN_ORDER,
-        lambda: instance.load_state_dict(materialized(saved)),
-        lambda: instance.load_state_dict(before),
-    )
+    return lambda: instance.load_state_dict(before)
 
 
 def _prepare_module(place: Place, module: torch.nn.Module, saved: Any, strict: bool) -> Restore:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from fabric_lite.checkpoint.remote import Target
-from fabric_lite.collectives import broadcast_object, gather_objects, raise_together
+from fabric_lite.collectives import broadcast_object, gather_objects, raise_together, results_together
 from fabric_lite.errors import CheckpointError, FabricError
 
 __all__ = ["Together", "lost_ranks_explained", "on_every_rank", "system_errors_explained"]
@@ -45,24 +45,31 @@ class Together:
     def results(self, what: str, function: Callable[..., Result], *args: Any) -> list[Result]:
         """:meth:`on_every_rank`, and the results of all ranks, by rank, in one exchange; they must be picklable."""
         error: Exception | None = None
-        result: Any = None
+
+        def run() -> Result:
+            nonlocal error
+            try:
+                return function(*args)
+            except Exception as exception:
+                error = exception
+                raise
+
         try:
-            result = function(*args)
-        except Exception as exception:
-            error = exception
-        with lost_ranks_explained(what):
-            by_rank = self.gather((error is not None, result))
-        if any(failed for failed, _ in by_rank):
-            self.on_every_rank(what, _raise, error)
-        return [value for _, value in by_rank]
+            return results_together(run, what, CheckpointError, self.group)
+        except RuntimeError as raised:
+            if raised is error or isinstance(raised, FabricError):
+                raise
+            raise _lost(what, raised) from raised
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable ``value``, by rank, on every rank."""
-        return gather_objects(value, self.group)
+        with lost_ranks_explained("save()"):
+            return gather_objects(value, self.group)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable ``value``, on every rank."""
-        return broadcast_object(value, group=self.group)
+        with lost_ranks_explained("save()"):
+            return broadcast_object(value, group=self.group)
 
 
 def on_every_rank(what: str, function: Callable[..., Result], *args: Any) -> Result:
@@ -88,18 +95,16 @@ def system_errors_explained(target: Target) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lost_ranks_explained(what: str) -> Iterator[None]:
-    """Raise CheckpointError where ``what`` can't go on because another rank has ended."""
+    """Raise CheckpointError where ``what`` can't go on because another rank has ended.
+
+    For nothing but the calls that communicate: any RuntimeError in the block is taken for the backend's.
+    """
     try:
         yield
     except FabricError:
         raise
     except RuntimeError as error:
         raise _lost(what, error) from error
-
-
-def _raise(error: Exception | None) -> None:
-    if error is not None:
-        raise error
 
 
 def _lost(what: str, error: RuntimeError) -> CheckpointError:

@@ -53,7 +53,7 @@ class _Batches:
         self._current = current
         self._pin = pin
         self._apart = apart
-        self._window = holder.progress.window
+        self._note_handed_out = holder.progress.note_handed_out
         self._move = holder.move
         self._advance = inner.__next__ if holder.ends is None else end_together(inner, holder.ends).__next__
         self._is_new = True
@@ -77,9 +77,7 @@ class _Batches:
         if self._is_new:
             self._is_new = False
             self._check_dealt()
-        if not self._window.waiting:
-            self._current.stepped = self._current.yielded
-        self._current.yielded += 1
+        self._note_handed_out(self._current)
         return batch if self._move is None else self._move(batch)
 
     def _start(self) -> None:
@@ -158,6 +156,9 @@ def members(kind: type) -> dict[str, Any]:
         """Let the next iteration begin at the place ``state_dict``, also of another world size."""
         adopt.extension_of(self).progress.load_state_dict(state_dict)
 
+    def _way_back(self: Any) -> Callable[[], None]:
+        return adopt.extension_of(self).progress.way_back()
+
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         with own_samplers(self):
             return adopt.reduce_plainly(self, protocol)
@@ -168,7 +169,7 @@ def members(kind: type) -> dict[str, Any]:
 
     return {
         function.__name__: function
-        for function in (__iter__, set_epoch, state_dict, load_state_dict, __reduce_ex__, __deepcopy__)
+        for function in (__iter__, set_epoch, state_dict, load_state_dict, _way_back, __reduce_ex__, __deepcopy__)
     }
 
 

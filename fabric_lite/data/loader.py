@@ -52,6 +52,8 @@ def extend_loader(
     seed: int = 0,
     owner: Any = None,
     window: Window | None = None,
+    number: int = 0,
+    collectives: Collectives | None = None,
 ) -> Any:
     """Set ``loader`` up in place and return it.
 
@@ -64,9 +66,9 @@ def extend_loader(
     by bit while the script draws too. Two live iterators go their own ways, except over persistent workers, where
     torch itself has one iterator.
 
-    Random numbers in workers are a function of (seed, epoch, rank, batch), whatever the number of workers; without a
-    seed for workers, of the number that torch draws for an epoch. Only a ``worker_init_fn`` that seeds torch's
-    generator takes them over; they are not resumed then, nor is a generator that a worker makes for itself.
+    Random numbers in workers are a function of (seed, loader, epoch, rank, batch), whatever the number of workers;
+    without a seed for workers, of the number that torch draws for an epoch. Only a ``worker_init_fn`` that seeds
+    torch's generator takes them over; they are not resumed then, nor is a generator that a worker makes for itself.
 
     An ``IterableDataset`` with a ``state_dict`` that needs no arguments goes on from that, under workers through
     torchdata's ``StatefulDataLoader`` within an epoch. Without, what was seen is read again and dropped, by as many
@@ -89,6 +91,8 @@ def extend_loader(
         seed: The seed of the order, as in ``DistributedSampler``.
         owner: Who sets the loader up; found again with :func:`owner_of_loader`.
         window: Tells which batches' gradients wait for their step.
+        number: Of this loader among those that ``owner`` sets up, the same on all ranks.
+        collectives: The run's own, through which ranks end together; None makes plain ones.
 
     Raises:
         FabricValueError: The loader is set up already, or ``pad`` or ``uneven`` cannot be had with it.
@@ -100,10 +104,12 @@ def extend_loader(
         raise _set_up_already(loader)
     check_loaders([loader], world_size=world_size, shard=shard, pad=pad, uneven=uneven, owner=owner)
     move = None if device is None else mover(device)
-    ends = Collectives(device or torch.device("cpu")) if uneven == "stop" and world_size > 1 else None
+    ends = None
+    if uneven == "stop" and world_size > 1:
+        ends = collectives or Collectives(device or torch.device("cpu"))
     if not isinstance(loader, DataLoader):
         is_shared = shard and world_size > 1 and rank == 0
-        return MovedIterable(loader, move=move, together=ends, is_shared=is_shared, owner=owner)
+        return MovedIterable(loader, move=move, together=ends, is_shared=is_shared, owner=owner, window=window)
     dealer = _dealer_for(loader, rank, world_size, shard, pad, is_counted=shard and is_distributed())
     progress = Progress(
         dealer,
@@ -112,6 +118,7 @@ def extend_loader(
         world_size=world_size,
         generator=loader.generator,
         workers=loader.num_workers,
+        number=number,
         stream=stream_of(loader),
         window=window,
     )

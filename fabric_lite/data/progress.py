@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from fabric_lite.collectives import gather_objects, is_distributed
+from fabric_lite.collectives import rank as own_rank
+from fabric_lite.collectives import results_together
+from fabric_lite.collectives import world_size as all_ranks
 from fabric_lite.data.order import Position
 from fabric_lite.data.place import Place
 from fabric_lite.data.randomness import capture, decode, encode, generators_of, replayed
@@ -19,7 +19,7 @@ from fabric_lite.data.samplers import Dealer, Pass, length_of
 from fabric_lite.data.streams import Stream
 from fabric_lite.data.window import Window
 from fabric_lite.data.workers import WorkerSeed
-from fabric_lite.errors import FabricValueError
+from fabric_lite.errors import FabricRuntimeError, FabricValueError
 from fabric_lite.seed import worker_seed_base
 from fabric_lite.signals import requests
 
@@ -36,6 +36,7 @@ class Progress:
         world_size: The number of ranks.
         generator: The loader's own.
         workers: How many worker processes it has.
+        number: Of this loader among those of the run, so that each has random numbers of its own.
         stream: Where an ``IterableDataset`` keeps the place.
         window: Tells which batches' gradients wait for their step.
     """
@@ -49,12 +50,14 @@ class Progress:
         world_size: int,
         generator: torch.Generator | None = None,
         workers: int = 0,
+        number: int = 0,
         stream: Stream | None = None,
         window: Window | None = None,
     ) -> None:
         self._dealer = dealer
         self._generator = generator
         self._workers = workers
+        self._number = number
         self._stream = stream
         self.window = Window() if window is None else window
         own = generators_of(dealer.sampler) if dealer is not None else []
@@ -84,8 +87,10 @@ class Progress:
         self._next = None
         if self._followed is not None:
             self._followed_epoch = self._latest.start.epoch
-        if self._stream is not None and start.stream is not None:
-            self._stream.restore(start.stream)
+        if self._stream is not None:
+            self._latest.reads = self._stream.reads(start.stream)
+            if start.stream is not None:
+                self._stream.restore(start.stream)
         return self._latest
 
     def pin(self, current: Pass, *, has_persistent_workers: bool) -> None:
@@ -121,6 +126,15 @@ class Progress:
         current.draws[start.epoch] = capture(dataset) if start.draw is None else start.draw
         return contextlib.nullcontext() if start.draw is None else replayed(dataset, start.draw)[1]
 
+    def note_handed_out(self, current: Pass) -> None:
+        """Count a batch that the user is about to be given."""
+        if not self.window.waiting:
+            current.stepped = current.yielded
+        self.window.batches += 1
+        current.yielded += 1
+        if current.reads is not None and self._stream is not None:
+            current.reads.note(self._stream.worker_of_latest_batch())
+
     def claim(self) -> tuple[Pass, Position]:
         """The pass that the sampler being iterated serves, and where it begins."""
         current = self._pinned
@@ -139,14 +153,14 @@ class Progress:
             return user_function
         assert self._latest is not None
         base = self._worker_seed_base
-        entropy = None if base is None else (base, self._latest.start.epoch, self._rank)
+        entropy = None if base is None else (base, self._number, self._latest.start.epoch, self._rank)
         return WorkerSeed(entropy, self._rank, user_function, requests.are_taken)
 
     @property
     def _worker_seed_base(self) -> int | None:
         return worker_seed_base() if self._worker_seed is None else self._worker_seed
 
-    def _noise(self, start: Position) -> tuple[int, int] | None:
+    def _noise(self, start: Position) -> tuple[int, int, int] | None:
         """What the random numbers of the workers' batches are counted from: the seed, or what torch would draw."""
         if self._workers == 0:
             return None
@@ -158,7 +172,7 @@ class Progress:
             state = generator.get_state()
             base = int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
             generator.set_state(state)
-        return base, self._rank
+        return base, self._number, self._rank
 
     # State
 
@@ -175,7 +189,6 @@ class Progress:
         ``IterableDataset`` keeps a state of its own, every rank calls.
         """
         place = self._place()
-        self._say_what_waits()
         state: dict[str, Any] = {
             "epoch": place.epoch,
             "seen": place.seen,
@@ -195,30 +208,25 @@ class Progress:
             state["worker_seed"] = self._worker_seed_base
         elif place.noise is not None:
             state["noise"] = place.noise
+        if self._workers:
+            state["loader"] = self._number
         if self._dealer is None:
             state["workers"] = self._workers
         if self._stream is not None:
-            state["streams"] = gather_objects(self._stream_state(self._stream, place))
+            stream = self._stream
+            state["streams"] = results_together(
+                lambda: self._stream_state(stream, place), "state_dict() of a loader", FabricRuntimeError
+            )
+        self._say_what_waits()
         return state
-
-    @property
-    def _is_in_window(self) -> bool:
-        """Whether gradients wait for a step that we would see."""
-        return self.window.waiting > 0 and self.window.has_steps
 
     def _say_what_waits(self) -> None:
         """Say that gradients are not saved, if this place is one of them."""
         latest = self._latest
-        if latest is None or not latest.yielded or not self._is_in_window or self._rank > 0:
+        if latest is None or not latest.yielded or self._rank > 0:
             return
-        batches = latest.yielded - latest.stepped
         is_place_before = not latest.is_finished and self._stream is None
-        then = "on resuming, they come again" if is_place_before else "on resuming, they are lost"
-        warnings.warn(
-            f"The gradients of the latest {batches} batches wait for a step, and a checkpoint has none: {then}. "
-            "Random numbers are then no more those of a run in one go. Save after optimizer.step().",
-            stacklevel=4,
-        )
+        self.window.say_what_waits(latest.yielded - latest.stepped, is_place_before)
 
     def _stream_state(self, stream: Stream, place: Position) -> Any:
         if place.is_loaded:
@@ -240,6 +248,7 @@ class Progress:
             generator.set_state(decode(own_state))
         self._seed = int(state["seed"])
         self._worker_seed = state.get("worker_seed", self._worker_seed)
+        self._number = state.get("loader", self._number)
         self._next = Position(
             int(state["epoch"]),
             int(state["seen"]),
@@ -294,8 +303,20 @@ class Progress:
         streams = state.get("streams")
         if self._stream is None or not streams or state["workers"] != self._stream.workers:
             return None
-        rank, world_size = _rank_and_world_size()
-        return streams[rank] if len(streams) == world_size else None
+        return streams[own_rank()] if len(streams) == all_ranks() else None
+
+    def way_back(self) -> Callable[[], None]:
+        """What undoes a :meth:`load_state_dict` that follows, also within a loop; communicates nothing."""
+        names = ("_seed", "_worker_seed", "_number", "_next", "_loaded_world_size")
+        fields = {name: getattr(self, name) for name in names}
+        states = [generator.get_state() for generator in self._generators]
+
+        def go_back() -> None:
+            vars(self).update(fields)
+            for generator, state in zip(self._generators, states, strict=True):
+                generator.set_state(state)
+
+        return go_back
 
     def must_deal(self, current: Pass) -> bool:
         """Whether ``current`` would be wrong if the loader did not use its samplers."""
@@ -334,7 +355,7 @@ class Progress:
     def _place(self) -> Position:
         if self._next is not None or self._latest is None or self._latest.is_finished:
             return self._upcoming()
-        is_left_waiting = self._is_in_window and self._stream is None
+        is_left_waiting = self.window.is_open and self._stream is None
         return self._place_in(self._latest, self._latest.stepped if is_left_waiting else self._latest.yielded)
 
     def _place_in(self, latest: Pass, steps: int) -> Position:
@@ -373,7 +394,3 @@ class Progress:
 
 def _nothing() -> None:
     pass
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSam
 
 from fabric_lite.data.order import Plan, Position
 from fabric_lite.data.randomness import Apart, capture, replayed, seeded
-from fabric_lite.data.workers import seeded_batches, seeded_requests
+from fabric_lite.data.workers import Reads, seeded_batches, seeded_requests
 from fabric_lite.errors import FabricValueError
 
 __all__ = ["CountedBatchSampler", "CountedSampler", "Dealer", "Pass", "RequestSampler", "ShardedSampler", "length_of"]
@@ -33,9 +33,11 @@ class Pass:
         claims: How many samplers have begun to deal for it: one, unless the user's ``__iter__`` goes round.
         is_dealt: Whether the latest of these samplers has been used up.
         rewind: Puts back the random state that an uninterrupted run would have here.
-        noise: In a loader with workers, what the random numbers of each batch are counted from, and the rank.
+        noise: In a loader with workers, what the random numbers of each batch are counted from: a number that was
+            drawn, the loader's and the rank.
         number: Tells the iterators of a loader apart.
         has_ended_early: Whether the latest batch of a stream was not full, so that the stream has come to its end.
+        reads: By worker, the batches that were handed out of a stream whose place its loader keeps.
     """
 
     start: Position
@@ -48,9 +50,10 @@ class Pass:
     claims: int = 0
     is_dealt: bool = False
     rewind: Callable[[], None] = lambda: None
-    noise: tuple[int, int] | None = None
+    noise: tuple[int, int, int] | None = None
     number: int = 0
     has_ended_early: bool = False
+    reads: Reads | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,8 +258,8 @@ class RequestSampler(Sampler):
         if start.stream is not None:
             current.rewind()
         if current.noise is not None:
-            read = start.seen if start.stream is not None else 0
-            yield from seeded_requests(self._request, (*current.noise, start.epoch), current.number, read)
+            first = () if current.reads is None else current.reads.first
+            yield from seeded_requests(self._request, (*current.noise, start.epoch), current.number, first)
         elif self._request is None:
             yield from itertools.repeat(None)
         else:

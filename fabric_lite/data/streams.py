@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fabric_lite.data.randomness import Apart
 from fabric_lite.data.samplers import Pass
+from fabric_lite.data.workers import Reads
 
 __all__ = ["Stream", "stream_of"]
 
@@ -26,22 +27,44 @@ class Stream:
         put: Sets it; called before an iterator is made.
         workers: How many worker processes the loader has.
         dataset: Whose state it is, in this process; None with workers.
+        loader: Returns the loader that keeps the state; None without workers.
     """
 
     def __init__(
-        self, get: Callable[[], Any], put: Callable[[Any], Any], workers: int, dataset: IterableDataset | None = None
+        self,
+        get: Callable[[], Any],
+        put: Callable[[Any], Any],
+        workers: int,
+        dataset: IterableDataset | None = None,
+        loader: Callable[[], Any] = lambda: None,
     ) -> None:
         self._get = get
         self._put = put
         self.workers = workers
         self._dataset = dataset
+        self._loader = loader
 
     def state(self, current: Pass | None) -> dict[str, Any] | None:
         """The state after the latest batch of ``current``; None where there is none yet, or its workers are gone."""
         has_ended = current is not None and (current.is_finished or current.has_ended_early)
         if self.workers and (current is None or current.is_finished):
             return None
-        return {"state": self._get(), "has_ended": has_ended}
+        state = {"state": self._get(), "has_ended": has_ended}
+        if current is not None and current.reads is not None:
+            # The loader keeps the place of some steps ago and reads again from there.
+            state["reads"] = current.reads.state(_get(state["state"], "_steps_since_snapshot", 0))
+        return state
+
+    def reads(self, state: dict[str, Any] | None) -> Reads | None:
+        """Counts the batches of each worker, from the beginning or from what :meth:`state` returned."""
+        if self.workers == 0:
+            return None
+        kept = getattr(self._loader(), "snapshot_every_n_steps", 1)
+        return Reads(self.workers, kept, (state or {}).get("reads"))
+
+    def worker_of_latest_batch(self) -> int | None:
+        """Of torchdata's loader; None where it is not told."""
+        return getattr(getattr(self._loader(), "_iterator", None), "_last_yielded_worker_id", None)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Set what :meth:`state` returned, before the next iterator is made.
@@ -72,6 +95,7 @@ def stream_of(loader: DataLoader) -> Stream | None:
         lambda: kind.state_dict(reference()),
         lambda state: kind.load_state_dict(reference(), state),
         loader.num_workers,
+        loader=reference,
     )
 
 
@@ -85,7 +109,14 @@ def _keeps_state(owner: Any) -> bool:
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
         inspect.Parameter.KEYWORD_ONLY,
     )
+    try:
+        parameters = inspect.signature(get).parameters.values()
+    except ValueError:  # a function in C that does not tell
+        return True
     return not any(
-        parameter.kind in needed and parameter.default is inspect.Parameter.empty
-        for parameter in inspect.signature(get).parameters.values()
+        parameter.kind in needed and parameter.default is inspect.Parameter.empty for parameter in parameters
     )
+
+
+def _get(state: Any, name: str, default: int) -> int:
+    return int(state.get(name, default)) if isinstance(state, dict) else default

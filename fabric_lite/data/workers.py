@@ -1,13 +1,14 @@
 """Random numbers in worker processes: every batch is made from a seed of its own, so that it can be made again.
 
-A batch's random numbers are a function of (seed, epoch, rank, number of the batch): neither of the worker that makes
-it, nor of what that worker made before. The seed travels with the indices and takes effect where they are unpickled,
-which torch's worker does right before it fetches. So neither dataset nor worker loop is touched, and persistent
-workers follow too.
+A batch's random numbers are a function of (seed, loader, epoch, rank, number of the batch): neither of the worker that
+makes it, nor of what that worker made before. The seed travels with the indices and takes effect where they are
+unpickled, which torch's worker does right before it fetches. So neither dataset nor worker loop is touched, and
+persistent workers follow too. A worker of a stream counts the batches that it makes itself.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import random
@@ -20,7 +21,7 @@ from torch.utils.data import get_worker_info
 
 from fabric_lite.signals import leave_to_parent
 
-__all__ = ["WorkerSeed", "seeded_batches", "seeded_requests"]
+__all__ = ["Reads", "WorkerSeed", "seeded_batches", "seeded_requests"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ def seeded_batches(batches: Iterator[Any], entropy: tuple[int, ...], first: int)
         yield _carrying(indices, _seed_worker, (*entropy, number))
 
 
-def seeded_requests(request: Any, entropy: tuple[int, ...], stream: int, read: int) -> Iterator[Any]:
+def seeded_requests(request: Any, entropy: tuple[int, ...], stream: int, first: tuple[int, ...]) -> Iterator[Any]:
     """The endless requests to the workers of an ``IterableDataset``, each with what its seed is made of.
 
     Which worker gets a request depends on when others ended, so each worker counts those that it gets.
@@ -99,10 +100,39 @@ def seeded_requests(request: Any, entropy: tuple[int, ...], stream: int, read: i
         request: What torch's sampler yields.
         entropy: The numbers that tell one epoch on one rank from another.
         stream: Tells this iterator from others of the loader.
-        read: Batches of the epoch that the workers have read before, all together.
+        first: By worker, the number of its first batch; empty where all begin the epoch.
     """
     for _ in itertools.repeat(None):
-        yield _carrying(request, _seed_stream_worker, (entropy, stream, read))
+        yield _carrying(request, _seed_stream_worker, (entropy, stream, first))
+
+
+class Reads:
+    """How many batches of each worker were handed out: which worker is next depends on when others ended.
+
+    Args:
+        workers: Their number.
+        kept: At most so many batches before the present its loader keeps its place.
+        state: What :meth:`state` returned where the stream goes on.
+    """
+
+    def __init__(self, workers: int, kept: int, state: dict[str, list[int]] | None = None) -> None:
+        counts = [0] * workers if state is None else state["before"]
+        self.first = tuple(counts)  # by worker, the number of the batch that it makes first
+        self._counts = list(counts)
+        self._latest: collections.deque[int] = collections.deque(maxlen=max(1, kept))
+        for worker in [] if state is None else state["since"]:
+            self.note(worker)
+
+    def note(self, worker: int | None) -> None:
+        """Count a batch that was handed out; None is for a loader that deals in turn and does not tell."""
+        worker = sum(self._counts) % len(self._counts) if worker is None else worker
+        self._counts[worker] += 1
+        self._latest.append(worker)
+
+    def state(self, since: int) -> dict[str, list[int]]:
+        """By worker, the batches before the latest ``since``; and the workers of these."""
+        latest = list(self._latest)[len(self._latest) - since :]
+        return {"before": [count - latest.count(worker) for worker, count in enumerate(self._counts)], "since": latest}
 
 
 class _Indices(list[Any]):
@@ -145,11 +175,11 @@ def _seed_worker(entropy: tuple[int, ...]) -> None:
     _seed_generators(_seed_from(entropy))
 
 
-def _seed_stream_worker(carried: tuple[tuple[int, ...], int, int]) -> None:
-    entropy, stream, read = carried
+def _seed_stream_worker(carried: tuple[tuple[int, ...], int, tuple[int, ...]]) -> None:
+    entropy, stream, first = carried
     info = get_worker_info()
     assert info is not None
-    number = _worker.count((entropy, stream), first=max(0, -(-(read - info.id) // info.num_workers)))
+    number = _worker.count((entropy, stream), first=first[info.id] if first else 0)
     _seed_generators(_seed_from((*entropy, info.id, number)))
 
 

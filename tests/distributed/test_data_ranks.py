@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from fabric_lite import Fabric
+from fabric_lite import CollectiveError, Fabric
+from fabric_lite.data import place_of
+from fabric_lite.errors import FabricRuntimeError, FabricValueError
 from fabric_lite.testing import RankPool
 
 
@@ -98,3 +100,77 @@ def go_on(kind: str, path: str) -> list[list[Any]]:
 def test_each_rank_goes_on_at_the_place_that_its_own_data_keep(ranks: RankPool, tmp_path: Path, kind: str) -> None:
     results = ranks.run(go_on, kind, str(tmp_path / "a.ckpt"), ranks=2)
     assert results == [[[2, 3, 4, 5]] * 2, [[103, 104]] * 2]
+
+
+def place_elsewhere(path: str, ranks: int) -> str:
+    """Save from one rank or from two, or load into two; what is said."""
+    fabric = Fabric(accelerator="cpu", devices=ranks)
+    loader = fabric.setup_dataloaders(OwnPlace(fabric.global_rank), use_distributed_sampler=False)
+    try:
+        if ranks == 1:
+            next(iter(loader))
+            fabric.save(path, {"loader": loader})
+            return str(place_of(loader))
+        with pytest.raises(FabricValueError) as error:
+            fabric.load(path, {"loader": loader})
+        return str(error.value)
+    finally:
+        fabric.close()
+
+
+def test_the_place_of_one_ranks_own_data_is_not_that_of_two(ranks: RankPool, tmp_path: Path) -> None:
+    path = str(tmp_path / "a.ckpt")
+    assert ranks.run(place_elsewhere, path, 1, ranks=1) == ["epoch 0, batch 1; 0 batches repeated, 0 skipped"]
+    assert all("the states of 1 ranks; here: 2" in said for said in ranks.run(place_elsewhere, path, 2))
+
+
+class Breaks(OwnPlace):
+    """Cannot tell its place on rank 1."""
+
+    def state_dict(self) -> dict[str, int]:
+        if self.items[0] >= 100:
+            raise ValueError("no place")
+        return super().state_dict()
+
+
+class BreaksInALoader(Breaks, IterableDataset):
+    """The same within a DataLoader."""
+
+
+def break_on_one_rank(kind: str) -> tuple[str, int]:
+    fabric = Fabric(accelerator="cpu", devices=2)
+    rank = fabric.global_rank
+    mine = Breaks(rank) if kind == "loader" else DataLoader(BreaksInALoader(rank))
+    loader = fabric.setup_dataloaders(mine, use_distributed_sampler=kind != "loader")
+    iterator = iter(loader)
+    next(iterator)
+    with pytest.raises((FabricRuntimeError, ValueError)) as error:
+        loader.state_dict()
+    total = int(fabric.all_reduce(torch.tensor(rank + 1), reduce_op="sum"))
+    fabric.close()
+    return str(error.value), total
+
+
+@pytest.mark.parametrize("kind", ["loader", "dataset"])
+def test_a_place_that_fails_on_one_rank_fails_on_all_and_collectives_stay_paired(ranks: RankPool, kind: str) -> None:
+    (other, total), (own, same) = ranks.run(break_on_one_rank, kind)
+    assert (own, total, same) == ("no place", 3, 3)
+    assert "failed on rank 1: ValueError: no place" in other
+
+
+def end_together_checked() -> str:
+    fabric = Fabric(accelerator="cpu", devices=2, check_collectives=True)
+    loader = fabric.setup_dataloaders([1, 2, 3], use_distributed_sampler=False, uneven="stop")
+    iterator = iter(loader)
+    next(iterator)
+    with pytest.raises(CollectiveError) as error:
+        fabric.barrier() if fabric.global_rank else next(iterator)
+    fabric.close()
+    return str(error.value)
+
+
+def test_ending_together_is_checked_as_other_collectives_are(ranks: RankPool) -> None:
+    first, second = ranks.run(end_together_checked)
+    assert first == second
+    assert "barrier" in first
+    assert "all_reduce min" in first

@@ -22,7 +22,7 @@ from torch.utils.data import (
 
 from fabric_lite import Fabric
 from fabric_lite.data import extend_loader, place_of
-from fabric_lite.errors import FabricValueError
+from fabric_lite.errors import CheckpointError, FabricValueError
 
 CPU = torch.device("cpu")
 COUNT = 22
@@ -416,4 +416,122 @@ def test_a_loader_of_a_run_without_steps_tells_the_place_that_it_is_at() -> None
     for _ in range(2):
         fabric.backward(model(next(iterator)[:, None].float()).sum())
     assert loader.state_dict()["seen"] == 6
+    fabric.close()
+
+
+def one_step(fabric: Any, model: Any, optimizer: Any = None) -> None:
+    fabric.backward(model(torch.ones(1, 1)).sum())
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_released_optimizer_opens_no_window_any_more() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = torch.nn.Linear(1, 1)
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    loader = fabric.setup_dataloaders(DataLoader(Numbers(), batch_size=3))
+    fabric.release(optimizer)
+    for _, _ in zip(range(2), loader, strict=False):
+        one_step(fabric, model, optimizer)
+    assert loader.state_dict()["seen"] == 6
+    fabric.close()
+
+
+@pytest.mark.parametrize("data", ["loader", "list"])
+def test_gradients_that_wait_while_another_optimizer_steps_are_told(data: str) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    pairs = []
+    for _ in range(2):
+        model = torch.nn.Linear(1, 1)
+        pairs.append(fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1)))
+    loader = fabric.setup_dataloaders(DataLoader(Numbers(), batch_size=3) if data == "loader" else [1, 2, 3])
+    iterator = iter(loader)
+    next(iterator)
+    for pair in pairs:
+        one_step(fabric, *pair)
+    loader.state_dict()
+    next(iterator)
+    one_step(fabric, pairs[0][0])
+    one_step(fabric, *pairs[1])
+    with pytest.warns(UserWarning, match="Gradients of SGD wait for a step while another optimizer has stepped"):
+        loader.state_dict()
+    next(iterator)
+    pairs[0][1].step()  # its gradients stay where they are
+    one_step(fabric, *pairs[1])
+    loader.state_dict()
+    fabric.close()
+
+
+class Counting:
+    """Keeps its place itself."""
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def __iter__(self) -> Iterator[int]:
+        while self.place < 6:
+            self.place += 1
+            yield self.place
+        self.place = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+
+def test_a_list_of_batches_heeds_the_window_too() -> None:
+    for batches, seen, then in ((list(range(6)), 1, "they come again"), (Counting(), 2, "they are lost")):
+        fabric = Fabric(accelerator="cpu", devices=1)
+        model = torch.nn.Linear(1, 1)
+        model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        loader = fabric.setup_dataloaders(batches)
+        iterator = iter(loader)
+        next(iterator)
+        one_step(fabric, model, optimizer)
+        next(iterator)
+        one_step(fabric, model)
+        with pytest.warns(UserWarning, match=f"The gradients of the latest 1 batches wait.*{then}"):
+            assert loader.state_dict()["seen"] == seen
+        fabric.close()
+
+
+def test_the_place_in_words_of_an_iterable_that_keeps_its_own() -> None:
+    loader = set_up(Counting())
+    list(loader)
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    again = set_up(Counting())
+    again.load_state_dict(written_and_read(loader.state_dict()))
+    assert str(place_of(again)) == str(place_of(loader)) == "epoch 1, batch 2; 0 batches repeated, 0 skipped"
+    assert list(again) == [3, 4, 5, 6]
+    assert str(place_of(again)) == "epoch 2, batch 0; 0 batches repeated, 0 skipped"
+    again.load_state_dict({"place": 4})  # of a run in which it was not set up
+    assert list(again) == [5, 6]
+
+
+class Unloadable:
+    def state_dict(self) -> dict[str, int]:
+        return {"value": 1}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        raise ValueError("not today")
+
+
+@pytest.mark.parametrize("kind", ["map", "stream", "own"])
+def test_a_load_that_fails_within_a_loop_leaves_the_loop_and_its_place(kind: str, tmp_path: Any) -> None:
+    make = {"map": KINDS["shuffled"], "stream": lambda: DataLoader(Stream(), batch_size=3), "own": Counting}[kind]
+    fabric = Fabric(accelerator="cpu", devices=1)
+    loader = fabric.setup_dataloaders(make())
+    objects = {"loader": loader, "other": Unloadable()}
+    fabric.save(tmp_path / "a.ckpt", objects)
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    with pytest.raises(CheckpointError, match="not today"):
+        fabric.load(tmp_path / "a.ckpt", objects)
+    next(iterator)
+    assert place_of(loader).batch == 3
+    assert loader.state_dict()["seen"] == (9 if kind == "map" else 3)
     fabric.close()
