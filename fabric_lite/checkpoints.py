@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from fabric_lite.checkpoint.asynchronous import SaveHandle
+from fabric_lite.checkpoint.archive import CheckpointNotFoundError
+from fabric_lite.checkpoint.asynchronous import SaveHandle, wait_for_last
 from fabric_lite.checkpoint.commit import remove
-from fabric_lite.checkpoint.formats import opened
-from fabric_lite.checkpoint.together import on_every_rank
+from fabric_lite.checkpoint.formats import checked_content
+from fabric_lite.checkpoint.together import Together, on_every_rank
 from fabric_lite.checkpointing import Checkpointing
 from fabric_lite.collectives import broadcast_object, rank, world_size
 from fabric_lite.data import is_extended_loader, place_of
-from fabric_lite.errors import CheckpointError, FabricTypeError, FabricValueError
+from fabric_lite.errors import CheckpointDamagedError, CheckpointError, FabricTypeError, FabricValueError
 from fabric_lite.kept import MARK, Entry, Rule, by_step, numbers, own_entries, path_of
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.run_config import EXIT_PREEMPTED
@@ -22,6 +24,13 @@ from fabric_lite.run_config import EXIT_PREEMPTED
 __all__ = ["Checkpoints"]
 
 Result = TypeVar("Result")
+
+
+class _Pending(NamedTuple):
+    """The latest save: after how many steps; its handle, if it is written and read back beside the loop."""
+
+    step: int
+    handle: SaveHandle | None
 
 
 class Checkpoints:
@@ -49,8 +58,8 @@ class Checkpoints:
         keep_best: How many of the best to keep as well.
         monitor: Which of the ``metrics`` tells the best.
         mode: Whether the best has the ``"min"`` or the ``"max"``. NaN is never the best.
-        async_: Whether saves are written beside the loop, ``fabric.save(..., async_=True)``. Then older ones are
-            deleted at the next save.
+        async_: Whether saves are written, and read back, beside the loop: ``fabric.save(..., async_=True)``. Then
+            older ones are deleted at the next save.
 
     Raises:
         FabricValueError: A value is not allowed; FabricTypeError: a type is not.
@@ -93,13 +102,13 @@ class Checkpoints:
         self._own_steps: set[int] = set()  # what is there by the right of this run, though it may be of later steps
         self._counted: int | None = None  # the steps at the latest step()
         self._saved: int | None = None
-        self._pending: tuple[SaveHandle | None, int] | None = None
+        self._pending: _Pending | None = None
 
     def resume(self, state: dict[str, Any]) -> Path | None:
         """Restore ``state`` from the newest checkpoint that is whole, and say so in one line; every rank calls.
 
-        One that is damaged is passed over, on all ranks alike and with a line that names it. From here on SIGTERM and
-        SIGUSR1 let the run leave at its next :meth:`step`.
+        One that is damaged is passed over, on all ranks alike and with a line that names it; not one that could not be
+        read, which may be whole. From here on SIGTERM and SIGUSR1 let the run leave at its next :meth:`step`.
 
         Returns:
             Where it is; None when there is none and the run starts fresh.
@@ -107,24 +116,34 @@ class Checkpoints:
         Raises:
             FabricValueError: There is no Fabric in ``state``; only with its random states and steps a run goes on.
             FabricError: The checkpoint is whole, but not of these objects, as ``fabric.load`` says.
+            CheckpointError: One could not be read on some rank, or there are some and all are damaged.
+            OSError: As for CheckpointError, on the rank that could not even look for it.
         """
         fabric = _fabric_in(state)
         _ = fabric.should_stop
         self._settle()
         found = _of_rank_zero("resume()", lambda: by_step(self.folder))
-        self._own_steps.update(found)
+        damaged: list[str] = []
         for step, path in found.items():
+            self._own_steps.add(step)
             try:
                 rest = fabric.load(path, state)
-            except CheckpointError:
+            except Exception:  # any: what one rank raises is a CheckpointError on the others
                 damage = _damage(path)
                 if damage is None:
                     raise
+                damaged.append(f"{path}: {damage}")
                 rank_zero_info(f"skipped {path}, which is damaged: {damage}")
                 continue
             self._counted = self._saved = fabric.steps
             _say(f"resumed from step {step}{_places(state)}{_changes(rest, fabric)}")
             return path
+        if damaged:
+            raise CheckpointError(
+                "There are checkpoints of this run, and none of them can be loaded.",
+                given="; ".join(damaged),
+                fix="another folder, or delete them to start the run afresh",
+            )
         _say("starting fresh")
         return None
 
@@ -140,18 +159,17 @@ class Checkpoints:
 
         Raises:
             SystemExit: With ``EXIT_PREEMPTED``, after the save.
+            CheckpointError: As for :meth:`save`; that another run has got further here is seen by the first step.
         """
         fabric = _fabric_in(state)
         steps = fabric.steps
         if steps == self._counted or (steps == 0 and self._counted is None):
             return  # inside a window of accumulation
+        if self._counted is None:
+            _of_rank_zero("step()", lambda: self._check_place(steps))
         self._counted = steps
         if fabric.should_stop:
-            if self._saved != steps:
-                self._save(fabric, state, metrics, beside=False)
-            self._settle()
-            _say(f"saved {path_of(self.folder, steps)}; started again, this run goes on from there")
-            raise SystemExit(EXIT_PREEMPTED)
+            self._leave(fabric, state, metrics)
         if self._every is not None and steps % self._every == 0 and self._saved != steps:
             self._save(fabric, state, metrics, beside=self._async)
 
@@ -181,6 +199,24 @@ class Checkpoints:
         ranked = self._rule.ranked(own_entries(self.folder, self._known))
         return next((entry.path for entry in ranked if _is_whole(entry.path)), None)
 
+    def _leave(self, fabric: Checkpointing, state: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> NoReturn:
+        """Save and end the process. What went wrong in an earlier save does not cost this one."""
+        errors: list[BaseException] = []
+        try:
+            self._settle()
+        except Exception as error:  # any, as in resume()
+            errors.append(error)
+        last = wait_for_last()  # the script's own asynchronous save
+        if last is not None and not last.is_known:
+            last.is_known = True
+            errors += [last.error] if last.error is not None else []
+        for each in errors:
+            rank_zero_info(f"an earlier save failed: {_in_one_line(each)}")
+        if self._saved != fabric.steps:
+            self._save(fabric, state, metrics, beside=False)
+        _say(f"saved {path_of(self.folder, fabric.steps)}; started again, this run goes on from there")
+        raise SystemExit(EXIT_PREEMPTED)
+
     def _save(
         self, fabric: Checkpointing, state: Mapping[str, Any], metrics: Mapping[str, Any] | None, *, beside: bool
     ) -> Path:
@@ -194,7 +230,9 @@ class Checkpoints:
         handle = fabric.save(path, {**state, MARK: mark}, async_=beside)
         self._own_steps.add(step)
         self._saved = step
-        self._pending = handle, step
+        if handle is not None:
+            handle.then(functools.partial(checked_content, path, (rank(), world_size())))
+        self._pending = _Pending(step, handle)
         if not beside:
             self._settle()
         return path
@@ -213,22 +251,25 @@ class Checkpoints:
         """See the latest save through, and delete what it makes superfluous. Every rank calls it."""
         if self._pending is None:
             return
-        (handle, step), self._pending = self._pending, None
+        (step, handle), self._pending = self._pending, None
+        saved, self._saved = self._saved, None
         if handle is not None:
-            handle.result()
+            on_every_rank("save()", handle.result)
         outdated = _of_rank_zero(
             "save()", lambda: self._rule.outdated(own_entries(self.folder, self._known), newest=step)
         )
-        if not outdated:
-            return
-        on_every_rank("reading the new checkpoint back", _verify, path_of(self.folder, step))
+        if outdated and handle is None:
+            share = rank(), world_size()
+            on_every_rank("reading the new checkpoint back", checked_content, path_of(self.folder, step), share)
+        self._saved = saved
         if rank() == 0:
             for entry in outdated:
                 self._delete(entry.path)
 
     def _delete(self, path: Path) -> None:
         try:
-            remove(path)
+            if not remove(path):
+                rank_zero_info(f"{path} is not needed any more and stays: it holds other files than a checkpoint's")
         except OSError as error:
             rank_zero_info(f"{path} is not needed any more and could not be deleted: {error}")
 
@@ -267,30 +308,34 @@ def _of_rank_zero(what: str, function: Callable[[], Result]) -> Result:
     return result
 
 
-def _verify(path: Path) -> None:
-    """Compare this rank's share of a checkpoint with its checksums."""
-    checkpoint = opened(path)
-    checkpoint.verify((rank(), world_size()))
-    checkpoint.content()
-
-
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in one line; None if nothing is. Every rank calls it."""
-    try:
-        on_every_rank("resume()", _verify, path)
-    except CheckpointError as error:
-        return " ".join(line.strip() for line in str(error).splitlines()[:2])
-    return None
+    """What is wrong with a checkpoint, in one line, on every rank; None if nothing is. Every rank calls it.
+
+    Raises:
+        CheckpointError: It could not be read on some rank, which says nothing of what is in it; OSError likewise.
+    """
+
+    def damage_of_share() -> str | None:
+        try:
+            checked_content(path, (rank(), world_size()))
+        except CheckpointDamagedError as error:
+            return _in_one_line(error)
+        return None
+
+    by_rank: list[str | None] = Together().results("resume()", damage_of_share)
+    return next((damage for damage in by_rank if damage is not None), None)
 
 
 def _is_whole(path: Path) -> bool:
     try:
-        checkpoint = opened(path)
-        checkpoint.verify()
-        checkpoint.content()
-    except CheckpointError:
+        checked_content(path)
+    except (CheckpointDamagedError, CheckpointNotFoundError):  # deleted since it was listed
         return False
     return True
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines()[:2])
 
 
 def _places(state: Mapping[str, Any]) -> str:

@@ -9,11 +9,13 @@ FabricError                       base of all; its message has three parts
     ├── StrategyError             a strategy cannot do this with this model
     ├── CollectiveError           the ranks did not agree
     └── CheckpointError           a checkpoint could not be written, read or trusted
+        └── CheckpointDamagedError  it was read, and is not as it was written
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointDamagedError",
     "CheckpointError",
     "CollectiveError",
     "FabricError",
@@ -79,3 +81,7 @@ class CollectiveError(FabricRuntimeError):
 
 class CheckpointError(FabricRuntimeError):
     """A checkpoint could not be written, read or trusted."""
+
+
+class CheckpointDamagedError(CheckpointError):
+    """A checkpoint was read and is not as it was written, or is none; nothing that could pass by itself."""

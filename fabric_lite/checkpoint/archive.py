@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from fabric_lite.errors import CheckpointError
+from fabric_lite.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = [
     "FORMAT",
@@ -102,6 +102,6 @@ def records_of(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInf
 
 def damaged(path: Path, where: str) -> CheckpointError:
     """The error for a file that is not as it was written."""
-    return CheckpointError(
+    return CheckpointDamagedError(
         "This file is damaged, or is no checkpoint.", given=f"{path}: {where}", fix="an earlier checkpoint"
     )

@@ -29,7 +29,7 @@ from fabric_lite.checkpoint.seal import begin_of_data, checksum_around, is_seal,
 from fabric_lite.checkpoint.stored import Located, Piece, Storage, StoredTensor
 from fabric_lite.checkpoint.stored_files import OpenFile, StoredFile, Window, crc32_of, read_bytes
 from fabric_lite.collectives import rank
-from fabric_lite.errors import CheckpointError
+from fabric_lite.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = ["ArchiveFile", "errors_of", "located_tensor", "read_archive"]
 
@@ -237,7 +237,7 @@ def _check_beginning(path: Path, beginning: bytes) -> None:
     """torch takes any file for a pickle, and advises to run its code."""
     if beginning.startswith(_BEGINNINGS) or beginning[_TAR_AT:] == _TAR:
         return
-    raise CheckpointError(
+    raise CheckpointDamagedError(
         "This file is no checkpoint, or its beginning is damaged.",
         given=f"{path}: it begins with {beginning[:16]!r}" if beginning else f"{path}: it is empty",
         fix="a file or folder of fabric.save(), a file of torch.save(), or a safetensors file named NAME.safetensors",
@@ -271,7 +271,7 @@ def errors_of(path: Path, way_out: str = "a checkpoint without code in it") -> I
     except pickle.UnpicklingError as error:
         # torch's message goes on with advice on its own functions
         reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
-        raise CheckpointError(
+        raise CheckpointDamagedError(
             "This file can't be read without running code from it, or it is damaged.",
             given=f"{path}: {reason}",
             fix=way_out,

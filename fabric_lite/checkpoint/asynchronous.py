@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import datetime
 import os
 import sys
 import threading
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from fabric_lite.checkpoint.layout import ShardPlan
 from fabric_lite.checkpoint.remote import Target
 from fabric_lite.checkpoint.staging import Staging
-from fabric_lite.checkpoint.together import Together, lost_ranks_explained
+from fabric_lite.checkpoint.together import Together
 from fabric_lite.collectives import is_distributed, rank
 from fabric_lite.notices import rank_zero_info
 
@@ -32,25 +33,26 @@ Write = Callable[[Any, ShardPlan, Together], None]
 class SaveHandle:
     """A save that is written while the training goes on: what ``fabric.save(..., async_=True)`` returns.
 
-    What goes wrong is raised by :meth:`result`; if nobody asks, by the next save or by ``fabric.close()``, and at the
-    end of the process it is said on standard error. The process does not end before the save has.
+    What goes wrong is raised by :meth:`result`; if no rank has asked, by the next save, on all of them. A rank that
+    was not told yet raises it in ``fabric.close()``, and at the end of the process it is said on standard error.
+
+    A process does not end before its save has. But where an exception ends a script under ``fabric-run``, all its ranks
+    are killed after about a second: a save that takes longer is lost then, and the checkpoint before it stays.
     """
 
     def __init__(self, target: Target, work: Callable[[], None]) -> None:
         self.path = target
         self.error: BaseException | None = None
         self.is_known = False  # whether its error was raised or said
-        self.place = os.getpid(), rank()
-        # Not a daemon: Python waits for it, also after an exception in the script.
-        self._thread = threading.Thread(target=self._run, args=(work,), name="fabric_lite save", daemon=False)
-        self._thread.start()
+        self.process, self.rank = os.getpid(), rank()
+        self._thread = self._started(work)
 
     def done(self) -> bool:
         """Whether this rank has finished, well or not. Does not wait."""
         return not self._thread.is_alive()
 
     def result(self) -> None:
-        """Wait until the checkpoint is on the disk. Any rank may ask, the others need not.
+        """Wait until the checkpoint is on the disk. Any rank may ask, the others need not, and can go on saving.
 
         Raises:
             CheckpointError: It could not be written, and an earlier one is as it was; on every rank that asks.
@@ -59,6 +61,20 @@ class SaveHandle:
         self.is_known = True
         if self.error is not None:
             raise self.error
+
+    def then(self, function: Callable[[], None]) -> None:
+        """Call ``function`` beside the training too once the save has ended well; the save is done when it is.
+
+        What it raises is an error of the save on this rank alone.
+        """
+        before = self._thread
+
+        def work() -> None:
+            before.join()
+            if self.error is None:
+                function()
+
+        self._thread = self._started(work)
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait for the end, so long at most; whether it has come. Raises nothing of the save."""
@@ -71,9 +87,15 @@ class SaveHandle:
         self.is_known = True
         return error
 
+    def _started(self, work: Callable[[], None]) -> threading.Thread:
+        # Not a daemon: Python waits for it, also after an exception in the script.
+        thread = threading.Thread(target=self._run, args=(work,), name="fabric_lite save", daemon=False)
+        thread.start()
+        return thread
+
     def _run(self, work: Callable[[], None]) -> None:
         try:
-            with torch.no_grad(), lost_ranks_explained("save()"):
+            with torch.no_grad():
                 work()
         except BaseException as error:
             self.error = error
@@ -121,8 +143,8 @@ def start(target: Target, content: Any, plan: ShardPlan, write: Write) -> SaveHa
     return _process.last
 
 
-def wait_for_last() -> BaseException | None:
-    """Wait for the save that is under way, if any; return what went wrong in the last one, if nobody was told yet."""
+def wait_for_last() -> SaveHandle | None:
+    """Wait for the save that is under way, if any; return the last one if it failed."""
     last = _last()
     if last is None:
         return None
@@ -131,14 +153,14 @@ def wait_for_last() -> BaseException | None:
             "a save waits until the asynchronous one before it is on the disk: they come faster than it can be written"
         )
         last.wait()
-    return last.take_error()
+    return None if last.error is None else last
 
 
 def finish() -> BaseException | None:
-    """:func:`wait_for_last`, and give back the memory that the copies were in."""
-    error = wait_for_last()
+    """:func:`wait_for_last`, and give back the memory that the copies were in; the error that nobody was told of."""
+    failed = wait_for_last()
     _process.last, _process.staging = None, Staging()
-    return error
+    return None if failed is None else failed.take_error()
 
 
 def finish_at_exit() -> None:
@@ -148,14 +170,14 @@ def finish_at_exit() -> None:
         return
     last.wait()
     error = last.take_error()
-    if error is not None and last.place[1] == 0:
+    if error is not None and last.rank == 0:
         print(f"fabric_lite: the asynchronous save of {last.path} failed.\n{error}", file=sys.stderr, flush=True)
 
 
 def _last() -> SaveHandle | None:
     """The last save of this process; a forked one has none."""
     last = _process.last
-    return last if last is not None and last.place[0] == os.getpid() else None
+    return last if last is not None and last.process == os.getpid() else None
 
 
 def _own_group() -> Any:
@@ -164,6 +186,17 @@ def _own_group() -> Any:
         return None
     group = None if _process.group is None else _process.group()
     if group is None:
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=_timeout_of_default_group())
         _process.group = weakref.ref(group)
     return group
+
+
+def _timeout_of_default_group() -> datetime.timedelta | None:
+    """How long the ranks' own collectives wait, and those of a save as well. None: as long as torch has it."""
+    group: Any = dist.group.WORLD
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        if options is not None:
+            timeout: datetime.timedelta = options._timeout
+            return timeout
+    return None

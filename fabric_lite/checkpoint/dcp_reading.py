@@ -21,7 +21,7 @@ from fabric_lite.checkpoint.archive_reading import errors_of, located_tensor
 from fabric_lite.checkpoint.boxes import Box, tiling_fault
 from fabric_lite.checkpoint.stored import Located, Piece, StoredTensor, row_major
 from fabric_lite.checkpoint.stored_files import FileOfFolder, OpenFolder, Window
-from fabric_lite.errors import CheckpointError
+from fabric_lite.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = ["METADATA", "DcpFolder"]
 
@@ -237,4 +237,4 @@ def _with_lists(value: Any) -> Any:
 
 
 def _damaged(path: Path, where: str) -> CheckpointError:
-    return CheckpointError("This checkpoint is damaged.", given=f"{path}: {where}", fix="an earlier checkpoint")
+    return CheckpointDamagedError("This checkpoint is damaged.", given=f"{path}: {where}", fix="an earlier checkpoint")

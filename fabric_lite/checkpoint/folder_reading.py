@@ -13,7 +13,7 @@ from fabric_lite.checkpoint.archive import not_found
 from fabric_lite.checkpoint.manifest import DTYPES, Chunk, Manifest, TensorEntry, decode, is_part_name
 from fabric_lite.checkpoint.stored import Located, Piece, StoredTensor, row_major
 from fabric_lite.checkpoint.stored_files import OpenFolder, crc32_of, read_bytes
-from fabric_lite.errors import CheckpointError
+from fabric_lite.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = ["CheckpointFolder", "read_folder", "verify_folder"]
 
@@ -118,4 +118,4 @@ def verify_folder(path: Path, share: tuple[int, int] = (0, 1)) -> None:
 
 
 def _damaged(path: Path, where: str) -> CheckpointError:
-    return CheckpointError("This checkpoint is damaged.", given=f"{path}: {where}", fix="an earlier checkpoint")
+    return CheckpointDamagedError("This checkpoint is damaged.", given=f"{path}: {where}", fix="an earlier checkpoint")

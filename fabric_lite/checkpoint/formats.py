@@ -18,7 +18,7 @@ from fabric_lite.checkpoint.remote import RemotePath, Target, fetched
 from fabric_lite.checkpoint.safetensors import SafetensorsFile
 from fabric_lite.errors import CheckpointError, FabricError, FabricValueError
 
-__all__ = ["StoredCheckpoint", "opened"]
+__all__ = ["StoredCheckpoint", "checked_content", "opened"]
 
 
 class StoredCheckpoint(Protocol):
@@ -117,3 +117,17 @@ def opened(path: Target, weights_only: bool | None = None) -> StoredCheckpoint:
     if not is_folder:
         return ArchiveFile(path, weights_only)
     return DcpFolder(path) if (path / METADATA).exists() else CheckpointFolder(path)
+
+
+def checked_content(path: Target, share: tuple[int, int] = (0, 1)) -> Any:
+    """Open a checkpoint, compare this share of it with its checksums, and return what is in it.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing of this name.
+        CheckpointDamagedError: It is damaged, or is no checkpoint.
+        CheckpointError: It could not be read.
+        OSError: The same, of the name itself.
+    """
+    checkpoint = opened(path)
+    checkpoint.verify(share)
+    return checkpoint.content()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from fabric_lite.checkpoint.boxes import Box, common
 from fabric_lite.checkpoint.layout import Shard, ShardPlan
 from fabric_lite.checkpoint.part_writing import STAGING_BYTES, bytes_of, row_major_boxes
-from fabric_lite.checkpoint.together import Together
+from fabric_lite.checkpoint.together import Together, lost_ranks_explained
 from fabric_lite.collectives import rank
 
 __all__ = ["Gathering"]
@@ -72,11 +72,13 @@ class Gathering:
         """The values of ``shape`` on rank 0, from rank ``writer``; as bytes, since backends don't know all dtypes."""
         values = _viewed(travelling, dtype, shape)
         raw = travelling[: values.numel() * dtype.itemsize]
-        if mine is None:
-            dist.recv(raw, writer, group=self._group)
-        else:
+        if mine is not None:
             values.copy_(mine)
-            dist.send(raw, 0, group=self._group)
+        with lost_ranks_explained("save()"):
+            if mine is None:
+                dist.recv(raw, writer, group=self._group)
+            else:
+                dist.send(raw, 0, group=self._group)
         return values
 
 

@@ -27,7 +27,8 @@ from fabric_lite.checkpoint.archive import CheckpointNotFoundError
 from fabric_lite.checkpoint.boxes import tiling_fault
 from fabric_lite.checkpoint.plain_json import decode, encode
 from fabric_lite.checkpoint.remote import Folder
-from fabric_lite.errors import CheckpointError
+from fabric_lite.errors import CheckpointDamagedError, CheckpointError
+from fabric_lite.movement import busy
 
 __all__ = [
     "DTYPES",
@@ -83,7 +84,9 @@ def open_regular(path: Path) -> BinaryIO:
         OSError: It could not be opened.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise CheckpointError("A checkpoint folder holds regular files only.", given=f"{path}: a link or no file")
+        raise CheckpointDamagedError(
+            "A checkpoint folder holds regular files only.", given=f"{path}: a link or no file"
+        )
     return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)), "rb")
 
 
@@ -205,7 +208,7 @@ class Manifest:
                 data = file.read()
         except (FileNotFoundError, NotADirectoryError) as error:
             if folder.is_dir():
-                raise CheckpointError(
+                raise CheckpointDamagedError(
                     "This folder is no checkpoint, or one whose saving did not end.",
                     given=f"{folder} without {MANIFEST}",
                     fix="the folder that was given to fabric.save()",
@@ -232,7 +235,8 @@ class Manifest:
         with (folder / MANIFEST).open("xb") as file:
             file.write(_text(self.to_json()))
             file.flush()
-            os.fsync(file.fileno())
+            with busy():
+                os.fsync(file.fileno())
 
     def to_json(self) -> dict[str, Any]:
         """Return values that ``json.dumps`` takes, the checksum of all the others first."""
@@ -337,4 +341,6 @@ def _fault_in(path: Path) -> Fault:
 
 
 def _damaged(path: Path, where: str) -> CheckpointError:
-    return CheckpointError("A checkpoint's manifest is damaged.", given=f"{path}: {where}", fix="an earlier checkpoint")
+    return CheckpointDamagedError(
+        "A checkpoint's manifest is damaged.", given=f"{path}: {where}", fix="an earlier checkpoint"
+    )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fabric_lite.errors import CheckpointError, FabricTypeError
+from fabric_lite.errors import CheckpointDamagedError, CheckpointError, FabricTypeError
 
 __all__ = ["decode", "encode"]
 
@@ -73,7 +73,7 @@ def decode(encoded: Any, tensor: TensorOf) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # struct.error, OverflowError and more: what was planted is handed to many functions
-        raise CheckpointError(
+        raise CheckpointDamagedError(
             "The description of a checkpoint's content is damaged.",
             given=f"{type(error).__name__}: {error}",
             fix="an earlier checkpoint",

@@ -14,7 +14,7 @@ from fabric_lite.checkpoint.archive import CheckpointNotFoundError
 from fabric_lite.checkpoint.flat import content_of, header_of
 from fabric_lite.checkpoint.stored import Located, Piece, StoredTensor, row_major
 from fabric_lite.checkpoint.stored_files import OpenFile, read_bytes
-from fabric_lite.errors import CheckpointError
+from fabric_lite.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = ["SafetensorsFile"]
 
@@ -134,6 +134,6 @@ class SafetensorsFile:
         return StoredTensor(_DTYPES[entry["dtype"]], torch.Size(shape), [piece], row_major(shape))
 
     def _fault(self, what: str) -> NoReturn:
-        raise CheckpointError(
+        raise CheckpointDamagedError(
             "This file is damaged, or is no safetensors file.", given=f"{self._path}: {what}", fix="an earlier file"
         )

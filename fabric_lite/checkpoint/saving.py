@@ -67,26 +67,27 @@ def save(
         FabricValueError: ``filter`` names a key that ``state`` has not, or ``state_dict_type`` is neither.
         CheckpointError: The checkpoint could not be written, or another rank failed or has ended.
     """
-    error = asynchronous.wait_for_last()
+    failed = asynchronous.wait_for_last()
     together = Together()
     with says_that_it_waits("fabric.save()"):
-        asked = together.results("save()", _asked, error, path, state, filter, state_dict_type, async_)
+        asked = together.results("save()", _asked, failed, path, state, filter, state_dict_type, async_)
+    _raise_earlier_error(failed, asked)
     _compare_calls(asked)
     target, state = checked_path(path), dict(state)
     states, error = _states_of_objects(state)
     content: dict[str, Any] = {}
     sharded: dict[str, Any] = {}
+    by_rank = together.results("save()", _collect, error, state, states, filter or {}, content, sharded)
     with lost_ranks_explained("save()"):
-        by_rank = together.results("save()", _collect, error, state, states, filter or {}, content, sharded)
         plan = shard_plan(sharded, by_rank)
-        write_to = write_file if state_dict_type == "full" else write_folder
+    write_to = write_file if state_dict_type == "full" else write_folder
 
-        def write(content: Any, plan: ShardPlan, together: Together) -> None:
-            write_to(target, content, plan, dict(origin or {}), together)
+    def write(content: Any, plan: ShardPlan, together: Together) -> None:
+        write_to(target, content, plan, dict(origin or {}), together)
 
-        if async_:
-            return asynchronous.start(target, content, plan, write)
-        write(content, plan, together)
+    if async_:
+        return asynchronous.start(target, content, plan, write)
+    write(content, plan, together)
     return None
 
 
@@ -142,26 +143,34 @@ def own_keys(state: Any) -> Any:
 
 
 class _Asked(NamedTuple):
-    """What a rank asks of ``save``, and where its objects are."""
+    """What a rank asks of ``save``, and where its objects are; what went wrong in the asynchronous save before it."""
 
     kind: str
     is_async: bool
     places: list[str]
+    earlier_error: str | None
+    was_told: bool
 
 
-def _asked(
-    error: BaseException | None, path: Any, state: Any, filter: Any, state_dict_type: Any, async_: Any
-) -> _Asked:
-    """Raise what an earlier save has left, or what is wrong with the arguments."""
-    if error is not None:
-        raise CheckpointError(
-            "An asynchronous save before this one failed, so this one was not begun.",
-            given=error,
-            fix="see to its cause and save again; handle.result() tells it where it belongs",
-        ) from error
+def _asked(failed: SaveHandle | None, path: Any, state: Any, filter: Any, state_dict_type: Any, async_: Any) -> _Asked:
+    """What this rank asks; raises what is wrong with the arguments."""
     _check(path, state, filter, state_dict_type)
     places = [str(place) for place, _ in stateful_objects(dict(state), Place())]
-    return _Asked(state_dict_type, bool(async_), places)
+    earlier_error = None if failed is None else str(failed.error)
+    return _Asked(state_dict_type, bool(async_), places, earlier_error, failed is not None and failed.is_known)
+
+
+def _raise_earlier_error(failed: SaveHandle | None, asked: list[_Asked]) -> None:
+    """Raise on every rank what went wrong in the asynchronous save before, unless one of them was told."""
+    errors = [other.earlier_error for other in asked if other.earlier_error is not None]
+    if failed is not None:
+        failed.is_known = True
+    if errors and not any(other.was_told for other in asked):
+        raise CheckpointError(
+            "An asynchronous save before this one failed, so this one was not begun.",
+            given=errors[0] if failed is None else failed.error,
+            fix="see to its cause and save again; handle.result() tells it where it belongs",
+        ) from (None if failed is None else failed.error)
 
 
 def _compare_calls(asked: list[_Asked]) -> None:

@@ -15,7 +15,7 @@ from fabric_lite.checkpoint.boxes import Box, common
 from fabric_lite.checkpoint.packing import copied
 from fabric_lite.checkpoint.plain import Place, values_where
 from fabric_lite.checkpoint.stored_files import StoredFile, read_into
-from fabric_lite.errors import CheckpointError
+from fabric_lite.errors import CheckpointDamagedError
 
 __all__ = ["Located", "Piece", "Storage", "StoredTensor", "is_tensor", "materialized", "row_major"]
 
@@ -99,7 +99,7 @@ class StoredTensor:
     def __post_init__(self) -> None:
         # Of a tensor without elements the file's size says nothing of its shape.
         if any(size < 0 for size in self.shape) or math.prod(max(1, size) for size in self.shape) >= 1 << 59:
-            raise CheckpointError(
+            raise CheckpointDamagedError(
                 "The description of a checkpoint's content is damaged.",
                 given=f"a tensor of shape {tuple(self.shape)}",
                 fix="an earlier checkpoint",

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from fabric_lite.errors import CheckpointError
+from fabric_lite.errors import CheckpointDamagedError, CheckpointError
+from fabric_lite.movement import note_movement
 
 __all__ = ["FileOfFolder", "OpenFile", "OpenFolder", "StoredFile", "Window", "crc32_of", "read_bytes", "read_into"]
 
 _STEP = 1 << 22
+_LONGEST_READ = 1 << 26  # bytes, so that a slow disk is seen to get on
 
 
 class StoredFile(Protocol):
@@ -156,16 +158,17 @@ def read_into(descriptor: int, path: Path, memory: memoryview, begin: int) -> No
     done = 0
     while done < len(memory):
         try:
-            count = _read_at(descriptor, memory[done:], begin + done)
+            count = _read_at(descriptor, memory[done : done + _LONGEST_READ], begin + done)
         except OSError as error:
             raise _unreadable(path, error) from error
         if count == 0:
-            raise CheckpointError(
+            raise CheckpointDamagedError(
                 "A file of this checkpoint is damaged: it is cut short.",
                 given=f"{path}: it ends at byte {begin + done}",
                 fix="an earlier checkpoint",
             )
         done += count
+        note_movement()  # the other ranks wait, for as long as the disk takes
 
 
 def read_bytes(descriptor: int, path: Path, begin: int, count: int) -> bytes:
@@ -201,14 +204,14 @@ def _read_at(descriptor: int, memory: memoryview, begin: int) -> int:
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
     if isinstance(error, FileNotFoundError):
-        return CheckpointError(
+        return CheckpointDamagedError(
             "A file of this checkpoint is missing.", given=path, fix="the whole folder, or an earlier checkpoint"
         )
     return CheckpointError("This checkpoint could not be read.", given=f"{path}: {error}")
 
 
 def _irregular(path: Path) -> CheckpointError:
-    return CheckpointError(
+    return CheckpointDamagedError(
         "A checkpoint folder holds regular files only.",
         given=f"{path}: a link, or no file",
         fix="the files themselves in the folder",

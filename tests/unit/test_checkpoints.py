@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fabric_lite import CheckpointError, Checkpoints, Fabric
+from fabric_lite import EXIT_PREEMPTED, CheckpointError, Checkpoints, Fabric
 from fabric_lite.errors import FabricKeyError, FabricTypeError, FabricValueError
 
 
@@ -171,12 +173,36 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_stays(run: Run, tmp_path
     assert names(tmp_path) == ["step-0000004", "step-0000009"], "what is damaged is nobody's to delete"
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_starts_fresh(run: Run, tmp_path: Path, capsys: Any) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_them(run: Run, tmp_path: Path) -> None:
     (tmp_path / "step-0000001").write_bytes(b"no checkpoint")
-    assert Checkpoints(tmp_path).resume(run.state) is None
-    shown = capsys.readouterr()
-    assert shown.out == "starting fresh\n"
-    assert "step-0000001" in shown.err
+    (tmp_path / "step-0000002").mkdir()
+    with pytest.raises(CheckpointError, match=r"(?s)none of them can be loaded.*step-0000002.*step-0000001.*delete"):
+        Checkpoints(tmp_path).resume(run.state)
+
+
+@pytest.fixture
+def held_descriptors() -> Iterator[Callable[[], None]]:
+    """A function that leaves this process no descriptor to open a file with, until the test ends."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_checkpoint_that_could_not_be_read_is_not_taken_for_damaged(
+    run: Run, tmp_path: Path, kind: str, held_descriptors: Callable[[], None]
+) -> None:
+    checkpoints = Checkpoints(tmp_path, every=1, keep_last=3)
+    for _ in range(2):
+        run.steps(1)
+        checkpoints.step(run.state)
+    if kind == "folder":
+        (tmp_path / "step-0000003").mkdir()
+    fresh = Checkpoints(tmp_path)
+    held_descriptors()
+    with pytest.raises((CheckpointError, OSError), match="Too many open files"):
+        fresh.resume(run.state)
+    assert run.fabric.steps == 2
 
 
 def test_a_whole_checkpoint_of_another_model_is_an_error_and_no_damage(run: Run, tmp_path: Path) -> None:
@@ -237,21 +263,34 @@ def test_a_new_run_in_the_folder_of_one_that_got_further_is_refused(run: Run, tm
     fresh.steps(1)
     with pytest.raises(CheckpointError, match=r"got further(.|\n)*step-0000005, and this run is at step 1"):
         Checkpoints(tmp_path).save(fresh.state)
+    with pytest.raises(CheckpointError, match=r"got further(.|\n)*step-0000005, and this run is at step 1"):
+        Checkpoints(tmp_path, every=1000).step(fresh.state)
     assert names(tmp_path) == ["step-0000005"]
 
 
-def test_nothing_is_deleted_when_the_new_one_is_damaged(run: Run, tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep_last=1, async_=True)
+class FabricOverABadDisk(Fabric):
+    """Each checkpoint is damaged as soon as it is written."""
+
+    def save(self, path: Any, *args: Any, **options: Any) -> Any:
+        handle = super().save(path, *args, **options)
+        if handle is not None:
+            handle.result()
+        flip_a_byte(path)
+        return handle
+
+
+@pytest.mark.parametrize("async_", [False, True])
+def test_nothing_is_deleted_when_the_new_one_is_damaged(run: Run, tmp_path: Path, async_: bool) -> None:
     run.steps(1)
+    checkpoints = Checkpoints(tmp_path, keep_last=1, async_=async_)
     checkpoints.save(run.state)
-    run.steps(1)
-    checkpoints.save(run.state)
-    run.fabric.save(tmp_path / "other", {"a": torch.ones(100)})  # waits for the one before
-    flip_a_byte(tmp_path / "step-0000002")
-    run.steps(1)
+    bad = FabricOverABadDisk(accelerator="cpu", devices=1)
+    bad.load_state_dict({**run.fabric.state_dict(), "steps": 2})
     with pytest.raises(CheckpointError, match="step-0000002"):
-        checkpoints.save(run.state)
-    assert names(tmp_path) == ["other", "step-0000001", "step-0000002"]
+        for _ in range(2 if async_ else 1):  # an asynchronous one is looked at by the next
+            checkpoints.save({"fabric": bad})
+    assert names(tmp_path) == ["step-0000001", "step-0000002"]
+    bad.close()
 
 
 def test_asynchronous_saves_are_pruned_one_save_later(run: Run, tmp_path: Path) -> None:
@@ -319,3 +358,63 @@ def test_the_state_is_checked(run: Run, tmp_path: Path) -> None:
     with pytest.raises(FabricValueError, match="is a local one"):
         Checkpoints("s3://bucket/a")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("whose", ["of Checkpoints", "of the script"])
+def test_a_run_that_is_asked_to_leave_saves_whatever_became_of_the_save_before(
+    run: Run, tmp_path: Path, whose: str, capsys: Any
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "run", every=2, async_=True)
+    checkpoints.resume(run.state)
+    taken = tmp_path / "run" / "step-0000002" if whose == "of Checkpoints" else tmp_path / "own"
+    taken.mkdir(parents=True)
+    (taken / "notes.txt").write_text("mine")
+    if whose == "of the script":
+        run.fabric.save(taken, {"a": 1}, async_=True)
+    else:
+        checkpoints._own_steps.add(2)  # else the first step would refuse the folder
+    run.steps(2)
+    if whose == "of Checkpoints":
+        checkpoints.step(run.state)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as leaving:
+        while True:
+            run.steps(1)
+            checkpoints.step(run.state)
+    assert leaving.value.code == EXIT_PREEMPTED
+    shown = capsys.readouterr()
+    assert shown.err.count("an earlier save failed: This name is taken") == 1
+    assert checkpoints.latest() == tmp_path / "run" / f"step-{run.fabric.steps:07d}"
+    assert f"saved {checkpoints.latest()}" in shown.out
+
+
+def test_a_step_whose_save_failed_is_saved_again(run: Run, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, every=1, async_=True)
+    checkpoints._own_steps.add(1)
+    (tmp_path / "step-0000001").mkdir()
+    (tmp_path / "step-0000001" / "notes.txt").write_text("mine")
+    run.steps(1)
+    checkpoints.save(run.state)
+    with pytest.raises(CheckpointError, match="taken by something"):
+        checkpoints.save(run.state)
+    shutil.rmtree(tmp_path / "step-0000001")
+    checkpoints.save(run.state)
+    run.fabric.close()
+    assert checkpoints.latest() == tmp_path / "step-0000001"
+
+
+def test_what_the_user_has_put_into_a_checkpoint_keeps_it_from_being_deleted(tmp_path: Path, capsys: Any) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, strategy="fsdp")
+    model = nn.Linear(3, 1)
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    checkpoints = Checkpoints(tmp_path, every=1, keep_last=1)
+    state = {"fabric": fabric, "model": model, "optimizer": optimizer}
+    for _ in range(4):
+        optimizer.step()
+        checkpoints.step(state)
+        if fabric.steps == 1:
+            (tmp_path / "step-0000001" / "notes.txt").write_text("mine")
+    assert names(tmp_path) == ["step-0000001", "step-0000004"]
+    assert (tmp_path / "step-0000001" / "notes.txt").read_text() == "mine"
+    assert capsys.readouterr().err.count("step-0000001 is not needed any more and stays") == 1
+    fabric.close()
