@@ -13,7 +13,7 @@ import torch
 
 from fabric_lite.checkpoint.formats import StoredCheckpoint, opened
 from fabric_lite.checkpoint.layout import is_sharded
-from fabric_lite.checkpoint.placing import check_part, copy_into, laid_out_like
+from fabric_lite.checkpoint.placing import check_memory, check_part, copy_into, laid_out_like
 from fabric_lite.checkpoint.plain import Place, is_stateful, stateful_objects, values_where
 from fabric_lite.checkpoint.restore import LAST, Restore, prepare
 from fabric_lite.checkpoint.restore_optimizer import parameter_names
@@ -120,17 +120,24 @@ def _restore(objects: list[tuple[Place, Any, Any]], strict: bool, match: _Match 
     ]
     if match is not None:
         prepared.append(Restore(Place(), LAST, match.assign, match.take_back, match.overwritten))
-    begun: list[tuple[Restore, Any]] = []
+    begun: list[tuple[Restore, list[tuple[torch.Tensor, Any]] | None]] = []
     with WayBack([tensor for restore in prepared for tensor in restore.overwritten]) as way_back:
-        for restore in sorted(prepared, key=lambda restore: restore.turn):
-            begun.append((restore, way_back.kept(restore.overwritten)))
-            try:
-                on_every_rank(f"loading {restore.place}", restore.apply)
-            except Exception as error:
-                broken = [str(earlier.place) for earlier, old in reversed(begun) if not _undone(earlier, old)]
-                if broken:
-                    raise mixed(broken, error) from error
-                raise
+        try:
+            for restore in sorted(prepared, key=lambda restore: restore.turn):
+                on_every_rank(f"loading {restore.place}", _begin, restore, way_back, begun)
+        except Exception as error:
+            broken = [str(earlier.place) for earlier, old in reversed(begun) if not _undone(earlier, old)]
+            if broken:
+                raise mixed(broken, error) from error
+            raise
+
+
+def _begin(
+    restore: Restore, way_back: WayBack, begun: list[tuple[Restore, list[tuple[torch.Tensor, Any]] | None]]
+) -> None:
+    """Keep what an object has, and load it."""
+    begun.append((restore, way_back.kept(restore.overwritten)))
+    restore.apply()
 
 
 def _undone(restore: Restore, old: list[tuple[torch.Tensor, Any]] | None) -> bool:
@@ -246,8 +253,10 @@ class _Match:
             if rank() == 0:
                 warnings.warn(f"Not loaded: {what}", stacklevel=2)
             return
-        elif isinstance(saved, StoredTensor):
-            check_part(current, saved)
+        else:
+            check_memory(current, place)
+            if isinstance(saved, StoredTensor):
+                check_part(current, saved)
         if not torch.nn.parameter.is_lazy(current):
             self.overwritten.append(current)
         self.assignments.append(functools.partial(_filled, current, saved))

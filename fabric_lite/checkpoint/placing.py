@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 
 from fabric_lite.checkpoint.layout import is_sharded, local_box
+from fabric_lite.errors import CheckpointError
 
-__all__ = ["InFile", "check_part", "copy_into", "laid_out_like"]
+__all__ = ["InFile", "check_memory", "check_part", "copy_into", "laid_out_like"]
 
 
 class InFile(Protocol):
@@ -68,6 +69,16 @@ def copy_into(current: Any, saved: torch.Tensor | InFile) -> None:
         current.copy_(laid_out_like(saved, current))
     elif local.numel():
         saved.read(*_box(current), local)
+
+
+def check_memory(current: torch.Tensor, place: object) -> None:
+    """Raise CheckpointError if what is at ``place`` has no memory that values could be put into."""
+    if current.device.type == "meta":
+        raise CheckpointError(
+            f"{place} is on the meta device: it has no memory to load into.",
+            given=f"shape {tuple(current.shape)}, {current.dtype}",
+            fix="fabric.setup(model) before fabric.load(), or model.to_empty(device=...)",
+        )
 
 
 def check_part(current: Any, saved: InFile) -> None:

@@ -12,7 +12,7 @@ import torch
 from fabric_lite.checkpoint.keys import with_keys_of
 from fabric_lite.checkpoint.layout import is_sharded
 from fabric_lite.checkpoint.packing import copied
-from fabric_lite.checkpoint.placing import check_part, copy_into, laid_out_like
+from fabric_lite.checkpoint.placing import check_memory, check_part, copy_into, laid_out_like
 from fabric_lite.checkpoint.plain import Place
 from fabric_lite.checkpoint.restore_optimizer import ParameterNames, fitted_state, is_optimizer_state
 from fabric_lite.checkpoint.saving import uncompiled
@@ -109,6 +109,7 @@ def _prepare_module(place: Place, module: torch.nn.Module, saved: Any, strict: b
         return _prepare_own_way(place, module, current, state, strict)
     state = _fitting(place, module, current, state, strict)
     for key, value in state.items():
+        check_memory(live[key], f'{place}["{key}"]')
         if isinstance(value, StoredTensor):
             check_part(live[key], value)
 

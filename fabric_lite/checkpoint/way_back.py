@@ -3,9 +3,9 @@
 Everything in a checkpoint is compared with its checksums before anything changes, so that only a disk that fails
 afterwards can interrupt a load. Even then the objects are to be as they were. A copy of them in memory would double
 what a load takes; so the old values go into a nameless temporary file, tensor by tensor. It is never synced: as a rule
-it lives and ends in the system's cache, and costs a copy. Where it would not (more than a quarter of this machine's
-memory, over its ranks, or than half of the free space for temporary files) nothing is kept, since the load would take
-twice as long, and an interrupted one says what is mixed.
+it lives and ends in the system's cache, and costs a copy. Where it would not (more than a quarter of the memory that
+this machine, or its container, has for its ranks, or than half of the free space for temporary files) nothing is kept,
+since the load would take twice as long, and an interrupted one says what is mixed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,17 @@ from fabric_lite.checkpoint.stored import Located, Piece, StoredTensor, row_majo
 from fabric_lite.checkpoint.stored_files import OpenFile
 from fabric_lite.collectives import world_size
 from fabric_lite.errors import CheckpointError
+from fabric_lite.movement import note_movement
 
 __all__ = ["WayBack", "mixed"]
 
 _RANKS_OF_A_MACHINE = 8  # as many as share its memory, at most, where it is not known better
+_IN_MEMORY = {"tmpfs", "ramfs"}
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 class WayBack:
-    """Keeps the values of tensors; a context manager.
+    """Keeps the values of tensors; a context manager. Tensors that share all of their memory are kept once.
 
     Args:
         tensors: All that is to be kept, tensors and DTensors, of which this rank's part counts.
@@ -43,31 +46,38 @@ class WayBack:
         self._blocks = Blocks()
         self._file: Any = None
         self._stored: OpenFile | None = None
-        bytes_needed = sum(local.numel() * local.itemsize for local in map(_local, tensors) if _is_plain(local))
+        self._kept: set[Any] = set()
+        plain = {_memory(local): local.numel() * local.itemsize for local in map(_local, tensors) if _is_plain(local)}
         with contextlib.suppress(OSError):  # no place for temporary files is no reason not to load
-            if 0 < bytes_needed <= _room():
-                self._file = tempfile.TemporaryFile(prefix="fabric_lite_")  # noqa: SIM115 (__exit__ closes it)
-                self._stored = OpenFile(Path(tempfile.gettempdir()) / "old values", self._file)
+            folder = _folder()
+            if folder is not None and 0 < sum(plain.values()) <= _room(folder):
+                # Without a buffer: what could not be written is not tried again when it is closed.
+                self._file = tempfile.TemporaryFile(prefix="fabric_lite_", dir=folder, buffering=0)  # noqa: SIM115
+                self._stored = OpenFile(folder / "old values", self._file)
 
     def __enter__(self) -> WayBack:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._file = self._stored = None
+        self._close()
 
     def kept(self, tensors: Sequence[Any]) -> list[tuple[torch.Tensor, Any]] | None:
-        """Keep these tensors as they are now; what :meth:`put_back` takes. None if there is no room for that."""
+        """Keep these tensors as they are now; what :meth:`put_back` takes. None if there is no room for that.
+
+        What was kept before is not kept again: what is put back last holds its first values.
+        """
         pairs: list[tuple[torch.Tensor, Any]] = []
         for local in map(_local, tensors):
+            if local.is_meta:  # it has no values
+                continue
             if not _is_plain(local):
                 pairs.append((local, local.clone()))
-                continue
-            stored = self._written(local)
-            if stored is None:
-                return None
-            pairs.append((local, stored))
+            elif _memory(local) not in self._kept:
+                stored = self._written(local)
+                if stored is None:
+                    return None
+                pairs.append((local, stored))
+                self._kept.add(_memory(local))
         return pairs
 
     @staticmethod
@@ -83,17 +93,25 @@ class WayBack:
     def _written(self, local: torch.Tensor) -> StoredTensor | None:
         if self._file is None or self._stored is None:
             return None if local.numel() else _empty(local)
-        begin = self._file.seek(0, os.SEEK_END)
         try:
+            begin = self._file.seek(0, os.SEEK_END)
             for block in self._blocks.of(local):
-                self._file.write(block)
-            self._file.flush()
+                note_movement()
+                while block:
+                    block = block[self._file.write(block) :]
         except OSError:  # the space has gone since it was counted: this and what follows is not kept
-            self.__exit__()
+            self._close()
             return None
         shape = tuple(local.shape)
         piece = Piece.at((0,) * local.dim(), shape, Located(self._stored, begin, row_major(shape)))
         return StoredTensor(local.dtype, local.shape, [piece] if local.numel() else [], row_major(shape))
+
+    def _close(self) -> None:
+        """Let go of the file, which what was kept in it still holds."""
+        file, self._file, self._stored = self._file, None, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def mixed(places: list[str], error: BaseException) -> CheckpointError:
@@ -116,12 +134,68 @@ def _local(tensor: Any) -> torch.Tensor:
 
 
 def _is_plain(local: torch.Tensor) -> bool:
-    return type(local) is torch.Tensor and local.layout == torch.strided and not local.is_quantized
+    is_strided = type(local) is torch.Tensor and local.layout == torch.strided
+    return is_strided and not local.is_quantized and not local.is_meta
 
 
-def _room() -> int:
-    """How many bytes this rank may keep."""
-    names = getattr(os, "sysconf_names", {})
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in names else 8 << 30
+def _memory(local: torch.Tensor) -> Any:
+    """Which memory a plain tensor shows, and how."""
+    if local.numel() == 0:
+        return None
+    flags = local.is_conj(), local.is_neg()
+    return local.device, local.data_ptr(), local.dtype, local.shape, local.stride(), flags
+
+
+def _folder() -> Path | None:
+    """A folder for temporary files that is on a disk; None if there is none. Raises OSError."""
+    folders = [Path(tempfile.gettempdir()), Path("/var/tmp")]
+    return next((folder for folder in folders if folder.is_dir() and _file_system(folder) not in _IN_MEMORY), None)
+
+
+def _file_system(folder: Path) -> str:
+    """The kind of file system that a folder is on, as Linux calls it; "" where that can't be told."""
+    device = os.stat(folder).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}" if hasattr(os, "major") else ""
+    for line in _read("/proc/self/mountinfo").splitlines():
+        mount, _, system = line.partition(" - ")
+        if mount.split()[2] == number:
+            return system.split()[0]
+    return ""
+
+
+def _room(folder: Path) -> int:
+    """How many bytes this rank may keep in a folder. Raises OSError."""
     ranks = min(world_size(), _RANKS_OF_A_MACHINE)
-    return min(memory // 4, shutil.disk_usage(tempfile.gettempdir()).free // 2) // ranks
+    return min(_memory_bytes() // 4, shutil.disk_usage(folder).free // 2) // ranks
+
+
+def _memory_bytes() -> int:
+    """The memory of this machine, or what the container gets of it: its file cache counts there too."""
+    names = getattr(os, "sysconf_names", {})
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in names else 8 << 30
+    return min([whole, *_limits()])
+
+
+def _limits() -> Iterator[int]:
+    """The limits of the control groups that this process is in, of both versions of Linux's, in bytes."""
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, name = (_GROUPS / "memory", "memory.limit_in_bytes") if controllers else (_GROUPS, "memory.max")
+        group = top / path.lstrip("/")
+        # In a container the path may be that of the host, and the top its own group.
+        for folder in [group, *group.parents]:
+            limit = _read(folder / name).strip()
+            if limit.isdigit():
+                yield int(limit)
+            if folder == top:
+                break
+
+
+def _read(path: str | Path) -> str:
+    """A file of the system's own; "" if it has none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

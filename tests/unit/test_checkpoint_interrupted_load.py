@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import nn
 
 from fabric_lite.checkpoint import load, load_raw, save, way_back
 from fabric_lite.checkpoint.stored import StoredTensor
+from fabric_lite.checkpoint.way_back import WayBack
 from fabric_lite.collectives import rank
 from fabric_lite.errors import CheckpointError
 from fabric_lite.testing import RankPool
@@ -87,7 +90,7 @@ def test_without_room_for_the_old_values_the_error_says_what_may_be_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(tmp_path / "a", "full")
-    monkeypatch.setattr(way_back, "_room", lambda: 0)
+    monkeypatch.setattr(way_back, "_room", lambda _: 0)
     model = objects(5.0)["model"]
     fail_after(1, monkeypatch)
     with pytest.raises(CheckpointError, match=r"model.*some of its old values and some of its new ones"):
@@ -153,3 +156,104 @@ def test_a_file_that_is_mapped_is_the_one_that_was_checked(tmp_path: Path) -> No
     content = archive.content()
     assert content["number"] == 1
     assert next(iter(content["set"])).eq(1).all()
+
+
+def disk_is_full(patch: pytest.MonkeyPatch) -> None:
+    """Let the disk of temporary files be full."""
+
+    def made(*, buffering: int = -1, **_: Any) -> Any:
+        return open("/dev/full", "r+b" if buffering == 0 else "wb", buffering)
+
+    patch.setattr(tempfile, "TemporaryFile", made)
+
+
+def loads_on_a_full_disk(path: Path, on_rank: int) -> bool:
+    current = state()
+    with pytest.MonkeyPatch.context() as patch:
+        if rank() == on_rank:
+            disk_is_full(patch)
+        load(path, current)
+    return same(values({**state(7.0), "plain": PLAIN}), values({**current, "plain": PLAIN}))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk")
+def test_a_load_does_without_the_old_values_where_the_disk_for_them_is_full(tmp_path: Path, ranks: RankPool) -> None:
+    saved(tmp_path / "a", "full")
+    assert loads_on_a_full_disk(tmp_path / "a", on_rank=0)
+    assert ranks.run(loads_on_a_full_disk, tmp_path / "a", 1, ranks=2) == [True, True]
+
+
+class NoMemory:
+    """What a rank that has no memory left for a copy meets."""
+
+    def of(self, tensor: torch.Tensor) -> Any:
+        raise MemoryError("no memory left")
+
+
+def fails_to_keep(path: Path, on_rank: int) -> tuple[str, bool]:
+    current = state()
+    before = values(current)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank() == on_rank:
+            patch.setattr(way_back, "Blocks", NoMemory)
+        with pytest.raises((CheckpointError, MemoryError)) as raised:
+            load(path, current)
+    return str(raised.value), same(before, values(current))
+
+
+def test_a_rank_that_can_not_keep_the_old_values_fails_together_with_the_others(
+    tmp_path: Path, ranks: RankPool
+) -> None:
+    saved(tmp_path / "a", "full")
+    for message, untouched in ranks.run(fails_to_keep, tmp_path / "a", 1, ranks=2):
+        assert "no memory left" in message
+        assert untouched
+
+
+def test_tied_weights_are_kept_once() -> None:
+    model = nn.Sequential(nn.Linear(50, 50, bias=False), nn.Linear(50, 50, bias=False))
+    model[1].weight = model[0].weight
+    weights = [model[0].weight, model[1].weight]
+    with WayBack(weights) as kept:
+        pairs = kept.kept(weights)
+        assert pairs is not None
+        assert len(pairs) == 1
+        assert kept.kept(weights) == []
+        before = model[0].weight.detach().clone()
+        nn.init.zeros_(model[0].weight)
+        WayBack.put_back(pairs)
+    assert torch.equal(before, model[1].weight)
+
+
+def test_what_a_container_may_use_bounds_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = way_back._memory_bytes()
+    own = tmp_path / "memory.max"
+    monkeypatch.setattr(way_back, "_GROUPS", tmp_path)
+    (tmp_path / "memory").mkdir()
+    for limit, expected in (("max\n", None), ("4096\n", 4096)):
+        own.write_text(limit)
+        (tmp_path / "memory" / "memory.limit_in_bytes").write_text(limit)
+        found = way_back._memory_bytes()
+        assert found == expected if expected else found >= whole
+    assert way_back._room(tmp_path) == 1024
+
+
+def test_old_values_are_not_kept_in_a_file_system_that_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(way_back, "_file_system", lambda _: "tmpfs")
+    tensors = [torch.ones(3)]
+    with WayBack(tensors) as kept:
+        assert kept.kept(tensors) is None
+    monkeypatch.undo()
+    if Path("/dev/shm").is_dir() and sys.platform.startswith("linux"):
+        assert way_back._file_system(Path("/dev/shm")) == "tmpfs"
+    with WayBack(tensors) as kept:
+        assert kept.kept(tensors) is not None
+
+
+def test_a_module_without_memory_is_said_to_have_none(tmp_path: Path) -> None:
+    save(tmp_path / "a", {"model": nn.Linear(2, 2), "parameter": torch.ones(2)})
+    with torch.device("meta"):
+        model, parameter = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
+    for current in ({"model": model}, {"parameter": parameter}):
+        with pytest.raises(CheckpointError, match=r"meta device[\s\S]*Given: [\s\S]*to_empty"):
+            load(tmp_path / "a", current)
