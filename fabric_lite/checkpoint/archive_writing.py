@@ -21,6 +21,7 @@ from fabric_lite.checkpoint.plain import Place, tensors_in
 from fabric_lite.checkpoint.seal import UNSEALED, seal
 from fabric_lite.collectives import world_size
 from fabric_lite.errors import CheckpointError, FabricTypeError
+from fabric_lite.movement import MovingFile, note_movement
 
 __all__ = ["Origin", "StreamedArchive", "own_version", "placeholder", "write_archive"]
 
@@ -98,7 +99,7 @@ class StreamedArchive:
 
 def _save(content: Any, file: BinaryIO) -> None:
     try:
-        torch.save(content, file)
+        torch.save(content, MovingFile(file))
     except KeyError as error:  # of a few bits an element: uint1 to uint7, int1 to int7
         raise FabricTypeError(
             "A tensor has a dtype that torch.save can't write.",
@@ -179,4 +180,8 @@ def _crc32_in_file(file: BinaryIO, info: zipfile.ZipInfo) -> int:
 
 
 def _crc32_of(storage: torch.UntypedStorage) -> int:
-    return zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data) if storage.nbytes() else 0
+    checksum = 0
+    for block in Blocks().of(torch.empty(0, dtype=torch.uint8).set_(storage)):
+        note_movement()
+        checksum = zlib.crc32(block, checksum)
+    return checksum

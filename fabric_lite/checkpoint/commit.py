@@ -25,6 +25,7 @@ from fabric_lite.checkpoint.exchange import exchange
 from fabric_lite.checkpoint.manifest import MANIFEST, is_own_manifest, is_part_name
 from fabric_lite.checkpoint.remote import Folder, RemotePath, Target, uploaded_file, uploaded_folder
 from fabric_lite.errors import CheckpointError
+from fabric_lite.movement import busy
 
 try:
     import fcntl
@@ -81,7 +82,8 @@ def committed_file(target: Target) -> Iterator[BinaryIO]:
         _lock(file.fileno())
         yield file
         file.flush()
-        os.fsync(file.fileno())
+        with busy():
+            os.fsync(file.fileno())
         if os.name == "nt":  # there only a closed file can be renamed
             file.close()
         _put_in_place(temporary, target)
@@ -122,7 +124,8 @@ def fsync_folder(folder: Path) -> None:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with busy():
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that can't sync a folder
             raise

@@ -22,6 +22,7 @@ from fabric_lite.checkpoint.remote import Folder, Target
 from fabric_lite.checkpoint.together import Together, system_errors_explained
 from fabric_lite.collectives import rank, world_size
 from fabric_lite.errors import CheckpointError
+from fabric_lite.movement import busy
 
 __all__ = ["manifest_of", "write_folder"]
 
@@ -154,7 +155,8 @@ def _write_own_part(folder: Folder, own: list[_Own], target: Target) -> _Written
     with system_errors_explained(target), (folder / name).open("xb") as file:
         header, written = write_part(file, [one.piece for one in own])
         file.flush()
-        os.fsync(file.fileno())
+        with busy():
+            os.fsync(file.fileno())
         size = file.tell()
     chunks = [
         (one.number, Chunk(name, one.piece.name, one.offset, one.piece.shape, data.begin, data.end, data.crc32))

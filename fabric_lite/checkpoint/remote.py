@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, cast
 
 from fabric_lite.checkpoint.archive import CheckpointNotFoundError
 from fabric_lite.errors import CheckpointError, FabricError, FabricValueError
+from fabric_lite.movement import busy
 
 __all__ = ["Folder", "RemoteFolder", "RemotePath", "Target", "fetched", "uploaded_file", "uploaded_folder"]
 
@@ -134,7 +135,8 @@ def fetched(target: RemotePath, folder: Path) -> Path:
             store.invalidate_cache()
             name = _pointed_at(store, path)
             if name is None:
-                store.get_file(path, str(local))
+                with busy():
+                    store.get_file(path, str(local))
                 return local
             try:
                 _fetch_folder(store, f"{path.rsplit('/', 1)[0]}/{name}", local)
@@ -154,7 +156,8 @@ def _fetch_folder(store: Any, path: str, local: Path) -> None:
         raise FileNotFoundError(path)
     local.mkdir(exist_ok=True)
     for name in files:
-        store.get_file(name, str(local / name.rsplit("/", 1)[-1]))
+        with busy():
+            store.get_file(name, str(local / name.rsplit("/", 1)[-1]))
 
 
 def _pointed_at(store: Any, path: str) -> str | None:
@@ -193,9 +196,11 @@ def _rename(store: Any, temporary: str, path: str) -> None:
     from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
 
     if type(store).mv is not AbstractFileSystem.mv:  # the store knows how to rename
-        store.mv(temporary, path)
+        with busy():
+            store.mv(temporary, path)
         return
-    store.cp_file(temporary, path)
+    with busy():
+        store.cp_file(temporary, path)
     with contextlib.suppress(Exception):  # the new one is in place; what stays is swept by the next save
         store.rm(temporary)
 
@@ -210,7 +215,8 @@ def _sweep(store: Any, path: str, keep: str) -> None:
 
 
 def _upload(store: Any, local: str, path: str) -> None:
-    store.put_file(local, path)
+    with busy():
+        store.put_file(local, path)
     store.invalidate_cache()
     size, there = Path(local).stat().st_size, store.info(path)["size"]
     if size != there:
