@@ -8,8 +8,8 @@ Commands that work, the same one again to go on:
 
 Stop it with Ctrl-C, and it goes on from the last of its checkpoints, of which there is one every 20 steps. Ask it to
 leave as a job system does, ``kill PID`` of any of its processes, and it saves after the step that it is in and exits
-with 75, "try again". The weights at the end are those of a run that nobody stopped, to the last bit, and so is the
-number that it prints.
+with 75, "try again"; under torchrun the code is torchrun's own, 1. The weights at the end are those of a run that
+nobody stopped, to the last bit, and so is the number that it prints.
 """
 
 import argparse

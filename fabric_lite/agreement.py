@@ -15,10 +15,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 import fabric_lite
+from fabric_lite.collective_check import names_of
 from fabric_lite.collectives import gather_objects, is_distributed
 from fabric_lite.errors import CollectiveError
 from fabric_lite.notices import rank_zero_info
-from fabric_lite.seed import worker_seed_base
+from fabric_lite.seed import latest_seed
 
 __all__ = ["check_agreement", "compare_circumstances"]
 
@@ -26,7 +27,12 @@ Description = list[tuple[str, str]]
 
 
 def check_agreement(
-    module: nn.Module | None, optimizers: Sequence[Optimizer], facts: Mapping[str, str], group: Any = None
+    module: nn.Module | None,
+    optimizers: Sequence[Optimizer],
+    facts: Mapping[str, str],
+    group: Any = None,
+    *,
+    follows_buffers: bool = True,
 ) -> None:
     """Compare what is set up; every rank of ``group`` calls.
 
@@ -37,13 +43,14 @@ def check_agreement(
         optimizers: Their groups are: number of parameters, options. A tensor among the options counts as its value.
         facts: Compared as they are.
         group: The ranks that train the same model; None is all.
+        follows_buffers: Whether buffers have to agree too, since they are sent from rank to rank.
 
     Raises:
         CollectiveError: On all ranks, naming the first difference and what each rank has there.
     """
     if not is_distributed():
         return
-    own = [*facts.items(), *_describe_module(module), *_describe_optimizers(optimizers, module)]
+    own = [*facts.items(), *_describe_module(module, follows_buffers), *_describe_optimizers(optimizers, module)]
     digest = hashlib.sha256(repr(own).encode()).hexdigest()
     if len(set(gather_objects(digest, group))) == 1:
         return
@@ -51,7 +58,7 @@ def check_agreement(
     ranks = torch.distributed.get_process_group_ranks(group)
     place = _first_difference(descriptions)
     found = {rank: _at(description, place) for rank, description in zip(ranks, descriptions, strict=True)}
-    lines = [f"    {_names(who)}: {what}" for what, who in _by_value(found).items()]
+    lines = [f"    {names_of(who)}: {what}" for what, who in _by_value(found).items()]
     raise CollectiveError(
         "The ranks do not set up the same thing.",
         given="the first difference\n" + "\n".join(lines),
@@ -63,7 +70,7 @@ def compare_circumstances() -> None:
     """Say on rank 0 when versions or seeds differ over the ranks, which may be meant; every rank calls."""
     if not is_distributed():
         return
-    seed = worker_seed_base()
+    seed = latest_seed()
     own = {
         "fabric_lite": fabric_lite.__version__,
         "torch": str(torch.__version__),
@@ -74,11 +81,11 @@ def compare_circumstances() -> None:
     for name in own:
         values = {rank: circumstances[name] for rank, circumstances in enumerate(all_ranks)}
         if len(set(values.values())) > 1:
-            parts = [f"{value} on {_names(who)}" for value, who in _by_value(values).items()]
+            parts = [f"{value} on {names_of(who)}" for value, who in _by_value(values).items()]
             rank_zero_info(f"the ranks differ in {name}: {', '.join(parts)}")
 
 
-def _describe_module(module: nn.Module | None) -> Description:
+def _describe_module(module: nn.Module | None, follows_buffers: bool) -> Description:
     if module is None:
         return []
     # Parameters that DDP leaves alone may well differ: parts of a model that is spread by hand.
@@ -91,7 +98,7 @@ def _describe_module(module: nn.Module | None) -> Description:
     buffers = [
         (f"buffer {name!r}", _layout(buffer))
         for name, buffer in module.named_buffers(remove_duplicate=False)
-        if name not in ignored
+        if follows_buffers and name not in ignored
     ]
     return [("model", type(module).__name__), *parameters, *buffers]
 
@@ -141,7 +148,3 @@ def _by_value(values: Mapping[int, str]) -> dict[str, list[int]]:
     for rank, value in values.items():
         ranks.setdefault(value, []).append(rank)
     return ranks
-
-
-def _names(ranks: Sequence[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

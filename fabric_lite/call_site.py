@@ -38,7 +38,7 @@ def frames_of(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def user_frame(frame: FrameType | None) -> FrameType | None:
-    """The innermost line of the user's; of a program that is all installed packages, the innermost outside of torch."""
+    """The innermost line of the user's; of a program that is all installed packages, of one but torch and this."""
     outside = None
     for caller in frames_of(frame):
         filename, module = caller.f_code.co_filename, str(caller.f_globals.get("__name__", ""))
@@ -46,6 +46,7 @@ def user_frame(frame: FrameType | None) -> FrameType | None:
         if is_users(filename) and (not filename.startswith("<") or module == "__main__"):
             return caller
         is_package = "site-packages" in filename or "dist-packages" in filename
-        if outside is None and is_package and module.partition(".")[0] != "torch":
+        is_ours = os.path.abspath(filename).startswith(_PACKAGE)
+        if outside is None and is_package and not is_ours and module.partition(".")[0] != "torch":
             outside = caller
     return outside

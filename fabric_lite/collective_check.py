@@ -20,7 +20,7 @@ from fabric_lite.call_site import user_frame
 from fabric_lite.errors import CollectiveError
 from fabric_lite.side_store import connect
 
-__all__ = ["CollectiveCheck"]
+__all__ = ["CollectiveCheck", "names_of", "user_line"]
 
 _FIRST_PAUSE_SECONDS = 0.0002
 _LONGEST_PAUSE_SECONDS = 0.01
@@ -90,15 +90,28 @@ class CollectiveCheck:
         self._store = connect(f"check {next(_numbers)}")
         self._said = _Said()
 
-    def enter(self, operation: str, details: str, ranks: Sequence[int]) -> None:
-        """Wait until all of ``ranks`` are about to call the same.
+    def enter(self, operation: str, details: str, ranks: Sequence[int], site: str | None = None) -> None:
+        """Wait until all of ``ranks`` are about to call the same; ``site`` is said where no line of the user's runs.
 
         Raises:
-            CollectiveError: On each of them, when they are not, with the lines of all.
+            CollectiveError: On each of them, when they are not, with the lines of all; or when the rank that the store
+                was with has ended.
         """
+        try:
+            self._compare(operation, details, ranks, site)
+        except DistError as error:
+            raise CollectiveError(
+                f"The ranks lost each other while they compared a call of {operation}.",
+                given=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+                fix="see the messages of the rank that ended first",
+            ) from error
+
+    def _compare(self, operation: str, details: str, ranks: Sequence[int], site: str | None) -> None:
         group = " ".join(map(str, ranks))
         latest = self._said.calls.get(group, [])[-1:]
-        call = _Call(latest[0].number + 1 if latest else 0, operation, details, _site())
+        call = _Call(
+            latest[0].number + 1 if latest else 0, operation, details, user_line() or site or "an unknown line"
+        )
         self._say(_Said({**self._said.calls, group: [*latest, call]}, group))
         found: dict[int, _Call | str] = {self._rank: call}
         pause, deadline = _FIRST_PAUSE_SECONDS, None
@@ -120,7 +133,7 @@ class CollectiveCheck:
     def leave(self) -> None:
         """Say that this rank makes no more calls; those that wait for one raise."""
         try:
-            self._say(dataclasses.replace(self._said, left=_site()))
+            self._say(dataclasses.replace(self._said, left=user_line() or "the end of the program"))
         except DistError:
             return  # the store has ended, with the rank that served it: nobody waits there
 
@@ -148,7 +161,8 @@ class CollectiveCheck:
 def _difference(found: dict[int, _Call | str], ranks: Sequence[int]) -> CollectiveError:
     said = {rank: str(found.get(rank, "has not come to this call")) for rank in ranks}
     lines = [
-        f"    {_names([rank for rank in ranks if said[rank] == what])}: {what}" for what in dict.fromkeys(said.values())
+        f"    {names_of([rank for rank in ranks if said[rank] == what])}: {what}"
+        for what in dict.fromkeys(said.values())
     ]
     return CollectiveError(
         "The ranks called different collectives, or with different shapes or dtypes.",
@@ -157,12 +171,12 @@ def _difference(found: dict[int, _Call | str], ranks: Sequence[int]) -> Collecti
     )
 
 
-def _names(ranks: Sequence[int]) -> str:
+def names_of(ranks: Sequence[int]) -> str:
+    """Ranks in words: ``"rank 1"``, ``"ranks 0, 2"``."""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
-def _site() -> str:
+def user_line() -> str | None:
+    """The line of the user's program that is running; None at its end, and in threads of others."""
     frame = user_frame(sys._getframe())
-    return (
-        "the end of the program" if frame is None else f"{os.path.abspath(frame.f_code.co_filename)}:{frame.f_lineno}"
-    )
+    return None if frame is None else f"{os.path.abspath(frame.f_code.co_filename)}:{frame.f_lineno}"

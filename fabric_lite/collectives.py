@@ -262,9 +262,12 @@ class Collectives:
             fix="fabric.broadcast for any other object, or take it out of the data",
         )
 
-    def enter(self, operation: str, group: Any = None) -> None:
-        """Compare a step that communicates by other ways than this object's, where calls are checked."""
-        self._compare(operation, None, group)
+    def enter(self, operation: str, group: Any = None, site: str | None = None) -> None:
+        """Compare a step that communicates by other ways than this object's, where calls are checked.
+
+        ``site`` is said where none of the user's lines runs, as in a thread of torch's.
+        """
+        self._compare(operation, None, group, site)
 
     def leave(self) -> None:
         """Say that this rank makes no more calls, where calls are checked."""
@@ -275,11 +278,11 @@ class Collectives:
     def _checker(self) -> CollectiveCheck:
         return CollectiveCheck(rank())
 
-    def _compare(self, operation: str, tree: Any, group: Any = None) -> None:
+    def _compare(self, operation: str, tree: Any, group: Any = None, site: str | None = None) -> None:
         if not (self.check and is_distributed()):
             return
         specs = [f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in leaves(tree)] if tree is not None else []
-        self._checker.enter(operation, ", ".join(specs), dist.get_process_group_ranks(group))
+        self._checker.enter(operation, ", ".join(specs), dist.get_process_group_ranks(group), site)
 
 
 class _TensorSpec:

@@ -34,7 +34,7 @@ from fabric_lite.loss_scaling import LossScaler
 from fabric_lite.mesh import build_mesh, data_share, join, leave
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.optim import check_belongs
-from fabric_lite.parameters import parameters_of
+from fabric_lite.parameters import mesh_of, parameters_of
 from fabric_lite.precision import Precision
 from fabric_lite.preemption import Preemption
 from fabric_lite.registry import Registry, release_from_others
@@ -194,7 +194,7 @@ class Fabric(Communication, Checkpointing):
         self._setup.lay_out(module, _optimizers, placement, move_to_device)
         if self._collectives.check:
             group = getattr(self.strategy, "process_group", None)
-            compare_calls(module, lambda call: self._collectives.enter(call, group))
+            compare_calls(module, lambda call, site: self._collectives.enter(call, group, site))
         return module
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
@@ -356,7 +356,9 @@ class Fabric(Communication, Checkpointing):
             clip_grad_value(parameters, clip_val)
             return None
         assert max_norm is not None
-        self._collectives.enter("clip_gradients")
+        if self._collectives.check and any(mesh_of(parameter) is not None for parameter in parameters):
+            # Other norms are of this rank alone.
+            self._collectives.enter(f"clip_gradients to a norm of {max_norm} of order {norm_type}")
         strict = error_if_nonfinite and self._scaler is None
         return self.strategy.clip_grad_norm(parameters, float(max_norm), float(norm_type), strict)
 
@@ -467,9 +469,16 @@ class Fabric(Communication, Checkpointing):
 
     def _check_agreement(self, module: nn.Module | None, optimizers: Sequence[Optimizer]) -> None:
         """Raise on all ranks unless all set up the same; say at the first setup in what else they differ."""
+        is_trained = module is None or any(parameter.requires_grad for parameter in module.parameters())
+        if not (is_trained or optimizers or self.strategy.is_sharded):
+            return  # it is moved and cast, on whichever ranks want it
         self._collectives.enter("setup")
         facts = {"strategy": type(self.strategy).__name__, "precision": str(self.precision.name)}
-        check_agreement(module, optimizers, facts, getattr(self.strategy, "process_group", None))
+        group, follows = (
+            getattr(self.strategy, "process_group", None),
+            getattr(self.strategy, "broadcast_buffers", True),
+        )
+        check_agreement(module, optimizers, facts, group, follows_buffers=follows)
         if not self._has_compared_circumstances:
             self._has_compared_circumstances = True
             compare_circumstances()

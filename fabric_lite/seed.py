@@ -15,6 +15,7 @@ import torch
 from fabric_lite.errors import FabricTypeError, FabricValueError
 
 __all__ = [
+    "latest_seed",
     "random_state",
     "reset_seed",
     "seed_everything",
@@ -65,6 +66,11 @@ def reset_seed() -> None:
     """Start every generator again from the seed of the latest :func:`seed_everything`; nothing if there was none."""
     if _latest is not None:
         _seed_generators(_latest.seed)
+
+
+def latest_seed() -> int | None:
+    """The seed of the latest :func:`seed_everything`; None if there was none."""
+    return None if _latest is None else _latest.seed
 
 
 def worker_seed_base() -> int | None:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
 
+from fabric_lite.errors import FabricValueError
+
 __all__ = ["Apart", "capture", "decode", "encode", "generators_of", "replayed", "seeded"]
 
 
@@ -93,8 +95,16 @@ def replayed(sampler: Any, draw: dict[str, Any]) -> tuple[Any, Apart]:
         sampler = RandomSampler(sampler.data_source, sampler.replacement, sampler._num_samples, generator)
         return sampler, Apart(lambda: None)
 
+    generators = generators_of(sampler)
+    if len(generators) != len(draw["generators"]):
+        raise FabricValueError(
+            "The order of the epoch was drawn by a sampler with other generators.",
+            given=f"{len(draw['generators'])} in the state; in this {type(sampler).__name__}: {len(generators)}",
+            fix="the sampler that was saved, with the same generator= arguments",
+        )
+
     def prepare() -> None:
-        for generator, state in zip(generators_of(sampler), draw["generators"], strict=True):
+        for generator, state in zip(generators, draw["generators"], strict=True):
             generator.set_state(decode(state))
         if "torch" in draw:
             torch.set_rng_state(decode(draw["torch"]))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fabric_lite import CollectiveError, Fabric, notices, seed_everything
+from fabric_lite import CollectiveError, DDPStrategy, Fabric, notices, seed_everything
 from fabric_lite import agreement as module_under_test
 from fabric_lite.testing import RankPool
 
@@ -86,7 +86,7 @@ def test_a_sharded_setup_is_compared_too(ranks: RankPool) -> None:
 
 def said_at_setup(own_seed: bool) -> str:
     fabric = Fabric(accelerator="cpu", strategy="ddp")
-    seed_everything(fabric.global_rank if own_seed else 3)
+    seed_everything(fabric.global_rank if own_seed else 3, workers=False)
     notices._said.clear()
     output = io.StringIO()
     with contextlib.redirect_stderr(output):
@@ -124,3 +124,18 @@ def spread_by_hand() -> bool:
 
 def test_parameters_that_ddp_leaves_alone_may_differ(ranks: RankPool) -> None:
     assert ranks.run(spread_by_hand) == [True, True]
+
+
+def own_buffers_and_metrics() -> bool:
+    fabric = Fabric(accelerator="cpu", strategy=DDPStrategy(broadcast_buffers=False))
+    net = nn.Linear(2, 2)
+    net.register_buffer("bank", torch.zeros(3 + fabric.global_rank))
+    fabric.setup(net)
+    if fabric.is_global_zero:
+        fabric.setup(nn.Linear(2, 2).requires_grad_(False))
+    fabric.barrier()
+    return True
+
+
+def test_buffers_that_nobody_sends_may_differ_and_rank_zero_may_set_up_a_frozen_model_alone(ranks: RankPool) -> None:
+    assert ranks.run(own_buffers_and_metrics) == [True, True]

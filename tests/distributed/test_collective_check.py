@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fabric_lite import CollectiveError, Fabric
+from fabric_lite import CollectiveError, Fabric, call_site
 from fabric_lite.testing import RankPool
 
 ROWS: dict[str, Callable[[Fabric, int], Any]] = {
@@ -119,3 +124,74 @@ def evaluate_alone() -> bool:
 
 def test_rank_zero_may_evaluate_alone_with_the_check_on(ranks: RankPool) -> None:
     assert ranks.run(evaluate_alone) == [True, True]
+
+
+def clip(strategy: str, difference: str) -> list[str]:
+    fabric = Fabric(accelerator="cpu", strategy=strategy, check_collectives=True)
+    model = Net(has_buffers=False)
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    fabric.backward(model(torch.ones(3, 4)).sum())
+    odd = fabric.global_rank == 1
+    try:
+        if not (odd and difference == "missing"):
+            fabric.clip_gradients(model, optimizer, max_norm=2.0 if odd and difference == "norm" else 1.0)
+        fabric.barrier()
+    except CollectiveError as error:
+        return str(error).splitlines()
+    finally:
+        fabric.close()
+    return []
+
+
+@pytest.mark.parametrize("difference", ["missing", "norm"])
+def test_clipping_is_compared_where_it_communicates(ranks: RankPool, difference: str) -> None:
+    first, second = ranks.run(clip, "fsdp", difference)
+    assert first == second
+    assert any("clip_gradients to a norm of 1.0 of order 2.0" in line for line in first)
+    assert any("barrier" in line or "a norm of 2.0" in line for line in first)
+    assert ranks.run(clip, "ddp", difference) == [[], []], "each rank by itself"
+
+
+def lose_the_store() -> str:
+    fabric = Fabric(accelerator="cpu", check_collectives=True)
+    fabric.barrier()
+    checker: Any = fabric._collectives._checker
+    checker._store = Gone()
+    with pytest.raises(CollectiveError) as error:
+        fabric.all_reduce(1.0)
+    return str(error.value)
+
+
+class Gone:
+    """A store whose rank has ended."""
+
+    def set(self, *_: Any) -> None:
+        raise torch.distributed.DistNetworkError("Connection reset by peer")
+
+    check = get = set
+
+
+def test_a_store_that_ends_within_a_comparison_is_an_error_of_ours(ranks: RankPool) -> None:
+    for message in ranks.run(lose_the_store):
+        assert "lost each other while they compared a call of all_reduce mean" in message
+        assert "Connection reset by peer" in message
+
+
+def test_the_line_of_a_program_of_packages_is_neither_torchs_nor_ours(tmp_path: Path) -> None:
+    package = tmp_path / "site-packages" / "fabric_lite"
+    package.mkdir(parents=True)
+    copy = shutil.copy(call_site.__file__, package)
+    specification = importlib.util.spec_from_file_location("installed_call_site", copy)
+    assert specification is not None
+    assert specification.loader is not None
+    installed: Any = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(installed)
+    names: dict[str, Any] = {"user_frame": installed.user_frame, "sys": sys, "__name__": "fabric_lite.fabric"}
+    exec(compile("def ours(): return user_frame(sys._getframe())", str(package / "fabric.py"), "exec"), names)
+    tool: dict[str, Any] = {"ours": names["ours"], "__name__": "tool", "found": []}
+    path = str(package.parent / "tool.py")
+    exec(compile("def run(): found.append(ours())", path, "exec"), tool)
+    thread = threading.Thread(target=tool["run"])  # none of the lines of this test are in it
+    thread.start()
+    thread.join()
+    assert [frame.f_code.co_filename for frame in tool["found"]] == [path]

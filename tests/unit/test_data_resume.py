@@ -535,3 +535,18 @@ def test_a_load_that_fails_within_a_loop_leaves_the_loop_and_its_place(kind: str
     assert place_of(loader).batch == 3
     assert loader.state_dict()["seen"] == (9 if kind == "map" else 3)
     fabric.close()
+
+
+def test_a_sampler_without_the_generator_of_the_saved_one_is_refused_with_a_reason() -> None:
+    def new(generator: torch.Generator | None) -> Any:
+        sampler = WeightedRandomSampler([1.0] * COUNT, COUNT, generator=generator)
+        return set_up(DataLoader(Numbers(), batch_size=3, sampler=sampler))
+
+    loader = new(torch.Generator())
+    next(iter(loader))
+    again = new(None)
+    again.load_state_dict(loader.state_dict())
+    with pytest.raises(
+        FabricValueError, match=r"(?s)other generators.*1 in the state; in this WeightedRandomSampler: 0"
+    ):
+        list(again)
