@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import select
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +14,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-__all__ = ["SideThread", "connect"]
+__all__ = ["SideThread", "connect", "reconnect"]
 
 _JOIN_SECONDS = 10.0
+_CONNECT_SECONDS = 0.9
 
 
 def connect(name: str) -> Any:
@@ -27,6 +30,21 @@ def connect(name: str) -> Any:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return PrefixStore(f"fabric_lite/{name}", _get_default_store().clone())  # type: ignore[attr-defined]
+
+
+def reconnect(store: Any) -> Any:
+    """Another connection to the same keys; a call that timed out leaves its answer in the old one.
+
+    Raises:
+        OSError: Nobody listens where the store was; DistError: it does not answer.
+    """
+    server = store
+    while hasattr(server, "underlying_store"):
+        server = server.underlying_store
+    if hasattr(server, "port"):
+        # torch would try for long, and write lines about each try.
+        socket.create_connection((server.host, server.port), timeout=_CONNECT_SECONDS).close()
+    return store.clone()
 
 
 class SideThread:
@@ -61,8 +79,11 @@ class SideThread:
             Whether to go on: False once :meth:`close` was called.
         """
         if not self._is_closing:
-            ready, _, _ = select.select([self._receiver, *descriptors], [], [], seconds)
-            if self._receiver in ready:
+            # Not select(): it takes no descriptor above 1023, of which a process with many files has some.
+            poll = select.poll()
+            for descriptor in (self._receiver, *descriptors):
+                poll.register(descriptor, select.POLLIN)
+            if any(descriptor == self._receiver for descriptor, _ in poll.poll(math.ceil(1000 * seconds))):
                 os.read(self._receiver, 4096)
         return not self._is_closing
 

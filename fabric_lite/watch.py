@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from torch.distributed import DistError
@@ -26,7 +26,7 @@ from fabric_lite.errors import FabricTypeError, FabricValueError
 from fabric_lite.mesh import sequence_numbers
 from fabric_lite.movement import movement_count
 from fabric_lite.run_config import hang_reporter
-from fabric_lite.side_store import SideThread
+from fabric_lite.side_store import SideThread, reconnect
 from fabric_lite.watch_position import is_debugged, position_of
 from fabric_lite.watch_report import RankStatus, absent_ranks, explain, explain_late
 
@@ -103,6 +103,8 @@ class HangWatch:
         self._views: dict[int, _View] = {}
         self._late: dict[int, RankStatus] = {}
         self._waiting = RankStatus()
+        self._has_begun = self._has_said_idle = False
+        self._talked_at = 0.0
         self._said_late: set[Any] = set()
         self._thread = SideThread(f"watch {next(_numbers)}", self._run)
 
@@ -116,22 +118,27 @@ class HangWatch:
 
     def _run(self, thread: SideThread, store: Any) -> None:
         # A rank that serves the store may be the one that is stopped.
-        store.set_timeout(_seconds(max(1.0, self._limit / 4)))
+        store.set_timeout(_seconds(min(max(0.9, self._limit / 20), 10.0)))
         connection: _Connection | None = _Connection(store)
+        at_first, is_hanging = self._moved_by_fabrics(), False
         while True:
             self._clock.tick()
             goes_on = thread.wait(0.0)
             self._look(has_left=not goes_on)
+            self._has_begun = self._has_begun or self._moved_by_fabrics() != at_first
             try:
-                if connection is not None:
-                    self._talk(connection)
-            except DistError:
-                # Its server ends with the job, or does not respond. A call that timed out leaves the answer in the
-                # connection, so it is not used again.
+                connection = connection or _Connection(reconnect(store))
+                self._talk(connection)
+                self._talked_at = self._clock.now
+            except (DistError, OSError):
+                # Its server ends with the job, or does not respond, or is busy. A call that timed out leaves the
+                # answer in the connection, so the next look makes another.
                 connection = None
             if not goes_on:
                 return
-            if self._hangs(connection):
+            # Twice, because the last rank may arrive, and leave, between a look at this rank and one at the others.
+            was_hanging, is_hanging = is_hanging, self._hangs(connection)
+            if was_hanging and is_hanging:
                 self._end(connection)
             thread.wait(self._interval)
 
@@ -140,13 +147,7 @@ class HangWatch:
         own, now = self._own, self._clock.now
         sequence = sequence_numbers()
         # Modules are counted for the long imports of a first step.
-        movements = [reference() for reference in list(_movements)]
-        moves = (
-            sequence,
-            len(sys.modules),
-            movement_count(),
-            [movement() for movement in movements if movement is not None],
-        )
+        moves = (sequence, len(sys.modules), movement_count(), self._moved_by_fabrics())
         if sequence != own.sequence:
             own.arrived_at = now
         debugged = is_debugged(self._target)
@@ -166,8 +167,14 @@ class HangWatch:
             pid=own.pid,
         )
 
+    @staticmethod
+    def _moved_by_fabrics() -> Any:
+        """What the Fabrics of this process count; of what was set up and not used yet, nothing."""
+        counts = [movement() for reference in list(_movements) if (movement := reference()) is not None]
+        return [[count for count in each if count] for each in counts]
+
     def _talk(self, connection: _Connection) -> None:
-        """Publish what was noted; read the others' while this rank does not move."""
+        """Publish what was noted; read the others' while this rank has not moved for a while."""
         connection.publish(self._rank, self._own.status)
         age = self._own.status.age_seconds
         if age <= 2 * self._interval:
@@ -176,16 +183,17 @@ class HangWatch:
             if came:
                 self._say_late(connection, came)
             return
+        if age <= self._limit / 2:
+            return
         for rank, status in connection.read(self._others).items():
             view = self._views.get(rank)
             if view is None or view.status.beat != status.beat:
                 self._views[rank] = _View(status, self._clock.now)
-        if age > self._limit / 2:
-            statuses = self._statuses()
-            late = absent_ranks(statuses, self._silent())
-            waits = self._own.status.position is not None and self._own.status.position.waits_in is not None
-            self._late = {rank: statuses[rank] for rank in late} if waits and self._rank not in late else {}
-            self._waiting = self._own.status
+        statuses = self._statuses()
+        late = absent_ranks(statuses, self._silent())
+        waits = self._own.status.waits
+        self._late = {rank: statuses[rank] for rank in late} if waits and self._rank not in late else {}
+        self._waiting = self._own.status
         if connection.is_reported():
             self._leave(connection)
 
@@ -212,14 +220,38 @@ class HangWatch:
         return {rank: _condition(view.status, self._own.host) for rank, view in quiet.items()}
 
     def _hangs(self, connection: _Connection | None) -> bool:
-        """Whether nothing has moved anywhere for the limit."""
-        if self._own.status.age_seconds < self._limit:
+        """Whether nothing has moved anywhere for the limit, and somebody waits for another."""
+        own = self._own.status
+        if own.age_seconds < self._limit:
             return False
         if connection is None:
-            return True
+            # Without a word from the others, only a wait of this rank's own is a sign.
+            return own.waits and self._clock.now - self._talked_at >= self._limit
+        statuses = self._statuses()
         # What the others say is up to an interval old.
-        others = (status for rank, status in self._statuses().items() if rank != self._rank and not status.has_left)
-        return all(other.age_seconds >= self._limit - 2 * self._interval and not other.is_debugged for other in others)
+        others = [status for rank, status in statuses.items() if rank != self._rank and not status.has_left]
+        if any(other.age_seconds < self._limit - 2 * self._interval or other.is_debugged for other in others):
+            return False
+        if any(status.waits for status in (own, *others)) or self._is_ahead_of_the_left(statuses):
+            return True
+        if self._others and not others and len(statuses) > len(self._others):
+            return False  # all have finished, and this one has work of its own, such as an upload
+        if not self._has_begun:
+            self._say_idle(connection, statuses)
+        return self._has_begun
+
+    def _is_ahead_of_the_left(self, statuses: Mapping[int, RankStatus]) -> bool:
+        """Whether this rank has entered a collective that a rank which has left has not: one of CUDA's waits unseen."""
+        own = self._own.sequence
+        left = [status.sequence for status in statuses.values() if status.has_left]
+        return any(count < own.get(group, 0) for sequence in left for group, count in sequence.items())
+
+    def _say_idle(self, connection: _Connection, statuses: Mapping[int, RankStatus]) -> None:
+        """Say that no rank moves before the first step: that may be the preparation of data, on all of them."""
+        if not self._has_said_idle and connection.may_speak(self._rank, "idle"):
+            first, *more = explain(statuses, self._silent(), [], self._limit)
+            print("\n".join([f"fabric_lite: {first}; the job goes on", *more]), file=sys.stderr, flush=True)
+        self._has_said_idle = True
 
     def _end(self, connection: _Connection | None) -> None:
         """Let one rank report; then end this one."""

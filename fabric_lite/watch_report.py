@@ -43,6 +43,11 @@ class RankStatus:
     host: str = ""
     pid: int = 0
 
+    @property
+    def waits(self) -> bool:
+        """Whether it stands in a collective, or in backward, which may be one."""
+        return _waits_in(self) is not None
+
     @staticmethod
     def of(fields: dict[str, Any]) -> RankStatus:
         """From ``dataclasses.asdict``."""

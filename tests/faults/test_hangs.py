@@ -237,3 +237,62 @@ def test_a_job_that_is_suspended_and_goes_on_is_no_hang(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGCONT)
         output, errors = process.communicate(timeout=60)
     assert output.split() == ["done", "done"], errors
+
+
+@pytest.mark.parametrize("place", ["before the first step", "after the others have left"])
+def test_work_for_which_nobody_waits_is_no_hang(tmp_path: Path, place: str) -> None:
+    source = """
+    import sys, time
+    import torch
+    from fabric_lite import Fabric
+
+    fabric = Fabric()
+    if sys.argv[1] == "after the others have left":
+        model = fabric.setup(torch.nn.Linear(4, 4))
+        fabric.backward(model(torch.ones(2, 4)).sum())
+        fabric.barrier()
+    if fabric.global_rank == 0 or sys.argv[1] == "before the first step":
+        time.sleep(2.5)  # tokenises, or uploads
+        print("done")
+    """
+    script = write(tmp_path, source)
+    with started(*FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, "--hang-timeout", 1, script, place) as process:
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    said = re.findall(r"fabric_lite: ranks 0, 1 did not move for 1 s, and none waits in a collective; the job", errors)
+    assert (output.split(), len(said)) == ((["done"] * 2, 1) if place.startswith("before") else (["done"], 0))
+
+
+def test_a_watch_that_loses_its_store_for_a_moment_goes_on(tmp_path: Path) -> None:
+    # The store's own connections are closed under the watch, as by a network that fails for a moment.
+    source = """
+    import os, time
+    from fabric_lite import Fabric, side_store
+    from fabric_lite.movement import note_movement
+
+    connections = []
+
+    def connect(name, connect=side_store.connect):
+        before = set(os.listdir("/proc/self/fd"))
+        store = connect(name)
+        connections.extend(set(os.listdir("/proc/self/fd")) - before)
+        return store
+
+    side_store.connect = connect
+    fabric = Fabric()
+    fabric.barrier()
+    null = os.open("/dev/null", os.O_RDWR)
+    for descriptor in connections:
+        if os.path.exists(f"/proc/self/fd/{descriptor}") and "socket" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            os.dup2(null, int(descriptor))
+    if fabric.global_rank == 1:
+        for _ in range(30):
+            note_movement()
+            time.sleep(0.1)
+    fabric.barrier()
+    print("done")
+    """
+    script = write(tmp_path, source)
+    with started(*FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, "--hang-timeout", 1, script) as process:
+        output, errors = process.communicate(timeout=60)
+    assert output.split() == ["done"] * 2, errors
