@@ -45,11 +45,17 @@ class MovingFile:
         self._file = file
 
     def write(self, data: Any) -> int:
-        memory = memoryview(data).cast("B")
+        memory = memoryview(data)
+        if memory.nbytes == 0:  # which can't be cast
+            return 0
+        memory = memory.cast("B")
         for begin in range(0, len(memory), _BLOCK_BYTES):
             note_movement()
             self._file.write(memory[begin : begin + _BLOCK_BYTES])
         return len(memory)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._file.seek(offset, whence))
 
     def flush(self) -> None:
         self._file.flush()

@@ -9,7 +9,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch.utils.serialization import config
@@ -99,7 +99,7 @@ class StreamedArchive:
 
 def _save(content: Any, file: BinaryIO) -> None:
     try:
-        torch.save(content, MovingFile(file))
+        torch.save(content, cast(BinaryIO, MovingFile(file)))
     except KeyError as error:  # of a few bits an element: uint1 to uint7, int1 to int7
         raise FabricTypeError(
             "A tensor has a dtype that torch.save can't write.",

@@ -84,5 +84,10 @@ def test_each_block_of_a_large_file_is_movement(tmp_path: Path, monkeypatch: pyt
 
 def test_a_moving_file_has_what_was_written() -> None:
     file, data = io.BytesIO(), torch.arange(5000)
+    assert MovingFile(file).write(bytes_of(data[:0])) == 0
     assert MovingFile(file).write(bytes_of(data)) == data.nbytes
-    assert file.getvalue() == data.numpy().tobytes()
+    moving = MovingFile(file)
+    assert moving.seek(8, io.SEEK_CUR) == data.nbytes + 8
+    moving.write(b"more")
+    moving.flush()
+    assert file.getvalue() == data.numpy().tobytes() + bytes(8) + b"more"
