@@ -89,11 +89,19 @@ class Preemption:
                 if store.check([_REQUEST]):
                     self._reason = store.get(_REQUEST).decode()
                     self._target = agree(store, self._steps, self._rank, self._world_size, thread.wait)
-                    return
-            # So that nobody waits for the answer of a rank that has left.
-            agree(store, self._steps, self._rank, self._world_size, thread.wait)
+                    break
+            else:
+                # So that nobody waits for the answer of a rank that has left.
+                agree(store, self._steps, self._rank, self._world_size, thread.wait)
+        except Exception:
+            if not store.check([f"{_ANSWERS} {self._rank}"]):
+                agree(store, self._steps, self._rank, self._world_size, lambda _: False)  # nor of one that cannot look
+            raise
         finally:
             self._steps.let_go()
+        # A signal that comes again ends a rank that is stuck.
+        while thread.wait(_LOOK_SECONDS, *requests.descriptors()):
+            requests.pass_on()
 
 
 def agree(store: Any, steps: Steps, rank: int, world_size: int, wait: Callable[[float], bool]) -> int | None:

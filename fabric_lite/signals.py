@@ -14,6 +14,7 @@ __all__ = ["REPEAT_SECONDS", "Listener", "leave_to_parent", "requests"]
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # One request often arrives twice: from the scheduler, and passed on by a launcher.
 REPEAT_SECONDS = 2.0
+_STUCK_SECONDS = 0.5
 
 
 class Listener(Protocol):
@@ -39,6 +40,7 @@ class _Requests:
         self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
         self._previous: dict[int, Any] = {}
         self._first: dict[int, float] = {}
+        self._first_read: dict[int, float] = {}
         self._pipe: tuple[int, int] | None = None
         self._masks = threading.local()
         self._is_known_to_fork = False
@@ -75,8 +77,14 @@ class _Requests:
             numbers = os.read(self._pipe[0], 4096)
         except BlockingIOError:
             return
+        now = time.monotonic()
         for number in set(numbers).intersection(_SIGNALS):
-            self._tell(number)
+            if now - self._first_read.setdefault(number, now) < REPEAT_SECONDS:
+                self._tell(number)
+            elif self._previous.get(number) == signal.SIG_DFL:
+                # Only the main thread sets handlers. It ends by it, unless it is stuck in a call that runs no Python.
+                time.sleep(_STUCK_SECONDS)
+                os._exit(128 + number)
 
     def _install(self) -> None:
         if hasattr(os, "register_at_fork") and not self._is_known_to_fork:
@@ -102,6 +110,7 @@ class _Requests:
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
         self._previous.clear()
         self._first.clear()
+        self._first_read.clear()
         if self._pipe is not None:
             current = signal.set_wakeup_fd(-1)
             if current not in (-1, self._pipe[1]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -174,5 +175,8 @@ def _check_static(options: argparse.Namespace, num_nodes: int) -> None:
 
 
 def _check_at_least(option: str, value: float | None, least: int) -> None:
-    if value is not None and value < least:
-        raise LaunchError(f"{option} must be at least {least}.", given=f"{option} {value}", fix=f"{option} {least}")
+    # Not a number is not at least anything.
+    if value is not None and not least <= value < math.inf:
+        raise LaunchError(
+            f"{option} must be a number of at least {least}.", given=f"{option} {value}", fix=f"{option} {least}"
+        )

@@ -28,7 +28,6 @@ __all__ = [
 ]
 
 _MAX_LINES = 10
-_MAX_MESSAGE_LINES = 4
 _MAX_LINE_CHARACTERS = 300
 _FAULT_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
@@ -47,6 +46,7 @@ class Failure:
         time: When, by the clock that all processes of the machine share; infinite for ranks that are only ended
             because those of another node have failed.
         preempted: The ranks that had saved their work and left before, because they were asked to.
+        log_start: Where in the log this attempt begins, in bytes.
         left: The ranks that had left without a failure before, and the user's lines at which they exited, if any.
     """
 
@@ -58,6 +58,7 @@ class Failure:
     hang: tuple[str, ...] = ()
     time: float = 0.0
     preempted: tuple[int, ...] = ()
+    log_start: int = 0
     left: dict[int, dict[str, Any] | None] = dataclasses.field(default_factory=dict)
 
     @property
@@ -115,8 +116,7 @@ def report(failure: Failure) -> str:
     if failure.hang:
         lines = [line[:_MAX_LINE_CHARACTERS] for line in failure.hang[: _MAX_LINES - 1]]
         return "\n".join([*lines, _where_logs_are(failure)]) + "\n"
-    cause, *more = _cause(failure)
-    lines = [f"fabric-run: rank {failure.rank} failed: {cause}", *(f"  {line}" for line in more)]
+    lines = []
     location = (
         _crash_location(failure) if failure.details is None else failure.details["message"]["extraInfo"].get("location")
     )
@@ -131,6 +131,8 @@ def report(failure: Failure) -> str:
     if failure.preempted:
         lines.append(f"  Before it, {_ranks(failure.preempted)} had left for preemption.")
     lines.append(_where_logs_are(failure))
+    cause, *more = _cause(failure, _MAX_LINES - len(lines))
+    lines[:0] = [f"fabric-run: rank {failure.rank} failed: {cause}", *(f"  {line}" for line in more)]
     return "\n".join(lines) + "\n"
 
 
@@ -138,11 +140,11 @@ def summary(failure: Failure) -> str:
     """Return rank and cause in one line."""
     if failure.hang:
         return failure.hang[0].removeprefix("fabric-run: ")[:_MAX_LINE_CHARACTERS]
-    return f"rank {failure.rank} failed: {_cause(failure)[0]}"
+    return f"rank {failure.rank} failed: {_cause(failure, _MAX_LINES)[0]}"
 
 
-def _cause(failure: Failure) -> list[str]:
-    """What the rank died of, in at most :data:`_MAX_MESSAGE_LINES` lines."""
+def _cause(failure: Failure, most: int) -> list[str]:
+    """What the rank died of, in at most ``most`` lines."""
     if failure.details is None:
         return [_ending(failure.exit_code)]
     message = failure.details["message"]["message"]
@@ -153,8 +155,7 @@ def _cause(failure: Failure) -> list[str]:
     lines = [line[:_MAX_LINE_CHARACTERS] for line in message.splitlines() if line.strip()] or [
         _ending(failure.exit_code)
     ]
-    more = len(lines) > _MAX_MESSAGE_LINES
-    return [*lines[: _MAX_MESSAGE_LINES - 1], "..."] if more else lines
+    return [*lines[: most - 1], "..."] if len(lines) > most else lines
 
 
 def _where_logs_are(failure: Failure) -> str:
@@ -167,8 +168,9 @@ def _crash_location(failure: Failure) -> dict[str, Any] | None:
     """The user's line in what Python's fault handler wrote into the log of a rank that a signal has ended."""
     if failure.exit_code >= 0 or not os.path.exists(failure.log):
         return None
-    with open(failure.log, errors="replace") as file:
-        *_, last = file.read().rpartition("Fatal Python error: ")
+    with open(failure.log, "rb") as file:
+        file.seek(failure.log_start)
+        *_, last = file.read().decode(errors="replace").rpartition("Fatal Python error: ")
     frames = [(name, int(line), function) for name, line, function in _FAULT_FRAME.findall(last)]
     for name, line, function in frames:
         if _is_users(name):

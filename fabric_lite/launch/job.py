@@ -59,7 +59,7 @@ class Job:
 
     def request(self, plan: LaunchPlan, environment: dict[str, str]) -> StartRank:
         """Return the request that starts the rank with this environment."""
-        local_rank = int(environment["LOCAL_RANK"])
+        local_rank, attempt = int(environment["LOCAL_RANK"]), environment["TORCHELASTIC_RESTART_COUNT"]
         run_config = dataclasses.replace(plan.run_config, threads_per_rank=self.threads)
         log = None if self.logs is None else self.logs.of(local_rank)
         if self.logs is not None:
@@ -70,13 +70,15 @@ class Job:
             dataclasses.asdict(run_config),
             stdout_fd=None if log is None else log.out.write_fd,
             stderr_fd=None if log is None else log.err.write_fd,
-            error_log=os.path.join(self.folder, f"rank_{local_rank}.err") if log is None else log.err.path,
+            error_log=os.path.join(self.folder, f"attempt_{attempt}_rank_{local_rank}.err")
+            if log is None
+            else log.err.path,
         )
 
     def report(self, failure: Failure, restart_count: int, max_restarts: int) -> None:
-        """Say what has failed: its report, or one line where the ranks start again. The folder stays from now on."""
-        self.keeps_folder = self.logs is None
+        """Say what has failed: its report, whose folder stays, or one line where the ranks start again."""
         if restart_count == max_restarts:
+            self.keeps_folder = self.logs is None
             print_line(report(failure))
         else:
             print_line(f"fabric-run: restart {restart_count + 1} of {max_restarts}: {summary(failure)}")

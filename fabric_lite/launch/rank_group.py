@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ class RankGroup:
         self.leftovers_ended = False
         self.has_killed = False
         self._requests: dict[int, StartRank] = {}
+        self._log_starts: dict[int, int] = {}
         self._left: dict[int, dict[str, Any] | None] = {}
         self._failed_at = 0.0
         self._kills: list[tuple[float, int | None]] = []
@@ -92,6 +94,11 @@ class RankGroup:
         self._is_stopping = False
         self._is_failing = False
         self._requests = {request.local_rank: request for request in requests}
+        # A file of --log-dir has what the attempts before have left.
+        self._log_starts = {
+            request.local_rank: os.path.getsize(request.error_log) if os.path.exists(request.error_log) else 0
+            for request in requests
+        }
         self.running = set(self._requests)
         for request in requests:
             self._server.send(request)
@@ -206,7 +213,7 @@ class RankGroup:
             left = {self._rank(other): location for other, location in self._left.items() if other != local_rank}
             preempted = tuple(self._rank(other) for other in self.preempted if other != local_rank)
             self._failed_at = time.monotonic()
-            known = {"time": self._failed_at, **known}
+            known = {"time": self._failed_at, "log_start": self._log_starts[local_rank], **known}
             self.first_failure = Failure(rank, exit_code, log, left=left, preempted=preempted, **known)
         elif self.first_failure.rank == rank and exit_code != -signal.SIGKILL and not self.first_failure.hang:
             # Its exception came first; this is how it then ended, unless it was by our own hand.

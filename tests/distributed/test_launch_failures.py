@@ -17,6 +17,7 @@ from tests.distributed.launching import (
     fabric_run,
     kill,
     processes_in,
+    run,
     started,
     wait_until,
     write,
@@ -299,3 +300,39 @@ def test_port_in_use_is_an_error_with_three_parts(tmp_path: Path) -> None:
     assert "Given:" in done.stderr
     assert "Try:" in done.stderr
     assert os.path.basename(sys.executable) not in done.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("--log-dir", "logs")])
+def test_the_line_of_a_crash_is_that_of_the_last_attempt(tmp_path: Path, options: tuple[str, ...]) -> None:
+    script = write(
+        tmp_path,
+        """
+        import ctypes, os
+        def crash():
+            ctypes.string_at(0)
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            crash()
+        os.kill(os.getpid(), 9)
+        """,
+    )
+    done = fabric_run("--devices", 1, "--max-restarts", 1, *options, script, cwd=tmp_path)
+    assert "fabric-run: restart 1 of 1: rank 0 failed: killed by SIGSEGV\n" in done.stderr
+    assert report_of(done.stderr[done.stderr.index("fabric-run: rank") :])[0] == (
+        "fabric-run: rank 0 failed: killed by SIGKILL"
+    )
+    assert "in crash" not in done.stderr.rpartition("fabric-run: rank 0 failed")[2]
+
+
+def test_a_run_that_starts_again_and_succeeds_leaves_no_folder(tmp_path: Path) -> None:
+    script = write(tmp_path, "import os, sys; sys.exit(1 - int(os.environ['TORCHELASTIC_RESTART_COUNT']))")
+    command = ["env", f"TMPDIR={tmp_path}", *FABRIC_RUN, "--accelerator", "cpu", "--devices", 1, "--max-restarts", 1]
+    done = run([*command, script])
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.glob("fabric_run_*"))
+
+
+@pytest.mark.parametrize("words", ["inf", "nan", "-1"])
+def test_a_hang_timeout_is_a_number_of_seconds(tmp_path: Path, words: str) -> None:
+    done = fabric_run("--devices", 1, f"--hang-timeout={words}", write(tmp_path, "print('never')"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--hang-timeout must be a number of at least 0." in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,32 @@ def test_a_rank_that_finds_the_job_hanging_ends_it_stopped_ranks_included(tmp_pa
     assert stderr.splitlines()[:2] == ["fabric-run: rank 1 does not respond", "  rank 0 waits"]
     assert len(stderr.splitlines()) == 3
     assert_nothing_left(tmp_path)
+
+
+def test_a_rank_that_is_stuck_in_a_collective_ends_by_a_signal_that_comes_again(tmp_path: Path) -> None:
+    source = """
+    import pathlib, signal
+    import torch
+    from fabric_lite import Fabric
+
+    fabric = Fabric(accelerator="cpu")
+    model = torch.nn.Linear(4, 4)
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert not fabric.should_stop
+    pathlib.Path(f"ready{fabric.global_rank}").touch()
+    if fabric.global_rank == 0:
+        fabric.barrier()
+    signal.pause()
+    """
+    script = write(tmp_path, source)
+    common = ["env", "WORLD_SIZE=2", "LOCAL_WORLD_SIZE=2", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
+    both = [[*common, f"RANK={rank}", f"LOCAL_RANK={rank}", sys.executable, script] for rank in (0, 1)]
+    with started(*both[0], cwd=tmp_path) as stuck, started(*both[1], cwd=tmp_path):
+        ready(tmp_path)
+
+        def ends() -> bool:
+            stuck.terminate()
+            return stuck.poll() is not None
+
+        wait_until(ends, "the rank ends", limit_seconds=20.0)
+    assert stuck.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
