@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
+import itertools
 import random
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from fabric_lite.strategies import FSDPStrategy
 
 SAMPLES, EPOCHS, STOPPED_IN = 32, 3, 1
 STOPS = ("first", "middle", "last", "edge")
-DATA = ("shuffled map", "weighted sampler", "batch sampler", "iterable")
+DATA = ("shuffled map", "weighted sampler", "batch sampler", "iterable", "iterable read again")
 
 
 def sample(index: int) -> dict[str, Any]:
@@ -61,6 +64,16 @@ class Stream(IterableDataset):
         self.place = self.first = state["place"]
 
 
+class PlainStream(IterableDataset):
+    """The same without a state: what was seen is read again and dropped."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.stream = Stream(rank, world_size)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.stream)
+
+
 class Pairs(BatchSampler):
     """Batches of neighbours, in an order that Python's generator draws."""
 
@@ -85,12 +98,13 @@ def make_loader(data: str, workers: int, rank: int, world_size: int) -> DataLoad
         return DataLoader(Samples(), batch_size=2, sampler=sampler, num_workers=workers)
     if data == "batch sampler":
         return DataLoader(Samples(), batch_sampler=Pairs(), num_workers=workers)
-    return DataLoader(Stream(rank, world_size), batch_size=2, num_workers=workers)
+    kind = Stream if data == "iterable" else PlainStream
+    return DataLoader(kind(rank, world_size), batch_size=2, num_workers=workers)
 
 
-def make_model() -> nn.Module:
+def make_model(dropout: float) -> nn.Module:
     return nn.Sequential(
-        nn.Linear(8, 16), nn.Dropout(0.3), nn.Sequential(nn.Linear(16, 16), nn.GELU()), nn.Linear(16, 1)
+        nn.Linear(8, 16), nn.Dropout(dropout), nn.Sequential(nn.Linear(16, 16), nn.GELU()), nn.Linear(16, 1)
     )
 
 
@@ -104,6 +118,7 @@ class Cell:
     data: str
     accumulation: int
     ranks: int = 2
+    dropout: float = 0.3
 
 
 class Run:
@@ -122,7 +137,7 @@ class Run:
         self.fabric = Fabric(accelerator="cpu", devices=cell.ranks, strategy=strategy, precision=cell.precision)
         self.fabric.seed_everything(7)
         torch.rand(scramble), np.random.rand(scramble), [random.random() for _ in range(scramble)]
-        model = make_model()
+        model = make_model(cell.dropout)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         self.model, self.optimizer = self.fabric.setup(model, optimizer)
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -194,22 +209,52 @@ def compare(cell: Cell, stops: list[str], folder: str) -> list[dict[str, Any]]:
                 traced[stop] = len(trace)
     ends = whole.ends()
     whole.fabric.close()
-    return [resumed(cell, stop, paths[stop], trace[traced[stop] :], ends) for stop in stops]
+    return [resumed(cell, stop, paths[stop], trace, traced[stop], ends) for stop in stops]
 
 
-def resumed(cell: Cell, stop: str, path: Path, expected: list[Any], ends: dict[str, str]) -> dict[str, Any]:
+def compare_within_a_window(cell: Cell, folder: str) -> dict[str, Any]:
+    """On each rank: as :func:`compare`, saved two batches after a step; with how many warnings."""
+    whole, trace, path = Run(cell), list[Any](), Path(folder) / "within.ckpt"
+    traced, said = 0, 0
+    for epoch, batch, steps in whole.batches(trace):
+        if (epoch, batch) == (STOPPED_IN, cell.accumulation + 2):
+            assert not steps
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                whole.fabric.save(path, whole.state)
+            said = sum("The gradients of the latest 2 batches wait" in str(warning.message) for warning in caught)
+            traced = len(trace) - 2
+    ends = whole.ends()
+    whole.fabric.close()
+    return {**resumed(cell, "within", path, trace, traced, ends), "said": said}
+
+
+def resumed(cell: Cell, stop: str, path: Path, whole: list[Any], traced: int, ends: dict[str, str]) -> dict[str, Any]:
+    """Go on to the end, against the ``whole`` trace, of which ``traced`` entries came before what was saved."""
     run = Run(cell, scramble=3 + torch.distributed.get_rank() if cell.ranks > 1 else 3)
     run.state.update(run.fabric.load(path, run.state))
-    place = place_of(run.loader)
     trace: list[Any] = []
     for _ in run.batches(trace):
         pass
     again = run.ends()
     run.fabric.close()
     differing = [name for name in ends if ends[name] != again[name]]
+    expected = whole[traced:]
     if trace != expected:
-        differing.append(f"trace: {next(pair for pair in zip(trace, expected, strict=False) if pair[0] != pair[1])}")
-    return {"stop": stop, "differing": differing, "repeated": place.repeated, "skipped": place.skipped}
+        pairs = itertools.zip_longest(trace, expected)
+        differing.append(f"trace: {next(pair for pair in pairs if pair[0] != pair[1])}")
+    seen, should = samples_in(whole[:traced] + trace), samples_in(whole)
+    return {
+        "stop": stop,
+        "differing": differing,
+        "repeated": (seen - should).total(),
+        "skipped": (should - seen).total(),
+    }
+
+
+def samples_in(trace: list[Any]) -> collections.Counter[tuple[int, int]]:
+    """How often each sample was seen in each epoch."""
+    return collections.Counter((entry[0], index) for entry in trace if len(entry) > 3 for index in entry[3])
 
 
 def save_midway(cell: Cell, path: str, batches: int) -> dict[str, Any]:
