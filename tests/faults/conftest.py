@@ -46,12 +46,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     # pytest gives this hook no config; the file was chosen on the command line, for the whole process.
-    if _progress is not None and report.when == "call" and report.passed:
+    if _progress is None:
+        return
+    if report.when == "call" and report.passed:
+        _called.add(report.nodeid)
+    # Only then is the row of its figures written, and has nothing failed.
+    if report.when == "teardown" and report.passed and report.nodeid in _called:
         with _progress.open("a") as file:
             file.write(report.nodeid + "\n")
 
 
 _progress: Path | None = None
+_called: set[str] = set()  # the tests whose call has passed
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -6,7 +6,8 @@ python -m tests.faults.peers --figures docs/faults.json
 
 Ranks save over an existing checkpoint again and again and are killed, all at once. Then new ranks load what is under
 the name: "intact" is one state, whichever; "mixed" has values of two; "lost" can't be loaded. After each kill of which
-something is lost or mixed, the next trial starts from nothing. Peers that are not installed are left out.
+something is lost or mixed, the next trial starts from nothing. A rank that ends in another way than by the kill, or a
+reader that does, is no outcome and ends the run. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.faults.nursery import Nursery
+from tests.faults.nursery import End, Nursery
 
 WIDTH, LAYERS = 256, 4
 
@@ -239,20 +240,31 @@ def outcome(found: list[Any]) -> str:
     return "intact" if len(numbers) == 1 and numbers != {-1.0} else "mixed"
 
 
+def check(ends: list[End], code: int) -> None:
+    """Raise unless all ranks have ended with this code: an error of a save is no kill, and one of a reader no loss."""
+    codes = [end.code for end in ends]
+    if codes != [code] * len(ends):
+        raise RuntimeError(f"the ranks ended with {codes}, not with {code}")
+
+
 def killed(kind: type[Any], trials: int, nursery: Nursery) -> dict[str, int]:
-    """How often the only checkpoint was intact, mixed or lost, and how often the kill changed nothing on disk."""
+    """How often the only checkpoint was intact, mixed or lost."""
     moments, counts = random.Random(0), collections.Counter[str](trials=0, intact=0, mixed=0, lost=0)
     with tempfile.TemporaryDirectory(prefix="fabric_lite_peers_") as folder:
         ready, path = Path(folder) / "ready", Path(folder) / "saves" / "a"
         path.parent.mkdir()
         # The third save of a rank: what is imported and allocated once is not a save's.
-        seconds = max(end.value for end in nursery.run(save_for_ever, kind, path, 1, ready, 3, ranks=kind.ranks))
+        ends = nursery.run(save_for_ever, kind, path, 1, ready, 3, ranks=kind.ranks)
+        check(ends, 0)
+        seconds = max(end.value for end in ends)
         for trial in range(trials):
             ready.unlink(missing_ok=True)
             delay = moments.uniform(0.0, 2 * seconds)
             first = 1000 * (trial + 1)
-            nursery.run(save_for_ever, kind, path, first, ready, ranks=kind.ranks, kill=(ready, delay))
+            check(nursery.run(save_for_ever, kind, path, first, ready, ranks=kind.ranks, kill=(ready, delay)), -9)
+            assert ready.exists(), f"{kind.name} was killed before its first save had ended"
             found = nursery.run(numbers_in, kind, path, ranks=kind.ranks)
+            check(found, 0)
             result = outcome(found)
             counts.update([result, "trials"])
             if result != "intact":

@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def test_ranks_killed_at_a_random_moment_leave_the_old_or_the_new_folder(
         for trial in range(kills * times):
             log = tmp_path / f"saved-{trial}"
             kill = (log, moments.uniform(0.0, 0.1))
-            nursery.run(save_for_ever, path, number + 1, log, ranks=RANKS, kill=kill)
+            ends = nursery.run(save_for_ever, path, number + 1, log, ranks=RANKS, kill=kill)
+            assert [end.code for end in ends] == [-signal.SIGKILL] * RANKS, "one ended otherwise, not by the kill"
             reported = max(map(int, log.read_text().split()), default=number)
             content = load(path)  # compares the checksums
             number = content["number"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ def test_a_save_killed_at_a_random_moment_leaves_the_old_or_the_new_file(
     with Nursery() as nursery:
         for trial in range(kills * times):
             log = tmp_path / f"saved-{trial}"
-            nursery.run(save_for_ever, path, number + 1, log, kill=(log, moments.uniform(0.0, 0.05)))
+            ends = nursery.run(save_for_ever, path, number + 1, log, kill=(log, moments.uniform(0.0, 0.05)))
+            assert [end.code for end in ends] == [-signal.SIGKILL], "it ended otherwise, not by the kill"
             reported = int((log.read_text().split() or [str(number)])[-1])
             content = load(path)  # compares the checksums
             number = content["number"]
