@@ -22,6 +22,7 @@ FILE, SHARDED = Way("full"), Way("sharded", ranks=2)
 IN_TWO_STEPS = Way("sharded", ranks=2, in_two_steps=True)
 NOTHING, SAME, OTHER_KIND = "new", "overwrite", "overwrite the other kind"
 CELLS = [(way, before) for way in (FILE, SHARDED, IN_TWO_STEPS) for before in (NOTHING, SAME, OTHER_KIND)]
+CELLS += [(Way("full", async_=True), SAME), (Way("sharded", ranks=2, async_=True), SAME)]
 SAMPLE = [(FILE, NOTHING), (FILE, SAME), (SHARDED, SAME)]
 
 
