@@ -100,12 +100,16 @@ class Held(NamedTuple):
     shares: list[_Share] | None
 
 
+@torch.no_grad()
 def held(sharded: Mapping[str, Any]) -> Held:
     """What this rank has to say of its DTensors, by their places; nothing is communicated."""
-    described = [(place, *_description(sharded[place])) for place in sorted(sharded)]
-    return Held(described, _shares(sharded) if all(map(_is_a_box, sharded.values())) else None)
+    layouts = _Layouts()
+    own = {place: layouts.of(sharded[place]) for place in sorted(sharded)}
+    described = [(place, *layout.description) for place, layout in own.items()]
+    return Held(described, _shares(sharded, own) if all(layout.is_a_box for layout in own.values()) else None)
 
 
+@torch.no_grad()
 def shard_plan(sharded: Mapping[str, Any], by_rank: list[Held]) -> ShardPlan:
     """Say who has which part of which tensor. Every rank calls it.
 
@@ -126,11 +130,13 @@ def shard_plan(sharded: Mapping[str, Any], by_rank: list[Held]) -> ShardPlan:
             given=f"{len(mine)} on rank {rank()}",
             fix="save the same objects on every rank, after the same steps",
         )
-    tensors = {place: _as_boxes(sharded[place]) for place in sorted(sharded)}
-    plan = ShardPlan({place: _shard(tensor) for place, tensor in tensors.items()}, {}, {})
+    tensors = {place: sharded[place] for place in sorted(sharded)}
     shares = [other.shares for other in by_rank]
     if any(share is None for share in shares):
-        shares = gather_objects(_shares(tensors))
+        tensors = {place: _as_boxes(tensor) for place, tensor in tensors.items()}
+        layouts = _Layouts()
+        shares = gather_objects(_shares(tensors, {place: layouts.of(tensor) for place, tensor in tensors.items()}))
+    plan = ShardPlan({place: _shard(tensor) for place, tensor in tensors.items()}, {}, {})
     for index, place in enumerate(tensors):
         held_of_it = [share[index] for share in shares if share is not None]
         # A rank that holds nothing of a tensor can't tell whose memory it is.
@@ -145,29 +151,47 @@ def shard_plan(sharded: Mapping[str, Any], by_rank: list[Held]) -> ShardPlan:
     return plan
 
 
-def _description(tensor: Any) -> tuple[tuple[int, ...], str, str]:
-    return tuple(tensor.shape), str(tensor.dtype), str(tensor.placements)
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """What is to be known of a DTensor's layout: shape, dtype and placements in words, alike on all ranks; the box."""
+
+    description: tuple[tuple[int, ...], str, str]
+    is_a_box: bool
+    box: Box | None
+
+
+class _Layouts:
+    """The layouts of DTensors, each found out once: most of many tensors are laid out alike, and the training waits."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[Any, _Layout] = {}
+
+    def of(self, tensor: Any) -> _Layout:
+        key = tensor.shape, tensor.dtype, tensor.placements, id(tensor.device_mesh)
+        layout = self._layouts.get(key)
+        if layout is None:
+            description = tuple(tensor.shape), str(tensor.dtype), str(tensor.placements)
+            is_a_box = _is_a_box(tensor)
+            layout = _Layout(description, is_a_box, local_box(tensor) if is_a_box else None)
+            self._layouts[key] = layout
+        return layout
 
 
 def _shard(tensor: Any) -> Shard:
     return Shard(tuple(tensor.shape), tensor.dtype, tensor.to_local().detach())
 
 
-def _share(tensor: Any, place: str, first: dict[Any, str], boxes: dict[Any, Box]) -> _Share:
+def _share(tensor: Any, place: str, first: dict[Any, str], layout: _Layout) -> _Share:
     local = tensor.to_local()
     if local.numel() == 0:
         return _Share(None, place)
-    identity = (local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape, tensor.placements)
-    layout = tensor.shape, id(tensor.device_mesh), tensor.placements
-    if layout not in boxes:
-        boxes[layout] = local_box(tensor)
-    return _Share(boxes[layout], first.setdefault(identity, place))
+    identity = local.data_ptr(), local.shape, local.stride(), id(layout)
+    return _Share(layout.box, first.setdefault(identity, place))
 
 
-def _shares(tensors: Mapping[str, Any]) -> list[_Share]:
+def _shares(tensors: Mapping[str, Any], layouts: Mapping[str, _Layout]) -> list[_Share]:
     first: dict[Any, str] = {}
-    boxes: dict[Any, Box] = {}  # many tensors are of one shape and layout, and torch takes its time
-    return [_share(tensors[place], place, first, boxes) for place in sorted(tensors)]
+    return [_share(tensors[place], place, first, layout) for place, layout in layouts.items()]
 
 
 def _is_a_box(tensor: Any) -> bool:

@@ -152,7 +152,7 @@ def _ordered_like(value: Any, items: dict[Any, Any]) -> Any:
 
 def _tensor(value: torch.Tensor, place: Place) -> torch.Tensor:
     if is_sharded(value):
-        return value.detach()
+        return value  # its part is detached: this costs less, and an asynchronous save has to be quick
     if torch.nn.parameter.is_lazy(value):
         raise FabricTypeError(
             f"{place} belongs to a lazy module that has not run yet: it has no data to save.",

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
-from fabric_lite.checkpoint.layout import ShardPlan, is_sharded
+from fabric_lite.checkpoint.layout import Shard, ShardPlan, is_sharded
 from fabric_lite.checkpoint.packing import packed
 from fabric_lite.checkpoint.plain import Place, tensors_in
 from fabric_lite.collectives import rank
 from fabric_lite.trees import map_leaves
 
 __all__ = ["Staged", "Staging"]
+
+_Kind = tuple[torch.dtype, torch.Size, tuple[int, ...], bool]
 
 _KEPT_SAVES = 4  # memory that none of so many saves has used is given back
 
@@ -34,18 +36,19 @@ class Staged:
 class Staging:
     """The memory of staged tensors; one save at a time uses it.
 
-    Each storage is kept by its size, which is all that a file shows of it. Of CUDA tensors it is pinned, and the copies
-    are only queued: what the training loop queues behind them, the next step say, can't overtake them.
+    Each copy is kept with its storage by dtype, shape and strides: tensors are made slowly. Of CUDA tensors it is
+    pinned, and the copies are only queued: what the training loop queues behind them, the next step say, can't overtake
+    them.
 
-    ``allocations`` counts the storages that were made, of strided tensors.
+    ``allocations`` counts the copies that were made, of strided tensors.
     """
 
     def __init__(self) -> None:
         self.allocations = 0
         self._saves = 0
-        # By size in bytes and whether it is pinned: free storages, each with the number of the save that used it last.
-        self._free: dict[tuple[int, bool], list[tuple[int, torch.UntypedStorage]]] = {}
-        self._taken: list[tuple[tuple[int, bool], torch.UntypedStorage]] = []
+        # By layout and whether they are pinned: free copies, each with the number of the save that used it last.
+        self._free: dict[_Kind, list[tuple[int, torch.Tensor]]] = {}
+        self._taken: list[tuple[_Kind, torch.Tensor]] = []
         self._devices: set[torch.device] = set()
 
     def stage(self, content: Any, plan: ShardPlan) -> Staged:
@@ -58,7 +61,7 @@ class Staging:
         own = set(plan.written_by(rank()))
         nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         shards = {
-            place: dataclasses.replace(shard, local=self._copy(shard.local) if place in own else nothing)
+            place: Shard(shard.shape, shard.dtype, self._copy(shard.local) if place in own else nothing)
             for place, shard in plan.tensors.items()
         }
         self._drop_unused()
@@ -77,29 +80,26 @@ class Staging:
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         is_pinned = tensor.device.type == "cuda"
-        storage = self._storage(tensor.numel() * tensor.itemsize, is_pinned)
         # Without elements in between, strides mean something only in the dims of size 1; a file shows them.
         stride = tensor.stride() if tensor.is_contiguous() else torch.empty(tensor.shape, device="meta").stride()
-        copy = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, 0, tensor.shape, stride)
+        kind = tensor.dtype, tensor.shape, stride, is_pinned
+        free = self._free.get(kind)
+        copy = free.pop()[1] if free else self._made(*kind)
+        self._taken.append((kind, copy))
         copy.copy_(tensor, non_blocking=is_pinned)
         if is_pinned:
             self._devices.add(tensor.device)
         return copy
 
-    def _storage(self, nbytes: int, is_pinned: bool) -> torch.UntypedStorage:
-        key = nbytes, is_pinned
-        free = self._free.get(key)
-        if free:
-            storage = free.pop()[1]
-        else:
-            storage = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=is_pinned).untyped_storage()
-            self.allocations += 1
-        self._taken.append((key, storage))
-        return storage
+    def _made(self, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], is_pinned: bool) -> torch.Tensor:
+        nbytes = shape.numel() * dtype.itemsize
+        storage = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=is_pinned).untyped_storage()
+        self.allocations += 1
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, stride)
 
     def _start(self) -> None:
-        for key, storage in self._taken:
-            self._free.setdefault(key, []).append((self._saves, storage))
+        for kind, copy in self._taken:
+            self._free.setdefault(kind, []).append((self._saves, copy))
         self._taken, self._devices = [], set()
         self._saves += 1
 
