@@ -16,12 +16,12 @@ from torch.utils.serialization import config
 
 from fabric_lite.checkpoint.archive import FORMAT, MANIFEST
 from fabric_lite.checkpoint.packing import storages
-from fabric_lite.checkpoint.part_writing import Beside, Blocks, write_blocks
+from fabric_lite.checkpoint.part_writing import Blocks, write_blocks
 from fabric_lite.checkpoint.plain import Place, tensors_in
 from fabric_lite.checkpoint.seal import UNSEALED, seal
 from fabric_lite.collectives import world_size
 from fabric_lite.errors import CheckpointError, FabricTypeError
-from fabric_lite.movement import MovingFile, note_movement
+from fabric_lite.movement import MovingFile
 
 __all__ = ["Origin", "StreamedArchive", "own_version", "placeholder", "write_archive"]
 
@@ -37,16 +37,14 @@ Origin = Mapping[str, Any]
 def write_archive(file: BinaryIO, content: Any, origin: Origin) -> None:
     """Write packed plain data into an empty file that is open for reading and writing.
 
-    The checksums are computed in a thread beside the writing, by zlib instead of torch's slower CRC-32, and also put
-    into the zip's directory, so that any zip tool can check the file.
+    The checksums are those that torch computes while it writes, and puts into the zip's directory: a thread beside it
+    is faster only where a core is free, and slower by much where none is.
     """
     records = _storage_records(content)
-    checksums = Beside(lambda: {name: _crc32_of(storage) for name, (storage, _) in records.items()})
-    try:
-        with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
-            _save(content, file)
-    finally:
-        crc_by_name = checksums.result()
+    with config.patch({"save.compute_crc32": True}):  # type: ignore[attr-defined]
+        _save(content, file)
+    with zipfile.ZipFile(file) as archive:
+        crc_by_name = {info.filename.split("/", 1)[1]: info.CRC for info in archive.infolist()}
     _finish(file, records, crc_by_name, origin)
 
 
@@ -177,11 +175,3 @@ def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
 def _crc32_in_file(file: BinaryIO, info: zipfile.ZipInfo) -> int:
     file.seek(_start(file, info))
     return zlib.crc32(file.read(info.file_size))
-
-
-def _crc32_of(storage: torch.UntypedStorage) -> int:
-    checksum = 0
-    for block in Blocks().of(torch.empty(0, dtype=torch.uint8).set_(storage)):
-        note_movement()
-        checksum = zlib.crc32(block, checksum)
-    return checksum
