@@ -54,7 +54,7 @@ def kills(operations: list[list[Operation]], full: bool) -> list[Kill]:
                 chosen += [Kill(rank, number, "before", alone=True)] if len(operations) > 1 else []
             elif operation.kind in ("rename", "exchange"):
                 chosen += [Kill(rank, number, moment) for moment in ("before", "after")]
-            elif number % 6 == rank:
+            elif number % 9 == rank:
                 chosen.append(Kill(rank, number, "before"))
     return chosen
 

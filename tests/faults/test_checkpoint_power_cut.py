@@ -35,7 +35,7 @@ def nursery() -> Iterator[Nursery]:
 
 @pytest.mark.parametrize(
     ("way", "before", "every"),
-    [(*cell, 4) for cell in SAMPLE] + [pytest.param(*cell, 1, marks=pytest.mark.full) for cell in CELLS],
+    [(*cell, 6) for cell in SAMPLE] + [pytest.param(*cell, 1, marks=pytest.mark.full) for cell in CELLS],
     ids=str,
 )
 def test_a_power_cut_at_any_operation_leaves_the_old_or_the_new_checkpoint(
