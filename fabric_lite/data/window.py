@@ -28,16 +28,16 @@ class Window:
         self.waiting = 0
         self.batches = 0  # handed out, by all loaders
         # By optimizer, at the end of its latest step: the batches, and what was left of its first gradient.
-        self._followed: weakref.WeakKeyDictionary[Optimizer, tuple[int, Any]] = weakref.WeakKeyDictionary()
+        self._followed: weakref.WeakKeyDictionary[Optimizer, list[Any]] = weakref.WeakKeyDictionary()
 
     def follow(self, optimizer: Optimizer) -> Callable[..., None]:
         """The post-hook of an optimizer's ``step``, which ends the window."""
-        followed = self._followed
-        followed[optimizer] = (-1, None)
+        latest: list[Any] = [-1, None]
+        self._followed[optimizer] = latest
 
         def end(stepped: Optimizer, *_: Any) -> None:
             self.waiting = 0
-            followed[stepped] = (self.batches, _mark(_first_gradient(stepped)))
+            latest[0], latest[1] = self.batches, _mark(_first_gradient(stepped))
 
         return end
 
@@ -66,7 +66,7 @@ class Window:
         for optimizer, (stepped_at, mark) in list(self._followed.items()):
             gradient = _first_gradient(optimizer)
             # One that has stepped since the latest batch may be left gradients of another's loss, as in a GAN.
-            is_new = gradient is not None and stepped_at < self.batches and _mark(gradient) != mark
+            is_new = gradient is not None and stepped_at < self.batches and not _is_marked(gradient, mark)
             if is_new and bool(local_part(gradient).count_nonzero()):
                 self._warn(
                     f"Gradients of {type(optimizer).__name__} wait for a step while another optimizer has stepped, and "
@@ -88,5 +88,10 @@ def _first_gradient(optimizer: Optimizer) -> Any:
 
 
 def _mark(gradient: Any) -> Any:
-    """What tells a gradient that was added to, or another one, from this one."""
-    return None if gradient is None else (id(gradient), gradient._version)
+    """What tells a gradient that was added to, or another one, from this one; weak, since it may be let go."""
+    return None if gradient is None else (weakref.ref(gradient), gradient._version)
+
+
+def _is_marked(gradient: Any, mark: Any) -> bool:
+    # Of another gradient the address may be the same, once the first is gone.
+    return mark is not None and mark[0]() is gradient and mark[1] == gradient._version
