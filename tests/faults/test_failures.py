@@ -97,8 +97,13 @@ def fail_once(folder: Path, way: str, how: str, place: tuple[int, int]) -> dict[
     return {"said": said - died, "ended": ended - died, "left": left, "lines": len(lines)}
 
 
-@pytest.mark.parametrize("trials", [1, pytest.param(20, marks=pytest.mark.full)])
-@pytest.mark.parametrize("how", CAUSES)
+@pytest.mark.parametrize(
+    ("how", "trials"),
+    [
+        *((how, 1) for how in ("exception", "SIGKILL", "segfault")),
+        *(pytest.param(how, 20, marks=pytest.mark.full) for how in CAUSES),
+    ],
+)
 def test_a_rank_that_fails_is_named_with_its_cause_and_the_users_line(
     tmp_path: Path, figures: Figures, how: str, trials: int
 ) -> None:
