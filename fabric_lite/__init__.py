@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fabric_lite.checkpoint import SaveHandle
     from fabric_lite.checkpoints import Checkpoints
     from fabric_lite.errors import (
+        CheckpointDamagedError,
         CheckpointError,
         CollectiveError,
         FabricError,
@@ -49,6 +50,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AttributeDict": "attribute_dict",
+    "CheckpointDamagedError": "errors",
     "CheckpointError": "errors",
     "Checkpoints": "checkpoints",
     "CollectiveError": "errors",
@@ -94,6 +96,7 @@ __all__ = [  # noqa: RUF022 - the order of a first reading
     "FabricTypeError",
     "FabricValueError",
     "CheckpointError",
+    "CheckpointDamagedError",
     "CollectiveError",
     "LaunchError",
     "StrategyError",
