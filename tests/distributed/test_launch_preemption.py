@@ -44,16 +44,20 @@ def ready(folder: Path, ranks: int = 2) -> None:
     wait_until(lambda: all((folder / f"ready{rank}").exists() for rank in range(ranks)), "ranks are ready")
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_ranks_that_are_asked_to_leave_save_and_the_job_ends_with_75(tmp_path: Path, number: signal.Signals) -> None:
-    script = write(tmp_path, LEAVE_WHEN_ASKED)
-    with started(
-        *FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, "--max-restarts", 3, script, cwd=tmp_path
-    ) as process:
-        ready(tmp_path)
+def signalled(script: Path, number: signal.Signals, *options: object) -> tuple[int, str]:
+    """Run a script on two ranks and signal ``fabric-run`` when they are ready; its exit code, and what it says."""
+    command = [*FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, *options, script]
+    with started(*command, cwd=script.parent) as process:
+        ready(script.parent)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 75, stderr
+    return process.returncode, stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_ranks_that_are_asked_to_leave_save_and_the_job_ends_with_75(tmp_path: Path, number: signal.Signals) -> None:
+    code, stderr = signalled(write(tmp_path, LEAVE_WHEN_ASKED), number, "--max-restarts", 3)
+    assert code == 75, stderr
     assert stderr == "fabric-run: stopped for preemption; the ranks have saved their work.\n"
     assert [(tmp_path / f"saved{rank}").read_text() for rank in (0, 1)] == [number.name] * 2
     assert_nothing_left(tmp_path)
@@ -87,11 +91,7 @@ def test_a_script_may_use_sigusr1_for_itself(tmp_path: Path) -> None:
         signal.pause()
         """,
     )
-    with started(*FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, script, cwd=tmp_path) as process:
-        ready(tmp_path)
-        process.send_signal(signal.SIGUSR1)
-        _, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stderr) == (0, "")
+    assert signalled(script, signal.SIGUSR1) == (0, "")
     assert all((tmp_path / f"noted{rank}").exists() for rank in (0, 1))
 
 
@@ -104,11 +104,7 @@ def test_ranks_that_do_not_listen_die_of_sigusr1_which_is_no_failure_of_theirs(t
         signal.pause()
         """,
     )
-    with started(*FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, script, cwd=tmp_path) as process:
-        ready(tmp_path)
-        process.send_signal(signal.SIGUSR1)
-        _, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stderr) == (128 + signal.SIGUSR1, "fabric-run: ended by SIGUSR1.\n")
+    assert signalled(script, signal.SIGUSR1) == (128 + signal.SIGUSR1, "fabric-run: ended by SIGUSR1.\n")
 
 
 def slurm(folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,13 @@ def commands(script: Path, how: str, world_size: int, victim: int) -> dict[str, 
         "fabric-run": [*FABRIC_RUN, "--accelerator", "cpu", "--devices", world_size, *words],
         "in-script": [sys.executable, *words],
     }
+
+
+def trials_in(folder: Path, trials: int) -> Iterator[tuple[int, Path]]:
+    """Number the trials, each with an empty folder of its own."""
+    for trial in range(trials):
+        (folder / str(trial)).mkdir()
+        yield trial, folder / str(trial)
 
 
 def seconds_until_nothing_is_left(folder: Path) -> float:
@@ -126,9 +134,7 @@ def test_a_program_that_starts_its_ranks_itself_says_the_same(tmp_path: Path) ->
 @pytest.mark.parametrize("trials", [1, pytest.param(10, marks=pytest.mark.full)])
 def test_both_of_two_nodes_name_the_rank_that_failed_first(tmp_path: Path, figures: Figures, trials: int) -> None:
     most = 0
-    for trial in range(trials):
-        folder = tmp_path / str(trial)
-        folder.mkdir()
+    for trial, folder in trials_in(tmp_path, trials):
         script, how, victim = write(folder, SCRIPT), [*CAUSES][(trial + 2) % len(CAUSES)], (trial + 1) % 2
         meeting = ["--num-nodes", 2, "--main-address", "127.0.0.1", "--main-port", free_port()]
         command = [*FABRIC_RUN, "--accelerator", "cpu", "--devices", 1, *meeting, "--node-rank"]
@@ -151,9 +157,7 @@ def test_both_of_two_nodes_name_the_rank_that_failed_first(tmp_path: Path, figur
 @pytest.mark.parametrize("trials", [1, pytest.param(20, marks=pytest.mark.full)])
 def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path, figures: Figures, trials: int) -> None:
     slowest = 0.0
-    for trial in range(trials):
-        folder = tmp_path / str(trial)
-        folder.mkdir()
+    for trial, folder in trials_in(tmp_path, trials):
         way = ("fabric-run", "in-script")[trial % 2]
         with started(*commands(write(folder, SCRIPT), "wait", 2, 0)[way], cwd=folder) as process:
             wait_until(lambda: all((folder / f"ready{rank}").exists() for rank in (0, 1)), "ranks train")  # noqa: B023

@@ -302,18 +302,22 @@ def test_asynchronous_saves_are_pruned_one_save_later(run: Run, tmp_path: Path) 
     assert names(tmp_path) == ["step-0000003", "step-0000004"]
 
 
-def test_folders_are_kept_and_deleted_like_files(tmp_path: Path) -> None:
+def sharded_state() -> dict[str, Any]:
+    """What is saved as a folder."""
     fabric = Fabric(accelerator="cpu", devices=1, strategy="fsdp")
     model = nn.Linear(3, 1)
     model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    checkpoints = Checkpoints(tmp_path, every=1, keep_last=2)
-    state = {"fabric": fabric, "model": model, "optimizer": optimizer}
+    return {"fabric": fabric, "model": model, "optimizer": optimizer}
+
+
+def test_folders_are_kept_and_deleted_like_files(tmp_path: Path) -> None:
+    state, checkpoints = sharded_state(), Checkpoints(tmp_path, every=1, keep_last=2)
     for _ in range(4):
-        optimizer.step()
+        state["optimizer"].step()
         checkpoints.step(state)
     assert names(tmp_path) == ["step-0000003", "step-0000004"]
     assert all(path.is_dir() for path in tmp_path.iterdir())
-    fabric.close()
+    state["fabric"].close()
 
 
 def test_several_loaders_are_told_apart(run: Run, tmp_path: Path, capsys: Any) -> None:
@@ -404,17 +408,13 @@ def test_a_step_whose_save_failed_is_saved_again(run: Run, tmp_path: Path) -> No
 
 
 def test_what_the_user_has_put_into_a_checkpoint_keeps_it_from_being_deleted(tmp_path: Path, capsys: Any) -> None:
-    fabric = Fabric(accelerator="cpu", devices=1, strategy="fsdp")
-    model = nn.Linear(3, 1)
-    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    checkpoints = Checkpoints(tmp_path, every=1, keep_last=1)
-    state = {"fabric": fabric, "model": model, "optimizer": optimizer}
-    for _ in range(4):
-        optimizer.step()
+    state, checkpoints = sharded_state(), Checkpoints(tmp_path, every=1, keep_last=1)
+    for step in range(1, 5):
+        state["optimizer"].step()
         checkpoints.step(state)
-        if fabric.steps == 1:
+        if step == 1:
             (tmp_path / "step-0000001" / "notes.txt").write_text("mine")
     assert names(tmp_path) == ["step-0000001", "step-0000004"]
     assert (tmp_path / "step-0000001" / "notes.txt").read_text() == "mine"
     assert capsys.readouterr().err.count("step-0000001 is not needed any more and stays") == 1
-    fabric.close()
+    state["fabric"].close()
