@@ -78,7 +78,9 @@ def test_order_is_that_of_a_hand_written_script_with_distributed_sampler(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"shuffle": True}, {"sampler": WeightedRandomSampler([1.0, 2.0, 3.0] * 7, 30)}], ids=str
+    "options",
+    [{}, {"shuffle": True}, {"sampler": WeightedRandomSampler([1.0, 2.0, 3.0] * 7, 30)}],
+    ids=["in order", "shuffled", "own sampler"],
 )
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_alone_the_order_and_the_use_of_the_global_generator_are_those_of_the_raw_loader(
