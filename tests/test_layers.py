@@ -13,7 +13,7 @@ import fabric_lite
 
 PACKAGE = Path(fabric_lite.__file__).parent
 LAYERS = [
-    {"errors", "trees", "attribute_dict"},
+    {"errors", "trees", "attribute_dict", "process_end"},
     {"policy"},
     {"precision", "topology", "run_config", "deferred", "parameters", "activation_checkpointing"},
     {"call_site", "movement", "side_store"},

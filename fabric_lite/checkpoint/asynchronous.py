@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fabric_lite import process_end, run_config
 from fabric_lite.checkpoint.layout import ShardPlan
 from fabric_lite.checkpoint.remote import Target
 from fabric_lite.checkpoint.staging import Staging
@@ -34,10 +35,12 @@ class SaveHandle:
     """A save that is written while the training goes on: what ``fabric.save(..., async_=True)`` returns.
 
     What goes wrong is raised by :meth:`result`; if no rank has asked, by the next save, on all of them. A rank that
-    was not told yet raises it in ``fabric.close()``, and at the end of the process it is said on standard error.
+    was not told yet raises it in ``fabric.close()``; at the end of the process it is said on standard error, and the
+    exit code is 1. Under ``fabric-run`` it then is what the rank has failed of.
 
-    A process does not end before its save has. But where an exception ends a script under ``fabric-run``, all its ranks
-    are killed after about a second: a save that takes longer is lost then, and the checkpoint before it stays.
+    A process does not end before its save has, also after an exception. ``fabric-run`` leaves the ranks of its node
+    five minutes for it then. A save over several ranks is lost when one of them is killed or crashes, and over several
+    nodes when one fails; the checkpoint before it stays.
     """
 
     def __init__(self, target: Target, work: Callable[[], None]) -> None:
@@ -128,6 +131,7 @@ def start(target: Target, content: Any, plan: ShardPlan, write: Write) -> SaveHa
         error = exception
     if not _process.is_watched:
         atexit.register(finish_at_exit)
+        process_end.owe(_is_under_way, _outcome)
         _process.is_watched = True
 
     def ready() -> None:
@@ -164,14 +168,28 @@ def finish() -> BaseException | None:
 
 
 def finish_at_exit() -> None:
-    """:func:`finish` for the end of the process, where an error can only be said; rank 0 does."""
+    """:func:`finish` for the end of the process, where an error can only be said, by rank 0, and the exit code tell."""
+    last, error = _last(), _outcome()
+    if last is None or error is None:
+        return
+    if last.rank == 0:
+        print(f"fabric_lite: the asynchronous save of {last.path} failed.\n{error}", file=sys.stderr, flush=True)
+    if run_config.current() is None:  # else a script that ran to its end has been told, and another has its own code
+        process_end.exit_with_failure()
+
+
+def _is_under_way() -> bool:
+    last = _last()
+    return last is not None and not last.done()
+
+
+def _outcome() -> BaseException | None:
+    """Wait for the last save; its error, if nobody was told of it."""
     last = _last()
     if last is None:
-        return
+        return None
     last.wait()
-    error = last.take_error()
-    if error is not None and last.rank == 0:
-        print(f"fabric_lite: the asynchronous save of {last.path} failed.\n{error}", file=sys.stderr, flush=True)
+    return last.take_error()
 
 
 def _last() -> SaveHandle | None:

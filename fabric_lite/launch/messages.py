@@ -121,6 +121,7 @@ class RankFailed:
         exit_code: What it will exit with.
         time: When, by the clock that all processes share.
         is_exit: Whether the exception is SystemExit: the rank's own decision, which no other rank can have caused.
+        is_saving: Whether an asynchronous save is under way, for whose end it waits before it exits.
     """
 
     local_rank: int
@@ -128,6 +129,7 @@ class RankFailed:
     exit_code: int = 1
     time: float = 0.0
     is_exit: bool = False
+    is_saving: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,17 +18,19 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import InspectLoader
 from importlib.machinery import SourceFileLoader
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
-from fabric_lite import run_config
+from fabric_lite import process_end, run_config
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.failure import describe_exception, python_exit_code, user_traceback, write_error_file
 from fabric_lite.launch.messages import Channel, FailureNoted, JobHangs, RankFailed, RankLeft, StartRank
 
-__all__ = ["ScriptCall", "run_rank"]
+__all__ = ["ScriptCall", "run_rank", "run_to_end"]
+
+Value = TypeVar("Value")
 
 _NOTED_TIMEOUT_SECONDS = 5.0
 _APPENDING = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
@@ -55,7 +57,7 @@ def run_rank(script: ScriptCall, request: StartRank, server: Channel) -> None:
     _prepare_process(request, server)
     try:
         main_module, code = _load_main(script)
-        exec(code, main_module.__dict__)
+        run_to_end(lambda: exec(code, main_module.__dict__))
     except BaseException as error:
         if os.getpid() != rank:
             _leave_fork(error)
@@ -69,6 +71,21 @@ def run_rank(script: ScriptCall, request: StartRank, server: Channel) -> None:
         if os.getpid() != rank:
             _leave_fork(None)
         server.send(RankLeft(request.local_rank, time=time.monotonic()))
+
+
+def run_to_end(program: Callable[[], Value]) -> Value:
+    """Call what a rank runs, and wait for what it has left to do beside it; what goes wrong there is its exception.
+
+    One that exits with a code of its own or raises has failed already.
+    """
+    try:
+        value = program()
+    except SystemExit as leaving:
+        if python_exit_code(leaving) in (0, run_config.EXIT_PREEMPTED):
+            process_end.finish()
+        raise
+    process_end.finish()
+    return value
 
 
 def _leave_fork(error: BaseException | None) -> NoReturn:
@@ -97,7 +114,7 @@ def _announce_exit(error: SystemExit, request: StartRank, server: Channel) -> No
         location = details["message"]["extraInfo"]["location"]
         server.send(RankLeft(request.local_rank, location, now))
         return
-    server.send(RankFailed(request.local_rank, details, code, now, is_exit=True))
+    server.send(RankFailed(request.local_rank, details, code, now, True, process_end.is_pending()))
     _await_noted(server)
     _send_stderr_to_log(request)
     if not isinstance(error.code, int):
@@ -194,7 +211,8 @@ def _report(error: BaseException, request: StartRank, server: Channel) -> None:
     error.__traceback__ = trace
     details = describe_exception(error)
     write_error_file(os.environ["TORCHELASTIC_ERROR_FILE"], details)
-    server.send(RankFailed(request.local_rank, details, python_exit_code(error), now))
+    is_saving = process_end.is_pending()
+    server.send(RankFailed(request.local_rank, details, python_exit_code(error), now, is_saving=is_saving))
     _await_noted(server)
     _send_stderr_to_log(request)
     with open(request.error_log, "a") as log, contextlib.redirect_stderr(log):

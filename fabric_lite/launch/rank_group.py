@@ -34,6 +34,8 @@ __all__ = ["RankGroup"]
 _OTHERS_SECONDS = 0.5
 _FAILED_SECONDS = 1.2
 _LEFTOVERS_SECONDS = 1.7
+# How long a rank that has failed may take to end an asynchronous save, for which it needs the others.
+_SAVE_SECONDS = 300.0
 # Between SIGTERM and SIGKILL for what ranks leave behind that have ended well, such as the workers of a loader.
 _LEFTOVER_GRACE_SECONDS = 3.0
 
@@ -57,9 +59,11 @@ class RankGroup:
         self._log_starts: dict[int, int] = {}
         self._left: dict[int, dict[str, Any] | None] = {}
         self._failed_at = 0.0
+        self._saving: int | None = None
         self._kills: list[tuple[float, int | None]] = []
         self._is_stopping = False
         self._is_failing = False
+        self._waits_for_save = False
 
     @property
     def has_ended(self) -> bool:
@@ -90,9 +94,11 @@ class RankGroup:
         self.leftovers_ended = False
         self.has_killed = False
         self._left = {}
+        self._saving = None
         self._kills = []
         self._is_stopping = False
         self._is_failing = False
+        self._waits_for_save = False
         self._requests = {request.local_rank: request for request in requests}
         # A file of --log-dir has what the attempts before have left.
         self._log_starts = {
@@ -126,7 +132,8 @@ class RankGroup:
     @property
     def is_failure_settled(self) -> bool:
         """Whether a rank has failed and no other has anything to say any more: the moment of the report."""
-        return self.first_failure is not None and (self.has_ended or (self._is_failing and len(self._kills) < 2))
+        has_time_passed = self._is_failing and (self._waits_for_save or len(self._kills) < 2)
+        return self.first_failure is not None and (self.has_ended or has_time_passed)
 
     def stop(self, *, grace_seconds: float, number: int | None = signal.SIGTERM) -> None:
         """Begin to end all ranks: a signal now (None: they had theirs), SIGKILL after the grace; once only."""
@@ -146,8 +153,7 @@ class RankGroup:
         if failure.hang or failure.time == math.inf:
             self._kills = [(self._failed_at, None)]
         else:
-            failed = next(local_rank for local_rank in self._requests if self._rank(local_rank) == failure.rank)
-            self._kills = [(self._failed_at + _OTHERS_SECONDS, failed), (self._failed_at + _FAILED_SECONDS, None)]
+            self._kills = self._kills_after(self._failed_at, failure)
 
     def fail_with_others(self) -> None:
         """Take the ranks, none of which has failed, for failed, because ranks of another node have."""
@@ -160,6 +166,11 @@ class RankGroup:
             left = moment - time.monotonic()
             if left > 0:
                 return left
+            if self._saving is not None and self._is_failing and not self._waits_for_save:
+                assert self.first_failure is not None
+                self._waits_for_save = True
+                self._kills = self._kills_after(moment + _SAVE_SECONDS, self.first_failure)
+                return 0.0  # for the report
             del self._kills[0]
             self.has_killed = True
             self._server.send(SignalRanks(signal.SIGKILL, spared))
@@ -182,11 +193,17 @@ class RankGroup:
         while not self.leftovers_ended:
             self.read()
 
+    def _kills_after(self, moment: float, failure: Failure) -> list[tuple[float, int | None]]:
+        failed = next(local_rank for local_rank in self._requests if self._rank(local_rank) == failure.rank)
+        return [(moment + _OTHERS_SECONDS, failed), (moment + _FAILED_SECONDS, None)]
+
     def _note(self, event: Any) -> None:
         if isinstance(event, RankStarted):
             self.pids[event.local_rank] = event.pid
         elif isinstance(event, RankFailed):
             known = {"details": event.failure, "is_exit": event.is_exit, "time": event.time}
+            if self.first_failure is None and event.is_saving:
+                self._saving = event.local_rank
             self._note_failure(event.local_rank, event.exit_code, **known)
         elif isinstance(event, JobHangs):
             self._note_failure(event.local_rank, 1, hang=tuple(event.lines))
@@ -198,10 +215,18 @@ class RankGroup:
                 self._left.setdefault(event.local_rank, None)
             else:
                 self._note_failure(event.local_rank, event.exit_code)
+            if event.local_rank == self._saving:
+                self._end_after_save()
         elif isinstance(event, RanksEnded):
             self.leftovers_ended = True
         else:
             raise LaunchError("The server said something unexpected.", given=event, fix="report this as a bug")
+
+    def _end_after_save(self) -> None:
+        """Go on with the others as after a failure of now: one of them may still be at the last of its part."""
+        self._saving, self._failed_at = None, time.monotonic()
+        if self._is_failing and self.first_failure is not None:
+            self._kills = self._kills_after(self._failed_at, self.first_failure)
 
     def _note_failure(self, local_rank: int, exit_code: int, **known: Any) -> None:
         """Note the first failure; leaving for preemption is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from fabric_lite import CheckpointError
 from fabric_lite.checkpoint import asynchronous, finish, load, save
 from fabric_lite.testing import RankPool
-from tests.distributed.launching import fabric_run, write
+from tests.distributed.launching import assert_nothing_left, fabric_run, write
 from tests.distributed.layouts import LAYOUTS, loss_of, make_gpt, run_under, token_batches
 from tests.distributed.scenarios import parameters_of
 
@@ -225,10 +226,31 @@ def test_ranks_that_end_at_once_have_saved_all(tmp_path: Path, kind: str, end: s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "script.py"]
 
 
-@pytest.mark.parametrize(("end", "code"), [("", 0), ("fabric.close()", 1)])
-def test_an_error_that_no_rank_fetched_is_said_once_at_the_end(tmp_path: Path, end: str, code: int) -> None:
+@pytest.mark.parametrize("end", ["", "raise SystemExit(75)", "fabric.close()"])
+def test_an_error_that_no_rank_fetched_is_what_the_job_has_failed_of(tmp_path: Path, end: str) -> None:
     (tmp_path / "a.ckpt").mkdir()
     (tmp_path / "a.ckpt" / "diary.txt").write_text("mine")
     process = fabric_run("--devices", 2, write(tmp_path, SCRIPT + end), tmp_path / "a.ckpt", "sharded")
-    assert process.returncode == code
+    assert process.returncode == 1
+    assert re.match(r"fabric-run: rank [01] failed: CheckpointError: ", process.stderr)
     assert process.stderr.count("taken by something that is no checkpoint") == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_fails_ends_the_save_under_way_with_the_others_help(tmp_path: Path, ranks: int) -> None:
+    end = """
+import pathlib, time
+def last_of_it():
+    time.sleep(2)  # longer than what a failure leaves ranks that save nothing
+    pathlib.Path(f"saved{fabric.global_rank}").touch()
+handle.then(last_of_it)
+if fabric.global_rank == fabric.world_size - 1:
+    raise ValueError("mine")
+fabric.barrier()
+"""
+    process = fabric_run("--devices", ranks, write(tmp_path, SCRIPT + end), "a.ckpt", "sharded", cwd=tmp_path)
+    assert process.returncode == 1
+    assert process.stderr.startswith(f"fabric-run: rank {ranks - 1} failed: ValueError: mine\n")
+    assert all((tmp_path / f"saved{rank}").exists() for rank in range(ranks))
+    assert load(tmp_path / "a.ckpt")["done"] is True
+    assert_nothing_left(tmp_path)

@@ -278,7 +278,8 @@ def test_an_error_that_nobody_fetched_is_said_when_the_process_ends(tmp_path: Pa
     failed_one.mkdir()
     (failed_one / "diary.txt").write_text("mine")
     script = """
-    import sys
+    import atexit, sys
+    atexit.register(print, "registered first")
     from fabric_lite import Fabric
     Fabric(accelerator="cpu", devices=1).save(sys.argv[1], {"step": 1}, async_=True)
     """
@@ -289,6 +290,7 @@ def test_an_error_that_nobody_fetched_is_said_when_the_process_ends(tmp_path: Pa
         timeout=LIMIT_SECONDS,
         check=False,
     )
+    assert (process.returncode, process.stdout) == (1, "registered first\n")
     [first, *_] = process.stderr.splitlines()
     assert first == f"fabric_lite: the asynchronous save of {failed_one} failed."
     assert "taken by something that is no checkpoint" in process.stderr
