@@ -1,4 +1,4 @@
-"""One pool of warm ranks per session, and guards against leaks."""
+"""One pool of warm ranks per worker, and guards against leaks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ import torch
 from fabric_lite.testing import RankPool
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two workers, by files, for the suite as a whole; none for tests that are asked for by name or in full counts.
+
+    One test alone starts faster without, and the full counts compare seconds, for which they need the machine.
+    """
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and config.option.markexpr == "not full"
+    return 2 if is_whole else 0
 
 
 @pytest.fixture(scope="session")
