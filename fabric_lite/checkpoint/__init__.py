@@ -13,7 +13,7 @@ Writing                                                 Reading
                                                           boxes.py             parts of tensors: shared, whole or not
   packing.py          views and shared storages           plain_json.py            plain values as JSON, exactly
   commit.py           temporary name, fsync, in place     together.py              what fails on one rank fails on all
-  remote.py           the same in a store of fsspec
+  remote.py           the same in a store of fsspec       memory.py            how much there is, or was not
   asynchronous.py     beside the training loop            seal.py              a checksum around a file's records
   staging.py          the copy that is written so         way_back.py          what a load overwrites, till it ends
 

@@ -24,6 +24,7 @@ from fabric_lite.checkpoint.archive import (
     not_found,
     records_of,
 )
+from fabric_lite.checkpoint.memory import is_out_of_memory
 from fabric_lite.checkpoint.plain import Place, tensors_in
 from fabric_lite.checkpoint.seal import begin_of_data, checksum_around, is_seal, sealed_checksum
 from fabric_lite.checkpoint.stored import Located, Piece, Storage, StoredTensor
@@ -254,7 +255,7 @@ def _data_begin(descriptor: int, path: Path, info: zipfile.ZipInfo) -> int:
 
 @contextlib.contextmanager
 def errors_of(path: Path, way_out: str = "a checkpoint without code in it") -> Iterator[None]:
-    """What can go wrong while a file is read, as a CheckpointError that names it.
+    """What can go wrong while a file is read, as a CheckpointError that names it; but a lack of memory as it is.
 
     Args:
         path: The file.
@@ -277,6 +278,8 @@ def errors_of(path: Path, way_out: str = "a checkpoint without code in it") -> I
             fix=way_out,
         ) from error
     except Exception as error:  # torch.load raises any type for a file that is cut short or is something else
+        if is_out_of_memory(error):
+            raise
         raise damaged(
             path, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         ) from error

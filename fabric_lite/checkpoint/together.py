@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from fabric_lite.checkpoint.memory import is_out_of_memory
 from fabric_lite.checkpoint.remote import Target
 from fabric_lite.collectives import broadcast_object, gather_objects, raise_together, results_together
 from fabric_lite.errors import CheckpointError, FabricError
@@ -97,13 +98,16 @@ def system_errors_explained(target: Target) -> Iterator[None]:
 def lost_ranks_explained(what: str) -> Iterator[None]:
     """Raise CheckpointError where ``what`` can't go on because another rank has ended.
 
-    For nothing but the calls that communicate: any RuntimeError in the block is taken for the backend's.
+    For nothing but the calls that communicate: any RuntimeError in the block is taken for the backend's, but for a lack
+    of memory.
     """
     try:
         yield
     except FabricError:
         raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise _lost(what, error) from error
 
 

@@ -14,13 +14,14 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fabric_lite.checkpoint.layout import is_sharded
+from fabric_lite.checkpoint.memory import memory_bytes, read_system_file
 from fabric_lite.checkpoint.part_writing import Blocks
 from fabric_lite.checkpoint.stored import Located, Piece, StoredTensor, row_major
 from fabric_lite.checkpoint.stored_files import OpenFile
@@ -32,7 +33,6 @@ __all__ = ["WayBack", "mixed"]
 
 _RANKS_OF_A_MACHINE = 8  # as many as share its memory, at most, where it is not known better
 _IN_MEMORY = {"tmpfs", "ramfs"}
-_GROUPS = Path("/sys/fs/cgroup")
 
 
 class WayBack:
@@ -156,7 +156,7 @@ def _file_system(folder: Path) -> str:
     """The kind of file system that a folder is on, as Linux calls it; "" where that can't be told."""
     device = os.stat(folder).st_dev
     number = f"{os.major(device)}:{os.minor(device)}" if hasattr(os, "major") else ""
-    for line in _read("/proc/self/mountinfo").splitlines():
+    for line in read_system_file("/proc/self/mountinfo").splitlines():
         mount, _, system = line.partition(" - ")
         if mount.split()[2] == number:
             return system.split()[0]
@@ -166,36 +166,4 @@ def _file_system(folder: Path) -> str:
 def _room(folder: Path) -> int:
     """How many bytes this rank may keep in a folder. Raises OSError."""
     ranks = min(world_size(), _RANKS_OF_A_MACHINE)
-    return min(_memory_bytes() // 4, shutil.disk_usage(folder).free // 2) // ranks
-
-
-def _memory_bytes() -> int:
-    """The memory of this machine, or what the container gets of it: its file cache counts there too."""
-    names = getattr(os, "sysconf_names", {})
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in names else 8 << 30
-    return min([whole, *_limits()])
-
-
-def _limits() -> Iterator[int]:
-    """The limits of the control groups that this process is in, of both versions of Linux's, in bytes."""
-    for line in _read("/proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top, name = (_GROUPS / "memory", "memory.limit_in_bytes") if controllers else (_GROUPS, "memory.max")
-        group = top / path.lstrip("/")
-        # In a container the path may be that of the host, and the top its own group.
-        for folder in [group, *group.parents]:
-            limit = _read(folder / name).strip()
-            if limit.isdigit():
-                yield int(limit)
-            if folder == top:
-                break
-
-
-def _read(path: str | Path) -> str:
-    """A file of the system's own; "" if it has none."""
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+    return min(memory_bytes() // 4, shutil.disk_usage(folder).free // 2) // ranks

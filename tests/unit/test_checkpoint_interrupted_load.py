@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from fabric_lite.checkpoint import load, load_raw, save, way_back
+from fabric_lite.checkpoint import load, load_raw, memory, save, way_back
 from fabric_lite.checkpoint.stored import StoredTensor
 from fabric_lite.checkpoint.way_back import WayBack
 from fabric_lite.collectives import rank
@@ -226,14 +226,14 @@ def test_tied_weights_are_kept_once() -> None:
 
 
 def test_what_a_container_may_use_bounds_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = way_back._memory_bytes()
+    whole = memory.memory_bytes()
     own = tmp_path / "memory.max"
-    monkeypatch.setattr(way_back, "_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
     (tmp_path / "memory").mkdir()
     for limit, expected in (("max\n", None), ("4096\n", 4096)):
         own.write_text(limit)
         (tmp_path / "memory" / "memory.limit_in_bytes").write_text(limit)
-        found = way_back._memory_bytes()
+        found = memory.memory_bytes()
         assert found == expected if expected else found >= whole
     assert way_back._room(tmp_path) == 1024
 
