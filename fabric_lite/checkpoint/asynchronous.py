@@ -9,16 +9,16 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fabric_lite import process_end, run_config
-from fabric_lite.checkpoint.layout import ShardPlan
+from fabric_lite.checkpoint.layout import AgreedPlan, Held, ShardPlan
 from fabric_lite.checkpoint.remote import Target
-from fabric_lite.checkpoint.staging import Staging
+from fabric_lite.checkpoint.staging import Staged, Staging
 from fabric_lite.checkpoint.together import Together
 from fabric_lite.collectives import is_distributed, rank
 from fabric_lite.notices import rank_zero_info
@@ -112,39 +112,65 @@ class _Process:
     staging: Staging = dataclasses.field(default_factory=Staging)
     # Weak: it ends with the default group, and gloo aborts a process that holds a group at its end.
     group: weakref.ref[Any] | None = None
+    agreed: AgreedPlan | None = None  # by the ranks of that group, in the last save
     is_watched: bool = False
 
 
 _process = _Process()
 
 
-def start(target: Target, content: Any, plan: ShardPlan, write: Write) -> SaveHandle:
+def start(
+    target: Target,
+    content: Any,
+    sharded: Mapping[str, Any],
+    held: Held | None,
+    make_plan: Callable[[], ShardPlan],
+    write: Write,
+) -> SaveHandle:
     """Copy what is to be written, and write the copy in a thread. Every rank calls it; no save may be under way.
 
-    It raises nothing: a rank that has no memory for its copy says so to the others in the thread.
+    Where all ranks hold what they held at the save before, they only tell each other so, beside the copying. A rank
+    that has no memory for its copy says so to the others in the thread; it raises nothing but what ``make_plan`` does.
+
+    Args:
+        target: The checkpoint's name.
+        content: Plain data; rank 0's is written.
+        sharded: The DTensors in it by their places.
+        held: What they are; None where that could not be found out, and ``make_plan`` raises why.
+        make_plan: Has all ranks describe their DTensors and say who writes what; every rank calls it or none.
+        write: Writes the copies.
     """
     together = Together(_own_group())
-    error: Exception | None = None
-    try:
-        staged = _process.staging.stage(content, plan)
-    except Exception as exception:
-        error = exception
+    agreed = _process.agreed
+    plan = None if agreed is None or held is None else agreed.now(held, sharded)
+    all_know = together.all_soon(plan is not None)
+    staged = None if plan is None else _staged(content, plan)
+    if not all_know() or staged is None:
+        plan = make_plan()
+        _process.agreed = None if held is None else AgreedPlan(held, plan.same_as, plan.writers)
+        staged = _staged(content, plan)
     if not _process.is_watched:
         atexit.register(finish_at_exit)
         process_end.owe(_is_under_way, _outcome)
         _process.is_watched = True
 
-    def ready() -> None:
-        if error is not None:
-            raise error
-        staged.wait()
+    def ready() -> tuple[Any, ShardPlan]:
+        if not isinstance(staged, Staged):
+            raise staged
+        return staged.take(), staged.plan
 
     def work() -> None:
-        together.on_every_rank("save()", ready)
-        write(staged.content, staged.plan, together)
+        write(*together.on_every_rank("save()", ready), together)
 
     _process.last = SaveHandle(target, work)
     return _process.last
+
+
+def _staged(content: Any, plan: ShardPlan) -> Staged | Exception:
+    try:
+        return _process.staging.stage(content, plan)
+    except Exception as error:
+        return error
 
 
 def wait_for_last() -> SaveHandle | None:
@@ -163,7 +189,7 @@ def wait_for_last() -> SaveHandle | None:
 def finish() -> BaseException | None:
     """:func:`wait_for_last`, and give back the memory that the copies were in; the error that nobody was told of."""
     failed = wait_for_last()
-    _process.last, _process.staging = None, Staging()
+    _process.last, _process.staging, _process.agreed = None, Staging(), None
     return None if failed is None else failed.take_error()
 
 
@@ -205,7 +231,7 @@ def _own_group() -> Any:
     group = None if _process.group is None else _process.group()
     if group is None:
         group = dist.new_group(backend="gloo", timeout=_timeout_of_default_group())
-        _process.group = weakref.ref(group)
+        _process.group, _process.agreed = weakref.ref(group), None
     return group
 
 

@@ -14,7 +14,7 @@ from fabric_lite.checkpoint.boxes import Box
 from fabric_lite.collectives import gather_objects, rank
 from fabric_lite.errors import CheckpointError
 
-__all__ = ["Held", "Shard", "ShardPlan", "held", "is_sharded", "local_box", "shard_plan"]
+__all__ = ["AgreedPlan", "Held", "Shard", "ShardPlan", "held", "is_sharded", "local_box", "shard_plan"]
 
 
 def is_sharded(value: Any) -> bool:
@@ -35,8 +35,7 @@ def local_box(tensor: Any) -> Box:
     return tuple(offset), tuple(shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """What this rank holds of a sharded tensor.
 
     Args:
@@ -98,6 +97,28 @@ class Held(NamedTuple):
 
     described: list[tuple[str, tuple[int, ...], str, str]]
     shares: list[_Share] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class AgreedPlan:
+    """A plan that was made of what all ranks held. It holds good as long as each of them holds what it held.
+
+    Args:
+        held: By this rank.
+        same_as: As in the plan.
+        writers: As in the plan.
+    """
+
+    held: Held
+    same_as: dict[str, str]
+    writers: dict[str, dict[Box, int]]
+
+    @torch.no_grad()
+    def now(self, held: Held, sharded: Mapping[str, Any]) -> ShardPlan | None:
+        """The plan of this rank's DTensors as they are now; None if they are laid out otherwise than they were."""
+        if held.shares is None or held != self.held:
+            return None
+        return ShardPlan({place: _shard(sharded[place]) for place in sorted(sharded)}, self.same_as, self.writers)
 
 
 @torch.no_grad()
@@ -178,7 +199,8 @@ class _Layouts:
 
 
 def _shard(tensor: Any) -> Shard:
-    return Shard(tuple(tensor.shape), tensor.dtype, tensor.to_local().detach())
+    local = tensor.to_local()
+    return Shard(tuple(tensor.shape), tensor.dtype, local.detach() if local.requires_grad else local)
 
 
 def _share(tensor: Any, place: str, first: dict[Any, str], layout: _Layout) -> _Share:

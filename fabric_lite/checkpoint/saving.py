@@ -77,17 +77,26 @@ def save(
     states, error = _states_of_objects(state)
     content: dict[str, Any] = {}
     sharded: dict[str, Any] = {}
-    by_rank = together.results("save()", _collect, error, state, states, filter or {}, content, sharded)
-    with lost_ranks_explained("save()"):
-        plan = shard_plan(sharded, by_rank)
+    own = _collected(error, state, states, filter or {}, content, sharded)
     write_to = write_file if state_dict_type == "full" else write_folder
+
+    def own_held() -> Held:
+        if isinstance(own, Exception):
+            raise own
+        return own
+
+    def make_plan() -> ShardPlan:
+        by_rank = together.results("save()", own_held)
+        with lost_ranks_explained("save()"):
+            return shard_plan(sharded, by_rank)
 
     def write(content: Any, plan: ShardPlan, together: Together) -> None:
         write_to(target, content, plan, dict(origin or {}), together)
 
     if async_:
-        return asynchronous.start(target, content, plan, write)
-    write(content, plan, together)
+        held_here = None if isinstance(own, Exception) else own
+        return asynchronous.start(target, content, sharded, held_here, make_plan, write)
+    write(content, make_plan(), together)
     return None
 
 
@@ -239,20 +248,23 @@ def _state_or_error(instance: Any, place: Place) -> tuple[Any, Exception | None]
         return None, error
 
 
-def _collect(
+def _collected(
     error: Exception | None,
     state: dict[str, Any],
     states: dict[int, Any],
     filter: Filter,
     content: dict[str, Any],
     sharded: dict[str, Any],
-) -> Held:
+) -> Held | Exception:
     """Fill ``content`` with ``state`` as plain data and ``sharded`` with the DTensors in it; what these are."""
     if error is not None:
-        raise error
-    content |= _filtered(plain(state, Place(), lambda _, instance: states[id(instance)]), filter)
-    sharded |= {str(place): tensor for place, tensor in tensors_in(content, Place()) if is_sharded(tensor)}
-    return held(sharded)
+        return error
+    try:
+        content |= _filtered(plain(state, Place(), lambda _, instance: states[id(instance)]), filter)
+        sharded |= {str(place): tensor for place, tensor in tensors_in(content, Place()) if is_sharded(tensor)}
+        return held(sharded)
+    except Exception as failure:
+        return failure
 
 
 def _plain_state(instance: Any, place: Place) -> Any:

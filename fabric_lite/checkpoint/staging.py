@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fabric_lite.checkpoint.layout import Shard, ShardPlan, is_sharded
 from fabric_lite.checkpoint.packing import packed
-from fabric_lite.checkpoint.plain import Place, tensors_in
 from fabric_lite.collectives import rank
 from fabric_lite.trees import map_leaves
 
@@ -18,19 +16,33 @@ __all__ = ["Staged", "Staging"]
 
 _Kind = tuple[torch.dtype, torch.Size, tuple[int, ...], bool]
 
+_NUMBERS = (int, float)
 _KEPT_SAVES = 4  # memory that none of so many saves has used is given back
 
 
-@dataclasses.dataclass(frozen=True)
 class Staged:
-    """Copies of content and shards, on the CPU, and a function that waits until they are filled.
+    """Copies of content and shards, on the CPU, that may still be being filled.
 
-    The content is None on the ranks that write none; in the plan what is not written here is empty.
+    Args:
+        content: Plain data that nobody changes any more, but for its tensors and bytearrays; None on the ranks that
+            write none.
+        copies: Of these, by ``id``.
+        plan: With the copies of the shards; what is not written here is empty.
+        events: After which all is filled.
     """
 
-    content: Any
-    plan: ShardPlan
-    wait: Callable[[], None]
+    def __init__(self, content: Any, copies: dict[int, Any], plan: ShardPlan, events: list[torch.cuda.Event]) -> None:
+        self.plan = plan
+        self._content, self._copies, self._events = content, copies, events
+
+    def take(self) -> Any:
+        """Wait until all is filled, and return the content with the copies in it, once: the tensors are let go of."""
+        for event in self._events:
+            event.synchronize()
+        content, copies = self._content, self._copies
+        self._content, self._copies = None, {}
+        # A sharded tensor stands for its place.
+        return map_leaves(lambda leaf: copies.get(id(leaf), leaf), content)
 
 
 class Staging:
@@ -57,26 +69,25 @@ class Staging:
         What was staged before is overwritten. Tensors that shared memory go on sharing it.
         """
         self._start()
-        staged = self._content(content) if rank() == 0 else None
-        own = set(plan.written_by(rank()))
+        number = rank()
+        copies = self._copies(content) if number == 0 else {}
+        own = set(plan.written_by(number))
         nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         shards = {
             place: Shard(shard.shape, shard.dtype, self._copy(shard.local) if place in own else nothing)
             for place, shard in plan.tensors.items()
         }
         self._drop_unused()
-        return Staged(staged, dataclasses.replace(plan, tensors=shards), self._when_filled())
+        plan = dataclasses.replace(plan, tensors=shards)
+        return Staged(content if number == 0 else None, copies, plan, self._events())
 
-    def _content(self, content: Any) -> Any:
-        copies = packed([tensor for _, tensor in tensors_in(content, Place()) if not is_sharded(tensor)], self._copy)
-
-        def copied(leaf: Any) -> Any:
-            if isinstance(leaf, torch.Tensor):
-                return copies.get(id(leaf), leaf)  # a sharded one stands for its place
-            return bytearray(leaf) if type(leaf) is bytearray else leaf
-
-        # All other plain data was made new, or cannot be changed.
-        return map_leaves(copied, content)
+    def _copies(self, content: Any) -> dict[int, Any]:
+        """By ``id``, copies of what can change in plain data: all else in it was made new, or cannot be changed."""
+        found: list[Any] = []
+        _find_changeable(content, found)
+        tensors = [leaf for leaf in found if type(leaf) is not bytearray and not is_sharded(leaf)]
+        copies: dict[int, Any] = dict(packed(tensors, self._copy))
+        return copies | {id(leaf): bytearray(leaf) for leaf in found if type(leaf) is bytearray}
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         is_pinned = tensor.device.type == "cuda"
@@ -108,15 +119,23 @@ class Staging:
         kept = {key: [entry for entry in free if entry[0] > oldest] for key, free in self._free.items()}
         self._free = {key: free for key, free in kept.items() if free}
 
-    def _when_filled(self) -> Callable[[], None]:
+    def _events(self) -> list[torch.cuda.Event]:
         events = []
         for device in self._devices:
             event = torch.cuda.Event(blocking=True)
             event.record(torch.cuda.current_stream(device))
             events.append(event)
+        return events
 
-        def wait() -> None:
-            for event in events:
-                event.synchronize()
 
-        return wait
+def _find_changeable(value: Any, found: list[Any]) -> None:
+    """Append the tensors and bytearrays of plain data to ``found``; no places, since the training waits."""
+    if isinstance(value, (torch.Tensor, bytearray)):
+        found.append(value)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _find_changeable(item, found)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            if type(item) not in _NUMBERS:
+                _find_changeable(item, found)

@@ -7,9 +7,18 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
+
 from fabric_lite.checkpoint.memory import is_out_of_memory
 from fabric_lite.checkpoint.remote import Target
-from fabric_lite.collectives import broadcast_object, gather_objects, raise_together, results_together
+from fabric_lite.collectives import (
+    broadcast_object,
+    gather_objects,
+    is_distributed,
+    raise_together,
+    results_together,
+)
 from fabric_lite.errors import CheckpointError, FabricError
 
 __all__ = ["Together", "lost_ranks_explained", "on_every_rank", "system_errors_explained"]
@@ -61,6 +70,21 @@ class Together:
             if raised is error or isinstance(raised, FabricError):
                 raise
             raise _lost(what, raised) from raised
+
+    def all_soon(self, mine: bool) -> Callable[[], bool]:
+        """Begin to ask whether ``mine`` is true on every rank; the function returned waits for the answer."""
+        if not is_distributed():
+            return lambda: mine
+        answer = torch.tensor(int(mine), device="cpu")
+        with lost_ranks_explained("save()"):
+            asked = dist.all_reduce(answer, dist.ReduceOp.MIN, group=self.group, async_op=True)
+
+        def waited() -> bool:
+            with lost_ranks_explained("save()"):
+                asked.wait()
+            return bool(answer)
+
+        return waited
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable ``value``, by rank, on every rank."""

@@ -74,15 +74,15 @@ def test_the_bytes_are_those_of_a_synchronous_save_while_the_training_goes_on(
     assert bytes_of(tmp_path / "beside 1") == expected
 
 
-def sharded_tensor() -> Any:
+def distributed(values: torch.Tensor) -> Any:
     from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 
-    return distribute_tensor(torch.ones(400, 100), DeviceMesh("cpu", list(range(dist.get_world_size()))), [Shard(0)])
+    return distribute_tensor(values, DeviceMesh("cpu", list(range(dist.get_world_size()))), [Shard(0)])
 
 
 def errors_of_a_failing_save(folder: Path, kind: str, failing: int, asks: int | None) -> list[str]:
     """What each rank is told when one can't write: by ``result()`` on rank ``asks`` (None: on none), then by a save."""
-    state = {"tensor": sharded_tensor()}
+    state = {"tensor": distributed(torch.ones(400, 100))}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     errors = []
     try:
@@ -254,3 +254,45 @@ fabric.barrier()
     assert all((tmp_path / f"saved{rank}").exists() for rank in range(ranks))
     assert load(tmp_path / "a.ckpt")["done"] is True
     assert_nothing_left(tmp_path)
+
+
+def save_states_that_change(folder: Path, kind: str) -> str:
+    """Save after save of sharded tensors that are other ones each time, and at last some that one rank has alone."""
+    tied = distributed(torch.full((8, 3), 2.0))
+    states: list[dict[str, Any]] = [
+        {"a": distributed(torch.zeros(8, 3)), "b": distributed(torch.ones(8, 3))},
+        {"a": tied, "b": tied},
+        {"a": distributed(torch.full((8, 3), 3.0)), "b": distributed(torch.full((8, 3), 4.0))},
+        {"a": distributed(torch.full((5, 3), 5.0)), "b": distributed(torch.full((8, 3), 6.0))},
+        {"c": distributed(torch.full((8, 3), 7.0)), "a": distributed(torch.full((8, 3), 8.0))},
+        {"c": distributed(torch.full((8, 3), 9.0)), "a": distributed(torch.full((8, 3), 10.0))},
+    ]
+    for number, state in enumerate(states):
+        handle = save(folder / f"{number}", state, state_dict_type=kind, async_=True)
+        assert handle is not None
+        for tensor in state.values():
+            tensor.to_local().fill_(-1.0)
+        handle.result()
+    own = torch.zeros(8, 3) if dist.get_rank() == 0 else torch.zeros(9, 3)
+    with pytest.raises(CheckpointError) as raised:
+        save(folder / "x", {"c": distributed(own), "a": states[4]["a"]}, state_dict_type=kind, async_=True)
+    last = save(folder / "y", states[5], state_dict_type=kind, async_=True)
+    assert last is not None
+    last.result()
+    finish()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_save_takes_what_was_agreed_before_only_for_tensors_laid_out_alike(
+    ranks: RankPool, tmp_path: Path, kind: str
+) -> None:
+    for error in ranks.run(save_states_that_change, tmp_path, kind, ranks=2):
+        assert "different sharded tensors" in error
+    names, values = ["ab", "ab", "ab", "ab", "ca", "ca", "ca"], [(0, 1), (2, 2), (3, 4), (5, 6), (7, 8), (9, 10)]
+    for path, keys, expected in zip("012345y", names, [*values, (-1, -1)], strict=True):
+        found = load(tmp_path / path)
+        assert list(found) == list(keys)
+        for key, value in zip(keys, expected, strict=True):
+            assert torch.equal(found[key], torch.full((5 if (path, key) == ("3", "a") else 8, 3), float(value)))
+    assert not (tmp_path / "x").exists()
