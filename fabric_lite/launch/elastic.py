@@ -234,7 +234,7 @@ class _Agent(SimpleElasticAgent):
         self._read_events(0)
         signals = self._signals
         assert signals is not None
-        signals.pass_on(self.group)
+        signals.pass_on(self.group.send_signal)
         begin_to_end(self.group, signals, len(worker_group.workers))
         if self.group.is_stopping and not self.group.is_failing:
             self._wait_for_end(signals.received)
@@ -292,6 +292,8 @@ class _Agent(SimpleElasticAgent):
         self.group.stop_failed()
         while not self.group.has_ended:
             self._read_events(self.group.seconds_to_deadline())
+            if self._signals is not None:
+                self._signals.pass_on(self.group.send_signal)
             if self.group.is_failure_settled and not self._has_told:
                 self._tell(store, key, worker_group, failure)
         if not self._has_told:
@@ -352,7 +354,7 @@ class _Agent(SimpleElasticAgent):
         while not self.group.has_ended:
             self._read_events(self.group.seconds_to_deadline())
             if self._signals is not None:
-                self._signals.pass_on(self.group)
+                self._signals.pass_on(self.group.send_signal)
                 numbers = [*numbers, *self._signals.received]
             failure = self.group.first_failure
             if failure is not None and not self._is_by_signal(failure, numbers):

@@ -19,6 +19,7 @@ from typing import Any
 __all__ = [
     "Failure",
     "describe_exception",
+    "ending",
     "exit_status",
     "python_exit_code",
     "report",
@@ -146,14 +147,14 @@ def summary(failure: Failure) -> str:
 def _cause(failure: Failure, most: int) -> list[str]:
     """What the rank died of, in at most ``most`` lines."""
     if failure.details is None:
-        return [_ending(failure.exit_code)]
+        return [ending(failure.exit_code)]
     message = failure.details["message"]["message"]
     if failure.is_exit:
         message = message.removeprefix("SystemExit: ")
         if message.lstrip("-").isdigit():
-            return [_ending(failure.exit_code)]
+            return [ending(failure.exit_code)]
     lines = [line[:_MAX_LINE_CHARACTERS] for line in message.splitlines() if line.strip()] or [
-        _ending(failure.exit_code)
+        ending(failure.exit_code)
     ]
     return [*lines[: most - 1], "..."] if len(lines) > most else lines
 
@@ -194,7 +195,8 @@ def _place(location: dict[str, Any]) -> str:
     return f"{location['file']}:{location['line']}, in {location['function']}"
 
 
-def _ending(exit_code: int) -> str:
+def ending(exit_code: int) -> str:
+    """Return an exit code in words."""
     if exit_code < 0:
         try:
             name = signal.Signals(-exit_code).name

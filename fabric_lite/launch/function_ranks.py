@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +19,13 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal, NoReturn
 
-from fabric_lite import run_config
+from fabric_lite import process_end, run_config
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.environment import chosen_threads, listen_on, rank_environment, serve_store
-from fabric_lite.launch.failure import python_exit_code
+from fabric_lite.launch.failure import ending, python_exit_code
+from fabric_lite.launch.job import PASSED_ON, SIGNAL_GRACE_SECONDS, Signals
 from fabric_lite.launch.process_tree import adopt_orphans, descendants, die_with_parent, end_descendants
+from fabric_lite.launch.rank import run_to_end
 from fabric_lite.run_config import EXIT_PREEMPTED, RunConfig
 
 __all__ = ["RankTraceback", "StartMethod", "run_function"]
@@ -30,6 +33,8 @@ __all__ = ["RankTraceback", "StartMethod", "run_function"]
 StartMethod = Literal["spawn", "fork", "forkserver"]
 # After a failure: how long the other ranks may still end by themselves, before SIGKILL; SIGTERM would ask them to save.
 _OTHERS_SECONDS = 0.5
+# How long a rank that has failed may take to end an asynchronous save, for which it needs the others.
+_SAVE_SECONDS = 300.0
 # Between SIGTERM and SIGKILL for what ranks leave behind, such as the workers of a loader.
 _LEFTOVER_SECONDS = 1.0
 # How long after a failure another rank may still turn out to have caused it, by ending without a word.
@@ -43,6 +48,15 @@ class RankTraceback(Exception):
         super().__init__(f"on rank {rank}:\n{text}")
 
 
+class _EndedBySignal(Exception):
+    """A rank has ended by a signal that was passed on to it."""
+
+    def __init__(self, number: int, error: LaunchError) -> None:
+        super().__init__(number)
+        self.number = number
+        self.error = error
+
+
 @dataclasses.dataclass(frozen=True)
 class _Answer:
     """What a rank says at its end.
@@ -52,12 +66,14 @@ class _Answer:
         trace: The traceback as text; for a rank that exits, too.
         exit_code: What the rank exits with, where it has called ``sys.exit``.
         time: When, by the clock that all processes share.
+        is_saving: Whether an asynchronous save is under way, for whose end it waits before it exits.
     """
 
     value: Any
     trace: str | None = None
     exit_code: int | None = None
     time: float = dataclasses.field(default_factory=time.monotonic)
+    is_saving: bool = dataclasses.field(default_factory=process_end.is_pending)
 
     @property
     def is_failure(self) -> bool:
@@ -78,6 +94,9 @@ def run_function(
     Each has torchrun's environment variables and ``config``. With ``"spawn"`` and ``"forkserver"`` function, arguments
     and value are pickled; with ``"fork"`` only the value is, and each rank has one thread.
 
+    From the main thread, SIGINT, SIGTERM and SIGUSR1 are passed on to the ranks while they run, and a second one that
+    is to end them kills them. Once a rank has ended by such a signal, this program gets it too.
+
     Raises:
         BaseException: The first failing rank's own exception; its traceback is the cause.
         LaunchError: A rank was killed or has exited, or processes cannot be forked any more.
@@ -85,6 +104,21 @@ def run_function(
     """
     if start_method == "fork":
         _check_can_fork()
+    try:
+        return _run_function(function, args, kwargs, ranks, start_method, config)
+    except _EndedBySignal as ended:
+        os.kill(os.getpid(), ended.number)
+        raise ended.error from None  # this program goes on, by a handler of its own
+
+
+def _run_function(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    ranks: int,
+    start_method: StartMethod,
+    config: RunConfig,
+) -> Any:
     threads = 1 if start_method == "fork" else chosen_threads(os.environ, ranks)
     context: Any = multiprocessing.get_context(start_method)
     with contextlib.ExitStack() as stack:
@@ -94,6 +128,9 @@ def run_function(
         others = descendants(os.getpid())
         stack.callback(end_descendants, os.getpid(), keep=others, grace_seconds=_LEFTOVER_SECONDS)
         port = listener.getsockname()[1]
+        # What comes now waits, also in the new processes, until it can be passed on and taken.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
         started = []
         for rank in range(ranks):
             ours, theirs = context.Pipe(duplex=False)
@@ -110,11 +147,18 @@ def run_function(
         # Only now, because the store runs a thread and forking must come before.
         store = serve_store(listener)
         try:
-            return _collect(started)
+            with _signals() as signals:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                return _collect(started, signals)
         finally:
             # An exception's traceback would keep it, until a process that is forked later collects that as garbage and
             # crashes in its threads' absence.
             del store
+
+
+def _signals() -> contextlib.AbstractContextManager[Signals | None]:
+    """What comes from now on; only the main thread may take it."""
+    return Signals() if threading.current_thread() is threading.main_thread() else contextlib.nullcontext()
 
 
 def _check_can_fork() -> None:
@@ -175,6 +219,8 @@ def _run_rank(
     # What a forked process has inherited is not its garbage: stores and groups crash when their threads are missing.
     gc.freeze()
     die_with_parent(os.getppid())
+    # Out of the terminal's foreground: Ctrl-C comes from the launching program alone, and only once.
+    os.setpgrp()
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         sys.exit(1)
@@ -184,7 +230,8 @@ def _run_rank(
         torch.set_num_threads(config.threads_per_rank)
     rank = os.getpid()
     try:
-        value = function(*args, **kwargs)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        value = run_to_end(lambda: function(*args, **kwargs))
         answer = _pickled_value(value if environment["RANK"] == "0" else None)
     except BaseException as error:
         if os.getpid() != rank:
@@ -222,29 +269,59 @@ def _pickled_error(error: BaseException) -> bytes:
     return packed
 
 
-def _collect(started: list[tuple[BaseProcess, Connection]]) -> Any:
-    """Wait for all ranks, or for the first failure, which is raised."""
+def _collect(started: list[tuple[BaseProcess, Connection]], signals: Signals | None) -> Any:
+    """Wait for all ranks, or for the first failure, which is raised; pass signals on meanwhile."""
     answers: dict[int, _Answer] = {}
     waiting = dict(enumerate(started))
+    processes = [process for process, _ in started]
     try:
         while waiting:
             pipes = [pipe for _, pipe in waiting.values() if not pipe.closed]
-            multiprocessing.connection.wait([*pipes, *(process.sentinel for process, _ in waiting.values())])
+            _wait([*pipes, *(process.sentinel for process, _ in waiting.values())], None, processes, signals)
             ended = _look(waiting, answers)
             for rank, exit_code in ended.items():
                 if exit_code == 0:
                     # One that leaves with 0 and without a word has no value to give.
                     answers.setdefault(rank, _Answer(None, time=0.0))
-            _raise_first_failure(
-                {rank: code for rank, code in ended.items() if not _is_preempted(rank, answers)}, answers
-            )
+            failed = {rank: code for rank, code in ended.items() if not _is_preempted(rank, answers)}
+            try:
+                _raise_first_failure(failed, answers)
+            except LaunchError as error:
+                _raise_if_by_signal(error, failed, signals)
+                raise
             for rank in ended:
                 del waiting[rank]
     finally:
-        _end([process for process, _ in started])
+        saving = [processes[rank] for rank, answer in answers.items() if answer.is_failure and answer.is_saving]
+        _end(processes, saving, signals)
     if any(_is_preempted(rank, answers) for rank in answers):
         raise SystemExit(EXIT_PREEMPTED)
     return answers[0].value
+
+
+def _wait(
+    objects: Sequence[Any], seconds: float | None, processes: Sequence[BaseProcess], signals: Signals | None
+) -> None:
+    """Wait until one of the objects is ready, or a signal has come, and pass that on."""
+
+    def send(number: int) -> None:
+        for process in processes:
+            if process.exitcode is None and process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):  # a forkserver has seen its end first
+                    os.kill(process.pid, number)
+
+    multiprocessing.connection.wait([*objects, *([] if signals is None else [signals.fileno()])], seconds)
+    if signals is not None:
+        signals.clear()
+        signals.pass_on(send)
+
+
+def _raise_if_by_signal(error: LaunchError, ended: Mapping[int, int], signals: Signals | None) -> None:
+    """Raise where a rank has ended by a signal that was passed on; Ctrl-C comes back as KeyboardInterrupt anyhow."""
+    received = [] if signals is None else signals.received
+    number = next((-code for code in ended.values() if -code in received), None)
+    if number is not None:
+        raise _EndedBySignal(number, error)
 
 
 def _is_preempted(rank: int, answers: Mapping[int, _Answer]) -> bool:
@@ -318,7 +395,7 @@ def _raise_exit(
     rank: int, exit_code: int | None, answers: Mapping[int, _Answer], cause: RankTraceback | None = None
 ) -> None:
     if exit_code is not None and exit_code < 0:
-        what = f"Rank {rank} was killed by {signal.Signals(-exit_code).name}."
+        what = f"Rank {rank} was {ending(exit_code)}."
         given = " ".join(_departures(answers, time.monotonic())) or None
         raise LaunchError(what, given=given, fix="see the system's log: the machine may have run out of memory")
     if exit_code:
@@ -334,12 +411,24 @@ def _departures(answers: Mapping[int, _Answer], before: float) -> list[str]:
     return [f"Before it, rank {rank} had left without a failure." for rank in sorted(left)]
 
 
-def _end(processes: list[BaseProcess]) -> None:
-    """End the ranks that still run, by SIGKILL after the grace."""
-    deadline = time.monotonic() + _OTHERS_SECONDS
+def _end(processes: Sequence[BaseProcess], saving: Sequence[BaseProcess], signals: Signals | None) -> None:
+    """End the ranks that still run, by SIGKILL after the grace; those that are saving have time for it before.
+
+    Ranks that were told to end may be saving too, if one of them has ended by it already.
+    """
+    is_ending = signals is not None and signals.ending is not None
+    for waited_for, seconds in (
+        (saving, _SAVE_SECONDS),
+        (processes, SIGNAL_GRACE_SECONDS if is_ending else _OTHERS_SECONDS),
+    ):
+        deadline = time.monotonic() + seconds
+        while running := [process.sentinel for process in waited_for if process.exitcode is None]:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            _wait(running, left, processes, signals)
     for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
         if process.exitcode is None:
             process.kill()
-            process.join()
+        process.join()
         process.close()

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fabric_lite.launch.environment import chosen_threads, server_environment
@@ -18,10 +18,10 @@ from fabric_lite.launch.failure import Failure, report, summary
 from fabric_lite.launch.logs import RankLogs
 from fabric_lite.launch.messages import CountDevices, DevicesCounted, StartRank
 from fabric_lite.launch.plan import LaunchPlan, count_in, count_present, parse_devices
-from fabric_lite.launch.rank_group import RankGroup
 from fabric_lite.launch.warm_server import WarmServer
 
 __all__ = [
+    "PASSED_ON",
     "PREEMPTION_GRACE_SECONDS",
     "SIGNAL_GRACE_SECONDS",
     "Job",
@@ -35,6 +35,9 @@ __all__ = [
 SIGNAL_GRACE_SECONDS = 30.0
 # Ranks that leave with EXIT_PREEMPTED have saved the same checkpoint; one of them may still be writing its part.
 PREEMPTION_GRACE_SECONDS = 300.0
+
+
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclasses.dataclass
@@ -172,7 +175,7 @@ class Signals:
         for end in (self._reading, self._writing):
             end.setblocking(False)
         self._wakeup_before = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in PASSED_ON:
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -190,12 +193,12 @@ class Signals:
         except BlockingIOError:
             pass  # nothing has come since the last time
 
-    def pass_on(self, group: RankGroup) -> None:
+    def pass_on(self, send: Callable[[int], None]) -> None:
         """Send the ranks what has come since the last time; the second signal that ends the job kills them."""
         for index in range(self._passed_on, len(self.received)):
             number = self.received[index]
             is_second = number != signal.SIGUSR1 and set(self.received[:index]) - {signal.SIGUSR1}
-            group.send_signal(signal.SIGKILL if is_second else number)
+            send(signal.SIGKILL if is_second else number)
         self._passed_on = len(self.received)
 
     def _note(self, number: int, _frame: object) -> None:

@@ -13,7 +13,7 @@ from typing import NoReturn
 from fabric_lite.launch.ending import begin_to_end, is_by_signal
 from fabric_lite.launch.environment import cores, rank_environment
 from fabric_lite.launch.failure import Failure, exit_status
-from fabric_lite.launch.job import Job, Signals, announce_threads, open_job, print_line
+from fabric_lite.launch.job import PASSED_ON, Job, Signals, announce_threads, open_job, print_line
 from fabric_lite.launch.messages import Preload, StartRank
 from fabric_lite.launch.plan import LaunchPlan
 from fabric_lite.launch.process_tree import adopt_orphans
@@ -32,7 +32,7 @@ def launch(plan: LaunchPlan) -> int:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(adopt_orphans())
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in PASSED_ON:
             stack.callback(signal.signal, number, signal.signal(number, _leave))
         job = stack.enter_context(open_job(plan))
         if plan.rendezvous is not None:
@@ -103,7 +103,7 @@ class _Supervisor:
         """Wait for the next event and act on it."""
         for key, _ in self.selector.select(self.group.seconds_to_deadline()):
             key.data()
-        self.signals.pass_on(self.group)
+        self.signals.pass_on(self.group.send_signal)
         begin_to_end(self.group, self.signals, self.job.local_world_size)
 
     def _report(self, restart_count: int) -> None:

@@ -105,6 +105,8 @@ def fail_on_rank_1(how: str) -> None:
             raise Picky(1, 2)
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "real-time":
+            os.kill(os.getpid(), signal.SIGRTMIN)
         if how == "silent":
             os._exit(4)
         if how == "leave":
@@ -129,6 +131,7 @@ def test_function_runs_on_every_rank_and_rank_0s_value_comes_back(method: Any) -
         ("raise", ValueError, "from rank 1"),
         ("picky", LaunchError, "Rank 1 failed: .*Picky: 12"),
         ("kill", LaunchError, "Rank 1 was killed by SIGKILL"),
+        ("real-time", LaunchError, "Rank 1 was killed by SIGRTMIN"),
         ("exit", LaunchError, "Rank 1 exited with code 3(?s:.*)Given: SystemExit: 3"),
         ("silent", LaunchError, "Rank 1 exited with code 4"),
     ],
@@ -164,6 +167,92 @@ def test_ranks_that_leave_for_preemption_take_their_time_and_this_program_leaves
         run_function(leave_for_preemption, (), {}, ranks=2, start_method="fork", config=RunConfig())
     assert caught.value.code == 75
     assert "rank 1 has saved" in capfd.readouterr().out
+
+
+SIGNALLED = """
+    import os, pathlib, signal, sys, time
+    import torch
+    from fabric_lite import Fabric
+    from fabric_lite.launch.in_script import run_function
+    from fabric_lite.run_config import RunConfig
+
+    def ready():
+        pathlib.Path("ready" + os.environ["RANK"]).touch()
+
+    def save():
+        if os.environ["RANK"] == "1":
+            time.sleep(1)  # longer than what a failure would leave it
+        with open("saved" + os.environ["RANK"], "a") as file:
+            file.write("once")
+
+    def stop_when_asked():
+        fabric = Fabric(accelerator="cpu")
+        model = torch.nn.Linear(4, 4)
+        model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        while not fabric.should_stop:
+            ready()
+            fabric.backward(model(torch.ones(4)).sum())
+            optimizer.step()
+        save()
+        sys.exit(75)
+
+    def stop_by_ctrl_c():
+        try:
+            ready()
+            signal.pause()
+        finally:
+            save()
+
+    def listen_to_nothing():
+        ready()
+        signal.pause()
+
+    run_function(globals()[sys.argv[1]], (), {}, ranks=2, start_method="fork", config=RunConfig())
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "number", "code"),
+    [
+        ("stop_when_asked", signal.SIGUSR1, 75),
+        ("stop_by_ctrl_c", signal.SIGINT, -signal.SIGINT),
+        ("listen_to_nothing", signal.SIGTERM, -signal.SIGTERM),
+    ],
+)
+def test_a_signal_to_the_program_reaches_its_function_ranks_which_may_save(
+    tmp_path: Path, function: str, number: int, code: int
+) -> None:
+    with started(sys.executable, write(tmp_path, SIGNALLED), function, cwd=tmp_path) as process:
+        wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)), "ranks are ready")
+        os.killpg(process.pid, number)  # as a terminal and some schedulers do
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    saved = [path.read_text() for path in sorted(tmp_path.glob("saved*"))]
+    assert saved == ([] if function == "listen_to_nothing" else ["once", "once"])
+    assert_nothing_left(tmp_path)
+
+
+def test_a_second_signal_kills_function_ranks_that_do_not_end(tmp_path: Path) -> None:
+    source = """
+    import os, pathlib, signal
+    from fabric_lite.launch.in_script import run_function
+    from fabric_lite.run_config import RunConfig
+    def stay():
+        rank = os.environ["RANK"]
+        signal.signal(signal.SIGTERM, lambda *_: pathlib.Path("asked" + rank).touch())
+        pathlib.Path("ready" + rank).touch()
+        while True:
+            signal.pause()
+    run_function(stay, (), {}, ranks=2, start_method="fork", config=RunConfig())
+    """
+    with started(sys.executable, write(tmp_path, source), cwd=tmp_path) as process:
+        wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)), "ranks are ready")
+        process.terminate()
+        wait_until(lambda: all((tmp_path / f"asked{rank}").exists() for rank in (0, 1)), "ranks are asked")
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert_nothing_left(tmp_path)
 
 
 def return_a_closure() -> object:
