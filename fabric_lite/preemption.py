@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from fabric_lite.errors import CollectiveError
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.side_store import SideThread
 from fabric_lite.signals import requests
@@ -76,7 +77,12 @@ class Preemption:
         if self._is_closed or not self._steps.is_counting:
             return
         if self._world_size > 1 and self._thread is None:
-            self._thread = SideThread(self._name, self._watch)
+            try:
+                self._thread = SideThread(self._name, self._watch)
+            except CollectiveError as error:  # on all ranks alike; a signal keeps its own meaning
+                rank_zero_info(f"should_stop stays False, since the ranks can't agree on a step. {error}")
+                self._is_closed = True
+                return
         self._is_listening = requests.listen(self)
 
     def _watch(self, thread: SideThread, store: Any) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from fabric_lite.errors import CollectiveError
+
 __all__ = ["SideThread", "connect", "reconnect"]
 
 _JOIN_SECONDS = 10.0
@@ -25,11 +27,25 @@ def connect(name: str) -> Any:
 
     The group's own connection is held for as long as a call on it waits; this one is nobody else's. Every rank that
     asks with the same name sees the same keys; they stay until the store ends, so a name is used once in a process.
+
+    Raises:
+        CollectiveError: The group, one not made here, has no store (MPI's has none), or one that takes no
+            other connection.
     """
     # The one name that torch has for the store that a group was made with, whoever made it.
     from torch.distributed.distributed_c10d import _get_default_store
 
-    return PrefixStore(f"fabric_lite/{name}", _get_default_store().clone())  # type: ignore[attr-defined]
+    store = _get_default_store()
+    try:
+        return PrefixStore(f"fabric_lite/{name}", store.clone())  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError) as error:
+        if isinstance(error, dist.DistError):  # its server does not answer
+            raise
+        raise CollectiveError(
+            "The process group has no store that the ranks could talk through.",
+            given=f"a group of backend {dist.get_backend()} with {type(store).__name__}",
+            fix="let Fabric make the process group, or make it with a TCPStore",
+        ) from error
 
 
 def reconnect(store: Any) -> Any:
@@ -58,6 +74,9 @@ class SideThread:
         name: For the thread and for the keys in the store.
         work: Called in the thread with this object and the store; it returns when :meth:`wait` says so. What it
             raises goes to ``threading.excepthook``, unless :meth:`close` was called or the store is gone.
+
+    Raises:
+        CollectiveError: There is no store for it, see :func:`connect`.
     """
 
     def __init__(self, name: str, work: Callable[[SideThread, Any], None]) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
+import signal
 import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
 
+from fabric_lite import Fabric
+from fabric_lite.errors import CollectiveError
 from fabric_lite.side_store import SideThread
 from fabric_lite.testing import RankPool
 from tests.distributed.launching import fabric_run, write
@@ -64,3 +72,32 @@ def test_a_process_ends_well_with_a_thread_that_nobody_closes(tmp_path: Path) ->
     finished = fabric_run("--devices", "2", script)
     assert (finished.returncode, finished.stderr) == (0, "")
     assert finished.stdout.count("done") == 2
+
+
+def train_without_a_store() -> tuple[list[bool], list[str], bool, str]:
+    """In a group as MPI makes it: what should_stop was, what was said, whether SIGTERM is taken, the check's error."""
+    group = dist.group.WORLD
+    groups = dist.distributed_c10d._world.pg_map
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
+        patch.setitem(groups, group, (groups[group][0], None))
+        fabric = Fabric(accelerator="cpu", devices=2)
+        model = nn.Linear(2, 1)
+        model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        found = []
+        for _ in range(2):
+            fabric.backward(model(torch.ones(1, 2)).sum())
+            optimizer.step()
+            found.append(fabric.should_stop)
+        is_taken = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        fabric.close()
+        with pytest.raises(CollectiveError) as raised:
+            Fabric(accelerator="cpu", devices=2, check_collectives=True).barrier()
+    return found, [line for line in said.getvalue().splitlines() if "should_stop" in line], is_taken, str(raised.value)
+
+
+def test_in_a_group_without_a_store_the_run_goes_on_and_can_not_be_asked_to_stop(ranks: RankPool) -> None:
+    line = "fabric_lite: should_stop stays False, since the ranks can't agree on a step. The process group has no store"
+    for rank, (found, said, is_taken, error) in enumerate(ranks.run(train_without_a_store)):
+        assert (found, is_taken) == ([False, False], False)
+        assert [one.startswith(line) for one in said] == [True] * (rank == 0)
+        assert error.startswith("The process group has no store that the ranks could talk through.\n  Given: ")
