@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.job import print_line
 
-__all__ = ["check_requeue", "requeue"]
+__all__ = ["check_requeue", "is_first_of_job", "requeue"]
 
 
 def check_requeue(environ: Mapping[str, str]) -> None:
@@ -24,6 +24,11 @@ def check_requeue(environ: Mapping[str, str]) -> None:
             given="--requeue without SLURM_JOB_ID in the environment",
             fix="start fabric-run by sbatch or srun, or leave --requeue out",
         )
+
+
+def is_first_of_job() -> bool:
+    """Whether this is the first of the tasks that Slurm runs: the one to requeue before the nodes have met."""
+    return os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 def requeue() -> None:

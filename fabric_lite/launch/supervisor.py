@@ -18,7 +18,7 @@ from fabric_lite.launch.messages import Preload, StartRank
 from fabric_lite.launch.plan import LaunchPlan
 from fabric_lite.launch.process_tree import adopt_orphans
 from fabric_lite.launch.rank_group import RankGroup
-from fabric_lite.launch.requeue import requeue
+from fabric_lite.launch.requeue import is_first_of_job, requeue
 from fabric_lite.run_config import EXIT_PREEMPTED
 
 __all__ = ["launch"]
@@ -29,7 +29,21 @@ def launch(plan: LaunchPlan) -> int:
 
     Raises:
         LaunchError: The ranks could not be started as asked.
+        SystemExit: A signal came while no rank ran.
     """
+    try:
+        code, may_requeue = _launch(plan)
+    except SystemExit as leaving:
+        if leaving.code == EXIT_PREEMPTED and plan.requeue and is_first_of_job():
+            requeue()
+        raise
+    if may_requeue and plan.requeue:
+        requeue()
+    return code
+
+
+def _launch(plan: LaunchPlan) -> tuple[int, bool]:
+    """Run the plan; return the exit code, and whether it is for this process to requeue."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(adopt_orphans())
         for number in PASSED_ON:
@@ -40,11 +54,10 @@ def launch(plan: LaunchPlan) -> int:
             from fabric_lite.launch.elastic import run_node
 
             code, is_main = run_node(plan, plan.rendezvous, job)
-        else:
-            code, is_main = _Supervisor(plan, job).run(), True
-    if code == EXIT_PREEMPTED and plan.requeue and is_main:
-        requeue()
-    return code
+            return code, is_main and code == EXIT_PREEMPTED
+        supervisor = _Supervisor(plan, job)
+        code = supervisor.run()
+        return code, supervisor.was_asked_early or code == EXIT_PREEMPTED
 
 
 def _leave(number: int, _frame: object) -> NoReturn:
@@ -60,6 +73,8 @@ class _Supervisor:
         self.job = job
         self.signals = Signals()
         self.reports = 0
+        # By SIGUSR1, which has ended ranks that did not listen yet; what they saved before is there all the same.
+        self.was_asked_early = False
         self.group = RankGroup(job.server)
         self.selector = selectors.DefaultSelector()
         self.selector.register(job.server.channel, selectors.EVENT_READ, self.group.read)
@@ -145,6 +160,7 @@ class _Supervisor:
         if not self._is_stopped_by_signal(failure):
             return exit_status(failure.exit_code)
         number = signal.Signals(self.signals.ending or signal.SIGUSR1)
+        self.was_asked_early = number == signal.SIGUSR1
         print_line(f"fabric-run: ended by {number.name}.")
         # A rank's own choice of exit code counts.
         return failure.exit_code if failure.exit_code > 1 else exit_status(-number)

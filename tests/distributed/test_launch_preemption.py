@@ -14,6 +14,7 @@ from tests.distributed.launching import (
     FABRIC_RUN,
     assert_nothing_left,
     fabric_run,
+    processes_in,
     run,
     started,
     wait_until,
@@ -144,10 +145,26 @@ def test_requeue_gives_the_job_back_to_slurm_once(tmp_path: Path, nodes: int) ->
     assert all("stopped for preemption" in stderr for _, stderr in outputs)
 
 
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_signal_before_the_ranks_listen_requeues_too(tmp_path: Path, is_early: bool) -> None:
+    script = write(tmp_path, "import pathlib, signal; pathlib.Path('ready0').touch(); signal.pause()")
+    command = [*slurm(tmp_path), *FABRIC_RUN, "--accelerator", "cpu", "--requeue", script]
+    with started(*command, cwd=tmp_path) as process:
+        if is_early:
+            wait_until(lambda: len(processes_in(tmp_path)) > 1, "the server has been started")
+        else:
+            ready(tmp_path, ranks=1)
+        process.send_signal(signal.SIGUSR1)
+        _, stderr = process.communicate(timeout=60)
+    # On a busy machine the early signal may come after the start.
+    assert process.returncode in ((75, 128 + signal.SIGUSR1) if is_early else (128 + signal.SIGUSR1,)), stderr
+    assert (tmp_path / "requeued").read_text() == "requeue 123\n"
+
+
 def test_nothing_is_requeued_that_has_ended_well_or_has_failed(tmp_path: Path) -> None:
     environment = slurm(tmp_path)
-    for code in (0, 3):
-        script = write(tmp_path, f"import sys; sys.exit({code})")
+    for code, how in ((0, "sys.exit(0)"), (3, "sys.exit(3)"), (138, "os.kill(os.getpid(), signal.SIGUSR1)")):
+        script = write(tmp_path, f"import os, signal, sys; {how}")
         done = run([*environment, *FABRIC_RUN, "--accelerator", "cpu", "--requeue", script], cwd=tmp_path)
         assert done.returncode == code, done.stderr
     assert not (tmp_path / "requeued").exists()
