@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -18,14 +17,12 @@ from fabric_lite.checkpoint.archive import FORMAT, MANIFEST
 from fabric_lite.checkpoint.packing import storages
 from fabric_lite.checkpoint.part_writing import Blocks, write_blocks
 from fabric_lite.checkpoint.plain import Place, tensors_in
-from fabric_lite.checkpoint.seal import UNSEALED, seal
+from fabric_lite.checkpoint.seal import UNSEALED, begin_of_data, bytes_in, seal
 from fabric_lite.collectives import world_size
 from fabric_lite.errors import CheckpointError, FabricTypeError
 from fabric_lite.movement import MovingFile
 
 __all__ = ["Origin", "StreamedArchive", "own_version", "placeholder", "write_archive"]
-
-_LOCAL_HEADER = 30  # bytes of a zip record's fixed header; its last four are the lengths of name and extra field
 
 # Each record's storage, and the tensors that live in it.
 _Records = dict[str, tuple[torch.UntypedStorage, list[dict[str, Any]]]]
@@ -167,11 +164,8 @@ def own_version() -> str | None:
 
 
 def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where a record's data begins in the file."""
-    file.seek(info.header_offset + _LOCAL_HEADER - 4)
-    return info.header_offset + _LOCAL_HEADER + sum(struct.unpack("<HH", file.read(4)))
+    return begin_of_data(info, functools.partial(bytes_in, file))
 
 
 def _crc32_in_file(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    file.seek(_start(file, info))
-    return zlib.crc32(file.read(info.file_size))
+    return zlib.crc32(bytes_in(file, _start(file, info), info.file_size))

@@ -6,6 +6,7 @@ the other bytes, so that there is none in the file that could change without bei
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 import zipfile
@@ -13,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import BinaryIO
 
-__all__ = ["UNSEALED", "begin_of_data", "checksum_around", "is_seal", "seal", "sealed_checksum"]
+__all__ = ["UNSEALED", "begin_of_data", "bytes_in", "checksum_around", "is_seal", "seal", "sealed_checksum"]
 
 _MARK = b"fabric_lite: CRC-32 of all bytes around the records "
 _DIGITS = 8
@@ -30,16 +31,18 @@ def seal(file: BinaryIO) -> None:
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
 
-    def read(begin: int, count: int) -> bytes:
-        file.seek(begin)
-        return file.read(count)
-
     def crc32(begin: int, end: int, before: int) -> int:
-        return zlib.crc32(read(begin, end - begin), before)
+        return zlib.crc32(bytes_in(file, begin, end - begin), before)
 
-    checksum = checksum_around(records, size, read, crc32)
+    checksum = checksum_around(records, size, functools.partial(bytes_in, file), crc32)
     file.seek(size - _DIGITS)
     file.write(b"%0*x" % (_DIGITS, checksum))
+
+
+def bytes_in(file: BinaryIO, begin: int, count: int) -> bytes:
+    """``count`` bytes of a file from ``begin`` on."""
+    file.seek(begin)
+    return file.read(count)
 
 
 def is_seal(comment: bytes) -> bool:
