@@ -1,0 +1,49 @@
+"""Fabrics that nobody closes, as in a notebook whose cell is run again and again, leave nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fabric_lite import Fabric
+
+OPEN_FILES = "/proc/self/fd"
+
+
+def trained() -> Fabric:
+    """A Fabric that has set up, stepped, and been asked whether to stop."""
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = nn.Linear(2, 1)
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    fabric.backward(model(torch.ones(1, 2)).sum())
+    optimizer.step()
+    assert not fabric.should_stop
+    return fabric
+
+
+def held() -> tuple[int, int, list[Any]]:
+    """Threads, open files and the handlers of the two signals that ask a run to stop."""
+    gc.collect()
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    return threading.active_count(), len(os.listdir(OPEN_FILES)), handlers
+
+
+@pytest.mark.skipif(not os.path.isdir(OPEN_FILES), reason="open files are counted in /proc")
+def test_twenty_fabrics_that_are_dropped_hold_what_one_does_and_the_next_close_lets_go_of_that() -> None:
+    trained().close()
+    before = held()
+    dropped = [weakref.ref(trained())]
+    one = held()
+    dropped += [weakref.ref(trained()) for _ in range(19)]
+    assert held() == one
+    assert [fabric() for fabric in dropped] == [None] * 20
+    trained().close()
+    assert held() == before
