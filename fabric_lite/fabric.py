@@ -310,7 +310,7 @@ class Fabric(Communication, Checkpointing):
         if not isinstance(tensor, torch.Tensor):
             raise FabricTypeError("backward() takes a tensor.", given=f"{tensor!r:.80}", fix="fabric.backward(loss)")
         if self._scaler is None:
-            self.strategy.backward(tensor, model, *args, **kwargs)
+            self._run.strategy.backward(tensor, model, *args, **kwargs)
         else:
             self._scaler.backward(tensor, lambda scaled: self.strategy.backward(scaled, model, *args, **kwargs))
         self._window.waiting += 1

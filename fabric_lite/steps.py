@@ -29,8 +29,7 @@ class Steps:
     def __init__(self, owner: Any) -> None:
         self._owner = weakref.ref(owner)
         self._optimizer: Callable[[], Optimizer | None] = lambda: None
-        self._lock = threading.Lock()
-        self._limit: int | None = None
+        self._is_held = False
         self._free = threading.Event()
         self._restored = 0
         self.completed = 0  # of this process
@@ -57,10 +56,8 @@ class Steps:
         self._optimizer = weakref.ref(optimizer)
 
         def count(*_: Any) -> None:
-            with self._lock:
-                self.completed += 1
-                limit = self._limit
-            if limit is not None and self.completed >= limit:
+            self.completed += 1  # before it looks, see hold_after_next
+            if self._is_held:
                 self._wait()
 
         def count_outermost(stepped: Optimizer, *_: Any) -> None:
@@ -72,16 +69,18 @@ class Steps:
         return count if len(defining) < 2 else count_outermost
 
     def hold_after_next(self) -> int:
-        """Let the loop wait at the end of its next step until :meth:`let_go`; returns that step's number, by
-        ``completed``. From any thread but the loop's."""
-        with self._lock:
-            self._limit = self.completed + 1
-            return self._limit
+        """Let the loop wait at the end of its next step until :meth:`let_go`; from any thread but the loop's.
+
+        Returns:
+            The number of that step, by ``completed``. A loop that was just about to look waits one step before it.
+        """
+        # Without a lock, of which every step would pay the price: the loop counts first and looks then.
+        self._is_held = True
+        return self.completed + 1
 
     def let_go(self) -> None:
         """Let the loop run on; for good."""
-        with self._lock:
-            self._limit = None
+        self._is_held = False
         self._free.set()
 
     def _wait(self) -> None:

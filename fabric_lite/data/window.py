@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from fabric_lite.parameters import local_part
@@ -27,17 +28,20 @@ class Window:
     def __init__(self) -> None:
         self.waiting = 0
         self.batches = 0  # handed out, by all loaders
-        # By optimizer, at the end of its latest step: the batches, and what was left of its first gradient.
-        self._followed: weakref.WeakKeyDictionary[Optimizer, list[Any]] = weakref.WeakKeyDictionary()
+        self._followed: weakref.WeakKeyDictionary[Optimizer, _Step] = weakref.WeakKeyDictionary()
 
     def follow(self, optimizer: Optimizer) -> Callable[..., None]:
         """The post-hook of an optimizer's ``step``, which ends the window."""
-        latest: list[Any] = [-1, None]
-        self._followed[optimizer] = latest
+        latest = self._followed[optimizer] = _Step()
 
         def end(stepped: Optimizer, *_: Any) -> None:
+            # Every step pays for this, so it is one function.
             self.waiting = 0
-            latest[0], latest[1] = self.batches, _mark(_first_gradient(stepped))
+            latest.batches = self.batches
+            parameters = stepped.param_groups[0]["params"]
+            gradient = parameters[0].grad if parameters else None
+            if gradient is not None:
+                latest.gradient, latest.version = weakref.ref(gradient), gradient._version
 
         return end
 
@@ -63,11 +67,13 @@ class Window:
                 f"The gradients of the latest {batches} batches wait for a step, and a checkpoint has none: {then}."
             )
             return
-        for optimizer, (stepped_at, mark) in list(self._followed.items()):
-            gradient = _first_gradient(optimizer)
+        for optimizer, latest in list(self._followed.items()):
+            parameters = optimizer.param_groups[0]["params"]
+            gradient = parameters[0].grad if parameters else None
             # One that has stepped since the latest batch may be left gradients of another's loss, as in a GAN.
-            is_new = gradient is not None and stepped_at < self.batches and not _is_marked(gradient, mark)
-            if is_new and bool(local_part(gradient).count_nonzero()):
+            if gradient is None or latest.batches == self.batches or latest.has_seen(gradient):
+                continue
+            if bool(local_part(gradient).count_nonzero()):
                 self._warn(
                     f"Gradients of {type(optimizer).__name__} wait for a step while another optimizer has stepped, and "
                     "a checkpoint has none: on resuming, they are lost."
@@ -82,16 +88,17 @@ class Window:
         )
 
 
-def _first_gradient(optimizer: Optimizer) -> Any:
-    parameters = optimizer.param_groups[0]["params"]
-    return parameters[0].grad if parameters else None
+class _Step:
+    """What the latest step of one optimizer saw: the batches, and the first of its gradients."""
 
+    __slots__ = ("batches", "gradient", "version")
 
-def _mark(gradient: Any) -> Any:
-    """What tells a gradient that was added to, or another one, from this one; weak, since it may be let go."""
-    return None if gradient is None else (weakref.ref(gradient), gradient._version)
+    def __init__(self) -> None:
+        self.batches = -1
+        self.gradient: Callable[[], torch.Tensor | None] = lambda: None  # weak, since it may be let go
+        self.version = 0
 
-
-def _is_marked(gradient: Any, mark: Any) -> bool:
-    # Of another gradient the address may be the same, once the first is gone.
-    return mark is not None and mark[0]() is gradient and mark[1] == gradient._version
+    def has_seen(self, gradient: torch.Tensor) -> bool:
+        """Whether ``gradient`` is that one, and nothing was added to it."""
+        # Of another gradient the address may be the same, once the first is gone.
+        return self.gradient() is gradient and self.version == gradient._version
