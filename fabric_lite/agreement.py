@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import fabric_lite
-from fabric_lite.collective_check import names_of
+from fabric_lite.call_site import names_of
 from fabric_lite.collectives import gather_objects, is_distributed
 from fabric_lite.errors import CollectiveError
 from fabric_lite.notices import rank_zero_info

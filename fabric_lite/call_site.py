@@ -1,14 +1,15 @@
-"""Which line of the user's program is running: found in frames, without reading any source."""
+"""Which line of the user's program is running, found in frames without reading any source; and ranks in words."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 
-__all__ = ["frames_of", "is_users", "user_frame"]
+__all__ = ["frames_of", "is_users", "names_of", "user_frame", "user_line"]
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _LIBRARY = (
@@ -50,3 +51,25 @@ def user_frame(frame: FrameType | None) -> FrameType | None:
         if outside is None and is_package and not is_ours and module.partition(".")[0] != "torch":
             outside = caller
     return outside
+
+
+def user_line() -> str | None:
+    """The line of the user's program that is running, FILE:LINE; None at its end, and in threads of others."""
+    frame = user_frame(sys._getframe())
+    return None if frame is None else f"{os.path.abspath(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def names_of(ranks: Iterable[int]) -> str:
+    """Ranks in words: ``rank 1``, ``ranks 0, 2``, ``ranks 0-5, 7``."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    words = [
+        str(first) if first == last else f"{first}, {last}" if last == first + 1 else f"{first}-{last}"
+        for first, last in spans
+    ]
+    is_one = len(spans) == 1 and spans[0][0] == spans[0][1]
+    return f"rank{'s' * (not is_one)} {', '.join(words)}"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fabric_lite.adopt import extension_of
-from fabric_lite.collective_check import user_line
+from fabric_lite.call_site import user_line
 from fabric_lite.extension import ModuleExtension, in_backward
 from fabric_lite.trees import leaves
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
-import sys
 import time
 from collections.abc import Sequence
 
 from torch.distributed import DistError
 
-from fabric_lite.call_site import user_frame
+from fabric_lite.call_site import names_of, user_line
 from fabric_lite.errors import CollectiveError
 from fabric_lite.side_store import connect
 
-__all__ = ["CollectiveCheck", "names_of", "user_line"]
+__all__ = ["CollectiveCheck"]
 
 _FIRST_PAUSE_SECONDS = 0.0002
 _LONGEST_PAUSE_SECONDS = 0.01
@@ -169,14 +167,3 @@ def _difference(found: dict[int, _Call | str], ranks: Sequence[int]) -> Collecti
         given="\n" + "\n".join(lines),
         fix="let every rank make the same calls in the same order, with equal shapes and dtypes",
     )
-
-
-def names_of(ranks: Sequence[int]) -> str:
-    """Ranks in words: ``"rank 1"``, ``"ranks 0, 2"``."""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-
-
-def user_line() -> str | None:
-    """The line of the user's program that is running; None at its end, and in threads of others."""
-    frame = user_frame(sys._getframe())
-    return None if frame is None else f"{os.path.abspath(frame.f_code.co_filename)}:{frame.f_lineno}"

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from fabric_lite.call_site import user_line
 from fabric_lite.collectives import is_distributed, rank
 
 __all__ = ["rank_zero_info", "rank_zero_only", "rank_zero_warn", "says_that_it_waits"]
 
 WAIT_SECONDS = 30.0
-_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -59,7 +58,7 @@ def says_that_it_waits(call: str, seconds: float | None = None) -> Iterator[None
     if not is_distributed():
         yield
         return
-    line = f"fabric_lite: rank {rank()} waits in {call} at {_users_line()}; every rank must call it"
+    line = f"fabric_lite: rank {rank()} waits in {call} at {user_line() or 'an unknown line'}; every rank must call it"
     timer = threading.Timer(
         WAIT_SECONDS if seconds is None else seconds, lambda: print(line, file=sys.stderr, flush=True)
     )
@@ -70,14 +69,3 @@ def says_that_it_waits(call: str, seconds: float | None = None) -> Iterator[None
     finally:
         timer.cancel()
         timer.join()
-
-
-def _users_line() -> str:
-    """The innermost line outside this package and the ``with`` machinery, as FILE:LINE."""
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        file = os.path.abspath(frame.f_code.co_filename)
-        if not file.startswith(_PACKAGE) and file != contextlib.__file__:
-            break
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fabric_lite.call_site import names_of
 from fabric_lite.watch_position import Position
 
 __all__ = ["RankStatus", "absent_ranks", "explain", "explain_late"]
@@ -98,9 +99,9 @@ def explain(
     for ranks, status in _grouped(statuses, silent):
         heard = f"when last heard of; {silent[ranks[0]]}" if ranks[0] in silent else None
         note = heard or ("has left" if status.has_left else _arrival(status))
-        lines.append(f"  {_names(ranks)}: {_place(status.position)}{f'; {note}' if note else ''}")
+        lines.append(f"  {names_of(ranks)}: {_place(status.position)}{f'; {note}' if note else ''}")
     if missing:
-        lines.append(f"  {_names(missing)}: nothing was heard")
+        lines.append(f"  {names_of(missing)}: nothing was heard")
     if len(lines) > _MAX_LINES:
         lines[_MAX_LINES - 1 :] = [f"  ... and {len(lines) - _MAX_LINES + 1} more places"]
     return lines
@@ -117,33 +118,33 @@ def explain_late(late: Mapping[int, RankStatus], waiting: Mapping[int, RankStatu
     where = f"; {'it' if len(late) == 1 else 'they'} stood at {', '.join(stood[:3])}" if stood else ""
     seconds = max(status.age_seconds for status in waiting.values())
     call = _call(next(iter(waiting.values())))
-    return f"{_names(sorted(late))} kept {_names(sorted(waiting))} waiting {call} for {seconds:.0f} s{where}"
+    return f"{names_of(sorted(late))} kept {names_of(sorted(waiting))} waiting {call} for {seconds:.0f} s{where}"
 
 
 def _cause(
     statuses: Mapping[int, RankStatus], silent: Mapping[int, str], missing: list[int], limit_seconds: float
 ) -> str:
     if missing and not silent:
-        return f"{_names(missing)} did not start: {_others(statuses, missing)}"
+        return f"{names_of(missing)} did not start: {_others(statuses, missing)}"
     absent = absent_ranks(statuses, silent)
     if silent:
         reasons = sorted(set(silent.values()))
-        return f"{_names(absent)} did not arrive and {reasons[0]}: {_others(statuses, absent)}"
+        return f"{names_of(absent)} did not arrive and {reasons[0]}: {_others(statuses, absent)}"
     if absent and statuses[absent[0]].has_left:
         place = _short(statuses[absent[0]].position)
-        return f"{_names(absent)} left the run{f' at {place}' if place else ''}: {_others(statuses, absent)}"
+        return f"{names_of(absent)} left the run{f' at {place}' if place else ''}: {_others(statuses, absent)}"
     if absent:
-        return f"{_names(absent)} did not arrive: {_others(statuses, absent)}"
+        return f"{names_of(absent)} did not arrive: {_others(statuses, absent)}"
     everyone = sorted(statuses)
     calls = collections.Counter(_call(status) for status in statuses.values())
     if all(_waits_in(status) is None for status in statuses.values()):
-        return f"{_names(everyone)} did not move for {limit_seconds:.3g} s, and none waits in a collective"
+        return f"{names_of(everyone)} did not move for {limit_seconds:.3g} s, and none waits in a collective"
     if len(calls) == 1:
-        return f"{_names(everyone)} wait {next(iter(calls))}, which does not end, {_since(statuses, everyone)}"
+        return f"{names_of(everyone)} wait {next(iter(calls))}, which does not end, {_since(statuses, everyone)}"
     # The odd one out; of two, the one with fewer calls behind it.
     rare = min(statuses, key=lambda rank: (calls[_call(statuses[rank])], sum(statuses[rank].sequence.values()), rank))
     odd = [rank for rank in everyone if _call(statuses[rank]) == _call(statuses[rare])]
-    return f"{_names(odd)} {_verb(odd)} {_call(statuses[rare])}, another call: {_others(statuses, odd)}"
+    return f"{names_of(odd)} {_verb(odd)} {_call(statuses[rare])}, another call: {_others(statuses, odd)}"
 
 
 def _others(statuses: Mapping[int, RankStatus], absent: list[int]) -> str:
@@ -156,7 +157,7 @@ def _others(statuses: Mapping[int, RankStatus], absent: list[int]) -> str:
     there = [rank for rank in others if _call(statuses[rank]) == call]
     waits = "waits" if len(there) == 1 else "wait"
     does = waits if _waits_in(statuses[there[0]]) is not None else ("stands" if len(there) == 1 else "stand")
-    return f"{_names(there)} {does} {call} {_since(statuses, there)}"
+    return f"{names_of(there)} {does} {call} {_since(statuses, there)}"
 
 
 def _call(status: RankStatus) -> str:
@@ -186,21 +187,6 @@ def _grouped(statuses: Mapping[int, RankStatus], silent: Mapping[int, str]) -> l
     for rank, status in sorted(statuses.items()):
         groups.setdefault((status.position, status.has_left, silent.get(rank)), []).append(rank)
     return [(ranks, statuses[ranks[0]]) for ranks in groups.values()]
-
-
-def _names(ranks: list[int]) -> str:
-    """``rank 1``, ``ranks 0, 2``, ``ranks 0-5, 7``."""
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    words = [
-        str(first) if first == last else f"{first}, {last}" if last == first + 1 else f"{first}-{last}"
-        for first, last in spans
-    ]
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(words)}"
 
 
 def _verb(ranks: list[int]) -> str:

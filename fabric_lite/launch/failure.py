@@ -8,13 +8,12 @@ import linecache
 import os
 import re
 import signal
-import sys
-import sysconfig
 import time
 import traceback
-from collections.abc import Collection
 from types import TracebackType
 from typing import Any
+
+from fabric_lite.call_site import is_users, names_of
 
 __all__ = [
     "Failure",
@@ -130,7 +129,7 @@ def report(failure: Failure) -> str:
     if failure.left:
         lines.append(f"  {_departure(failure.left)}")
     if failure.preempted:
-        lines.append(f"  Before it, {_ranks(failure.preempted)} had left for preemption.")
+        lines.append(f"  Before it, {names_of(failure.preempted)} had left for preemption.")
     lines.append(_where_logs_are(failure))
     cause, *more = _cause(failure, _MAX_LINES - len(lines))
     lines[:0] = [f"fabric-run: rank {failure.rank} failed: {cause}", *(f"  {line}" for line in more)]
@@ -174,7 +173,7 @@ def _crash_location(failure: Failure) -> dict[str, Any] | None:
         *_, last = file.read().decode(errors="replace").rpartition("Fatal Python error: ")
     frames = [(name, int(line), function) for name, line, function in _FAULT_FRAME.findall(last)]
     for name, line, function in frames:
-        if _is_users(name):
+        if is_users(name):
             text = linecache.getline(name, line).strip()
             return {"file": name, "line": line, "function": function, "text": text}
     return None
@@ -184,11 +183,7 @@ def _departure(left: dict[int, dict[str, Any] | None]) -> str:
     """Who was missing when the others still waited: the likely reason for an error inside a collective."""
     places = sorted({_place(location) for location in left.values() if location is not None})
     where = f", at {places[0]}" if places else ""
-    return f"Before it, {_ranks(left)} had left with exit code 0{where}."
-
-
-def _ranks(numbers: Collection[int]) -> str:
-    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, sorted(numbers)))}"
+    return f"Before it, {names_of(left)} had left with exit code 0{where}."
 
 
 def _place(location: dict[str, Any]) -> str:
@@ -211,13 +206,6 @@ def _user_location(trace: TracebackType | None) -> dict[str, Any] | None:
     frames = traceback.extract_tb(trace)
     if not frames:
         return None
-    own = [frame for frame in frames if _is_users(frame.filename)]
+    own = [frame for frame in frames if is_users(frame.filename)]
     chosen = (own or frames)[-1]
     return {"file": chosen.filename, "line": chosen.lineno, "function": chosen.name, "text": chosen.line}
-
-
-def _is_users(filename: str) -> bool:
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    library = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sys.prefix + "/lib", package]
-    installed = "site-packages" in filename or "dist-packages" in filename
-    return not installed and not filename.startswith("<frozen") and not filename.startswith(tuple(library))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from fabric_lite import FabricTypeError, FabricValueError
+from fabric_lite.call_site import names_of
 from fabric_lite.watch import choose_hang_timeout, group_timeout_seconds
 from fabric_lite.watch_position import Position, is_debugged, position_of
 from fabric_lite.watch_report import RankStatus, absent_ranks, explain, explain_late
@@ -156,3 +157,12 @@ def test_a_thread_below_a_debugger_is_debugged() -> None:
     seen: list[bool] = []
     bdb.Bdb().runcall(lambda: seen.append(is_debugged(threading.get_ident())))
     assert seen == [True]
+
+
+def test_ranks_are_named_in_order_and_in_spans() -> None:
+    assert [names_of(ranks) for ranks in ([1], (2, 0), {0, 1}, [7, *range(6)])] == [
+        "rank 1",
+        "ranks 0, 2",
+        "ranks 0, 1",
+        "ranks 0-5, 7",
+    ]
