@@ -91,6 +91,19 @@ class Stack(nn.Module):
         return self.last(x)
 
 
+class Counter:
+    """A user's object with a state of its own."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
 def make_stack(seed: int = 0) -> Stack:
     torch.manual_seed(seed)
     return Stack()

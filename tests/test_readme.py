@@ -13,6 +13,7 @@ import pytest
 
 from fabric_lite.launch.cli import parse_arguments
 from fabric_lite.testing import RankPool
+from tests.test_examples import printed
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -97,22 +98,16 @@ def test_every_link_leads_to_a_file() -> None:
 
 
 @pytest.mark.parametrize("command", sorted(set(STARTED)))
-def test_a_command_starts_its_example(command: str) -> None:
+def test_a_command_starts_its_example_and_its_options_exist(ranks: RankPool, tmp_path: Path, command: str) -> None:
     program, *words = shlex.split(command)
+    script = next(word for word in words if word.endswith(".py"))
+    options = words[words.index(script) + 1 :]
     if program == "fabric-run":
-        parse_arguments(words)
-        words = ["-m", "fabric_lite", *words]
-    finished = subprocess.run(
-        [sys.executable, *words, "--help"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert "usage:" in finished.stdout
+        plan = parse_arguments(words)
+        assert (plan.script.target, list(plan.script.arguments)) == (script, options)
+    [shown] = ranks.run(printed, tmp_path, Path(script).name, "--help", ranks=1)
+    assert shown.startswith("usage:")
+    assert {option for option in options if option.startswith("--")} <= set(re.findall(r"--[a-z-]+", shown))
 
 
 def test_the_options_that_the_readme_names_exist() -> None:

@@ -13,23 +13,10 @@ import torch
 
 from fabric_lite.testing import RankPool
 from tests.distributed.layouts import GPT, LAYOUTS, loss_of, make_gpt, run_under, token_batches
-from tests.models import full
+from tests.models import Counter, full
 
 NAMES = ["single", "ddp 2", "fsdp 2", "fsdp 4", "hsdp 2x2", "tensor parallel 2"]
 STEPS = 3  # before the checkpoint, and again after it
-
-
-class Counter:
-    """A user's object with a state of its own."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"count": self.count}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.count = state["count"]
 
 
 class Training:

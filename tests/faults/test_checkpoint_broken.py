@@ -22,19 +22,9 @@ from fabric_lite.collectives import world_size
 from fabric_lite.errors import CheckpointError
 from fabric_lite.testing import RankPool
 from tests.faults.conftest import Figures
+from tests.models import Counter
 
 PARTS = ("part-00000.safetensors", "part-00001.safetensors")
-
-
-class Counter:
-    def __init__(self) -> None:
-        self.count = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"count": self.count}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.count = state["count"]
 
 
 def objects(number: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from fabric_lite.checkpoint import AttributeDict, load, load_raw, save
 from fabric_lite.errors import CheckpointError, FabricKeyError, FabricTypeError, FabricValueError
+from tests.models import Counter
 
 
 def small_model() -> nn.Sequential:
@@ -527,17 +528,6 @@ def test_a_module_that_migrates_old_keys_does_so(tmp_path: Path) -> None:
     with pytest.raises(FabricKeyError, match="weight"):
         load(tmp_path / "b.pt", {"model": model})
     assert model.bias.eq(1).all()
-
-
-class Counter:
-    def __init__(self) -> None:
-        self.count = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"count": self.count}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.count = state["count"]
 
 
 def test_any_object_with_a_state_comes_back_also_deep_inside(tmp_path: Path) -> None:
