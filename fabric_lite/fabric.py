@@ -7,7 +7,7 @@ import contextlib
 import gc
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,30 +16,26 @@ from torch.optim import Optimizer
 
 from fabric_lite import checkpoint, collectives, run_config
 from fabric_lite import seed as random_seed
-from fabric_lite.adopt import extension_of
 from fabric_lite.agreement import check_agreement, compare_circumstances
 from fabric_lite.callbacks import call_hook
 from fabric_lite.checked_calls import compare_calls
 from fabric_lite.checkpointing import Checkpointing
-from fabric_lite.clipping import clip_grad_value
 from fabric_lite.collectives import Collectives
 from fabric_lite.communication import Communication
 from fabric_lite.data import Window, check_loaders, extend_loader, move_to_device
 from fabric_lite.device import Accelerator
-from fabric_lite.errors import FabricTypeError, FabricValueError
-from fabric_lite.extension import ModuleExtension
-from fabric_lite.guards import check_nothing_waits
+from fabric_lite.errors import FabricValueError
 from fabric_lite.init import tensors_on
 from fabric_lite.loss_scaling import LossScaler
 from fabric_lite.mesh import build_mesh, data_share, join, leave
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.optim import check_belongs
-from fabric_lite.parameters import mesh_of, parameters_of
 from fabric_lite.precision import Precision
 from fabric_lite.preemption import Preemption
 from fabric_lite.registry import Registry, release_from_others
 from fabric_lite.run import Arguments, resolve
 from fabric_lite.setting_up import Setup
+from fabric_lite.stepping import Stepping
 from fabric_lite.steps import Steps
 from fabric_lite.strategies import Placement, Strategy
 from fabric_lite.watch import HangWatch, choose_hang_timeout, group_timeout_seconds
@@ -49,7 +45,7 @@ __all__ = ["Fabric"]
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Fabric(Communication, Checkpointing):
+class Fabric(Stepping, Communication, Checkpointing):
     """Your loop on any hardware: devices, processes, precision, data and checkpoints behind a few calls.
 
     Args:
@@ -302,99 +298,6 @@ class Fabric(Communication, Checkpointing):
             self._owns_group = False
         if save_error is not None:
             raise save_error
-
-    # --- the step -----------------------------------------------------------------------------------------------
-
-    def backward(self, tensor: torch.Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        """``tensor.backward(*args, **kwargs)``, the loss scaled where the precision asks."""
-        if not isinstance(tensor, torch.Tensor):
-            raise FabricTypeError("backward() takes a tensor.", given=f"{tensor!r:.80}", fix="fabric.backward(loss)")
-        if self._scaler is None:
-            self._run.strategy.backward(tensor, model, *args, **kwargs)
-        else:
-            self._scaler.backward(tensor, lambda scaled: self.strategy.backward(scaled, model, *args, **kwargs))
-        self._window.waiting += 1
-
-    def clip_gradients(
-        self,
-        module: nn.Module,
-        optimizer: Optimizer,
-        clip_val: float | None = None,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool = True,
-    ) -> torch.Tensor | None:
-        """Clip the gradients of ``optimizer``'s parameters by value or by their norm over all ranks.
-
-        Returns:
-            By norm: the norm before clipping, a 0-dim tensor equal on all ranks. By value: None.
-
-        Raises:
-            FabricValueError: Not exactly one of ``clip_val`` and ``max_norm``.
-            RuntimeError: The norm is not finite, on all ranks, parameters untouched. With a loss scaler such a step is
-                skipped instead.
-        """
-        if (clip_val is None) == (max_norm is None):
-            raise FabricValueError(
-                "Gradients are clipped either by value or by norm.",
-                given=f"clip_val={clip_val}, max_norm={max_norm}",
-                fix="exactly one of clip_val= and max_norm=",
-            )
-        if not isinstance(optimizer, Optimizer):
-            raise FabricTypeError(
-                "clip_gradients() takes a module and its optimizer.",
-                given=f"optimizer={optimizer!r:.80}",
-                fix="fabric.clip_gradients(model, optimizer, max_norm=1.0)",
-            )
-        for other in self._set_up.modules():
-            if extension_of(other).waits:
-                check_nothing_waits(other, optimizer, "clip_gradients()")
-        if self._scaler is not None:
-            self._scaler.unscale(optimizer)
-        parameters = parameters_of(optimizer)
-        if clip_val is not None:
-            clip_grad_value(parameters, clip_val)
-            return None
-        assert max_norm is not None
-        if self._collectives.check and any(mesh_of(parameter) is not None for parameter in parameters):
-            # Other norms are of this rank alone.
-            self._collectives.enter(f"clip_gradients to a norm of {max_norm} of order {norm_type}")
-        strict = error_if_nonfinite and self._scaler is None
-        return self.strategy.clip_grad_norm(parameters, float(max_norm), float(norm_type), strict)
-
-    @contextlib.contextmanager
-    def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> Iterator[None]:
-        """Around forward and backward of a micro-step: gradients stay on their rank and add up.
-
-        An exception inside drops the gradients of the window, so that nothing of it reaches a later step.
-        """
-        extension = extension_of(module)
-        if not isinstance(extension, ModuleExtension):
-            raise FabricTypeError(
-                "no_backward_sync() needs a module that went through setup().",
-                given=f"module={type(module).__name__}",
-                fix="model = fabric.setup(model) first",
-            )
-        if not enabled:
-            yield
-            return
-        extension.windows += 1
-        try:
-            with self.strategy.no_sync(module, extension.engine):
-                yield
-            extension.waits = bool(extension.sharded)
-        except BaseException:
-            for parameter in module.parameters():
-                parameter.grad = None
-            self.strategy.forget_unsynchronised(module)
-            raise
-        finally:
-            extension.windows -= 1
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context that ``forward`` runs in."""
-        dtype = self.precision.compute_dtype
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     # --- placement ----------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ LAYERS = [
     {"strategies", "checkpoint", "data", "launch"},
     {"run", "registry"},
     {"identity", "setting_up"},
-    {"communication", "checkpointing"},
+    {"communication", "checkpointing", "stepping"},
     {"fabric", "kept"},
     {"checkpoints"},
     {"testing", "__main__"},
