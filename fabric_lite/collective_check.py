@@ -25,6 +25,8 @@ _LONGEST_PAUSE_SECONDS = 0.01
 # Once a difference is seen, how long to wait for what the remaining ranks call, so that all report the same.
 _GRACE_SECONDS = 5.0
 
+_DIFFERENCE = "The ranks called different collectives, or with different shapes or dtypes."
+
 _numbers = itertools.count()  # every rank makes the same checks in the same order
 
 
@@ -81,10 +83,12 @@ class CollectiveCheck:
 
     Args:
         rank: Of this process.
+        timeout_seconds: How long a call waits for the others, of whichever group: as collectives do by default.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, timeout_seconds: float) -> None:
         self._rank = rank
+        self._timeout_seconds = timeout_seconds
         self._store = connect(f"check {next(_numbers)}")
         self._said = _Said()
 
@@ -92,8 +96,8 @@ class CollectiveCheck:
         """Wait until all of ``ranks`` are about to call the same; ``site`` is said where no line of the user's runs.
 
         Raises:
-            CollectiveError: On each of them, when they are not, with the lines of all; or when the rank that the store
-                was with has ended.
+            CollectiveError: On each of them, when they are not, with the lines of all; when one has not
+                come in time; when the rank that the store was with has ended.
         """
         try:
             self._compare(operation, details, ranks, site)
@@ -112,21 +116,23 @@ class CollectiveCheck:
         )
         self._say(_Said({**self._said.calls, group: [*latest, call]}, group))
         found: dict[int, _Call | str] = {self._rank: call}
-        pause, deadline = _FIRST_PAUSE_SECONDS, None
+        pause, deadline = _FIRST_PAUSE_SECONDS, time.monotonic() + self._timeout_seconds
+        differ = False
         while True:
             for rank, said in self._read([rank for rank in ranks if rank not in found]).items():
                 answer = said.call(group, call.number) or self._elsewhere(said)
                 if answer is not None:
                     found[rank] = answer
-            differ = any(not isinstance(other, _Call) or other.key != call.key for other in found.values())
-            if differ and deadline is None:
-                deadline = time.monotonic() + _GRACE_SECONDS
-            if len(found) == len(ranks) or (deadline is not None and time.monotonic() > deadline):
+            if not differ and any(not isinstance(other, _Call) or other.key != call.key for other in found.values()):
+                differ, deadline = True, min(deadline, time.monotonic() + _GRACE_SECONDS)
+            if len(found) == len(ranks) or time.monotonic() > deadline:
                 break
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         if differ:
-            raise _difference(found, ranks)
+            raise _difference(_DIFFERENCE, found, ranks)
+        if len(found) < len(ranks):
+            raise _difference(f"Not all ranks came to a call within {self._timeout_seconds:g} s.", found, ranks)
 
     def leave(self) -> None:
         """Say that this rank makes no more calls; those that wait for one raise."""
@@ -156,14 +162,14 @@ class CollectiveCheck:
         return {rank: _Said.parse(self._store.get(keys[rank])) for rank in there}
 
 
-def _difference(found: dict[int, _Call | str], ranks: Sequence[int]) -> CollectiveError:
+def _difference(what: str, found: dict[int, _Call | str], ranks: Sequence[int]) -> CollectiveError:
     said = {rank: str(found.get(rank, "has not come to this call")) for rank in ranks}
     lines = [
-        f"    {names_of([rank for rank in ranks if said[rank] == what])}: {what}"
-        for what in dict.fromkeys(said.values())
+        f"    {names_of([rank for rank in ranks if said[rank] == words])}: {words}"
+        for words in dict.fromkeys(said.values())
     ]
     return CollectiveError(
-        "The ranks called different collectives, or with different shapes or dtypes.",
+        what,
         given="\n" + "\n".join(lines),
         fix="let every rank make the same calls in the same order, with equal shapes and dtypes",
     )

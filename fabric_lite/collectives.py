@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
+import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -31,6 +33,7 @@ __all__ = [
     "raise_together",
     "rank",
     "results_together",
+    "timeout_of_default_group",
     "world_size",
 ]
 
@@ -50,6 +53,17 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes; 1 for a process alone."""
     return dist.get_world_size() if is_distributed() else 1
+
+
+def timeout_of_default_group() -> datetime.timedelta | None:
+    """How long the ranks' collectives wait for each other; None where torch does not tell."""
+    group: Any = dist.group.WORLD
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        if options is not None:
+            timeout: datetime.timedelta = options._timeout
+            return timeout
+    return None
 
 
 def gather_objects(value: Any, group: Any = None) -> list[Any]:
@@ -276,7 +290,8 @@ class Collectives:
 
     @functools.cached_property
     def _checker(self) -> CollectiveCheck:
-        return CollectiveCheck(rank())
+        timeout = timeout_of_default_group()
+        return CollectiveCheck(rank(), math.inf if timeout is None else timeout.total_seconds())
 
     def _compare(self, operation: str, tree: Any, group: Any = None, site: str | None = None) -> None:
         if not (self.check and is_distributed()):

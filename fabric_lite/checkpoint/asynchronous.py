@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import datetime
 import os
 import sys
 import threading
@@ -20,7 +19,7 @@ from fabric_lite.checkpoint.layout import AgreedPlan, Held, ShardPlan
 from fabric_lite.checkpoint.remote import Target
 from fabric_lite.checkpoint.staging import Staged, Staging
 from fabric_lite.checkpoint.together import Together
-from fabric_lite.collectives import is_distributed, rank
+from fabric_lite.collectives import is_distributed, rank, timeout_of_default_group
 from fabric_lite.notices import rank_zero_info
 
 __all__ = ["SaveHandle", "finish", "finish_at_exit", "start", "wait_for_last"]
@@ -230,17 +229,6 @@ def _own_group() -> Any:
         return None
     group = None if _process.group is None else _process.group()
     if group is None:
-        group = dist.new_group(backend="gloo", timeout=_timeout_of_default_group())
+        group = dist.new_group(backend="gloo", timeout=timeout_of_default_group())
         _process.group, _process.agreed = weakref.ref(group), None
     return group
-
-
-def _timeout_of_default_group() -> datetime.timedelta | None:
-    """How long the ranks' own collectives wait, and those of a save as well. None: as long as torch has it."""
-    group: Any = dist.group.WORLD
-    for device in group._device_types:
-        options = getattr(group._get_backend(device), "options", None)
-        if options is not None:
-            timeout: datetime.timedelta = options._timeout
-            return timeout
-    return None

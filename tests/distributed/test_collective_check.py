@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
 import sys
 import threading
@@ -160,6 +161,28 @@ def lose_the_store() -> str:
     with pytest.raises(CollectiveError) as error:
         fabric.all_reduce(1.0)
     return str(error.value)
+
+
+def wait_in_vain(of_all: bool) -> str:
+    fabric = Fabric(accelerator="cpu", check_collectives=True)
+    fabric.barrier()
+    checker: Any = fabric._collectives._checker
+    assert 0 < checker._timeout_seconds < math.inf
+    group = None if of_all else torch.distributed.new_group([0, 1])
+    if fabric.global_rank == 1:
+        return ""
+    checker._timeout_seconds = 0.25
+    with pytest.raises(CollectiveError) as error:
+        fabric.all_reduce(1.0, group=group)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("of_all", [True, False])
+def test_a_rank_that_does_not_come_in_time_is_named_in_groups_of_users_too(ranks: RankPool, of_all: bool) -> None:
+    message, _ = ranks.run(wait_in_vain, of_all)
+    assert message.startswith("Not all ranks came to a call within 0.25 s.")
+    assert "rank 0: all_reduce mean () torch.float64 at " in message
+    assert "rank 1: has not come to this call" in message
 
 
 class Gone:
