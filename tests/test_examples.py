@@ -178,9 +178,11 @@ def test_the_gan_runs_in_one_process(tmp_path: Path) -> None:
     assert "on the ring" in run(tmp_path, PYTHON, "gan.py", *SMALL["gan.py"])
 
 
-@pytest.mark.parametrize("starter", [PYTHON, FABRIC_RUN], ids=["alone", "two_ranks"])
-def test_the_strategy_of_ones_own_ends_with_the_weights_of_ddp(tmp_path: Path, starter: list[str]) -> None:
-    output = run(tmp_path, starter, "custom_strategy.py", *SMALL["custom_strategy.py"])
+@pytest.mark.parametrize("number_of_ranks", [1, 2])
+def test_the_strategy_of_ones_own_ends_with_the_weights_of_ddp(
+    ranks: RankPool, tmp_path: Path, number_of_ranks: int
+) -> None:
+    output, *_ = ranks.run(printed, tmp_path, "custom_strategy.py", *SMALL["custom_strategy.py"], ranks=number_of_ranks)
     ours, theirs = losses(output)
     assert ours == theirs
     assert output.endswith("largest difference of a weight: 0.0\n")

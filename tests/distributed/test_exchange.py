@@ -195,7 +195,7 @@ def test_a_checkpoint_of_one_layout_goes_on_bitwise_under_another(
         ("fsdp 2", "single", "full"),
         ("hsdp 2x2", "fsdp 2", "full"),
         ("tensor parallel 2", "fsdp 4", "full"),
-        ("fsdp 4", "tensor parallel 2", "full"),
+        pytest.param("fsdp 4", "tensor parallel 2", "full", marks=pytest.mark.full),
         ("single", "fsdp 2", "sharded"),
         ("ddp 2", "tensor parallel 2", "sharded"),
     ],

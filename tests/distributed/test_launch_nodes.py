@@ -63,12 +63,11 @@ def run_two(
     return [(process.returncode, *output) for process, output in zip((first, second), outputs, strict=True)]
 
 
-@pytest.mark.parametrize("backend", ["static", "c10d"])
-def test_two_nodes_make_one_job(tmp_path: Path, backend: str) -> None:
-    results = run_two(tmp_path, backend, devices=2 if backend == "static" else 1)
+def test_two_nodes_make_one_job(tmp_path: Path) -> None:
+    results = run_two(tmp_path, "static", devices=2)
     assert [code for code, _, _ in results] == [0, 0], results
     lines = sorted(line for _, stdout, _ in results for line in stdout.splitlines())
-    assert lines == (["4 0 0 0", "4 0 1 1", "4 1 2 0", "4 1 3 1"] if backend == "static" else ["2 0 0 0", "2 1 1 0"])
+    assert lines == ["4 0 0 0", "4 0 1 1", "4 1 2 0", "4 1 3 1"]
     assert_nothing_left(tmp_path)
 
 
