@@ -23,25 +23,27 @@ class Window:
     gradients are lost, which is said.
     """
 
-    __slots__ = ("_followed", "batches", "waiting")
+    __slots__ = ("_are_several", "_followed", "batches", "waiting")
 
     def __init__(self) -> None:
         self.waiting = 0
         self.batches = 0  # handed out, by all loaders
         self._followed: weakref.WeakKeyDictionary[Optimizer, _Step] = weakref.WeakKeyDictionary()
+        self._are_several = False
 
     def follow(self, optimizer: Optimizer) -> Callable[..., None]:
         """The post-hook of an optimizer's ``step``, which ends the window."""
         latest = self._followed[optimizer] = _Step()
+        self._are_several = len(self._followed) > 1
 
         def end(stepped: Optimizer, *_: Any) -> None:
-            # Every step pays for this, so it is one function.
+            # Every step pays for this. One optimizer's gradients are counted as they come, by fabric.backward.
+            is_counted = self.waiting and not self._are_several
             self.waiting = 0
-            latest.batches = self.batches
-            parameters = stepped.param_groups[0]["params"]
-            gradient = parameters[0].grad if parameters else None
-            if gradient is not None:
-                latest.gradient, latest.version = weakref.ref(gradient), gradient._version
+            if is_counted:
+                latest.gradient = None
+            else:
+                latest.see(stepped, self.batches)
 
         return end
 
@@ -71,7 +73,7 @@ class Window:
             parameters = optimizer.param_groups[0]["params"]
             gradient = parameters[0].grad if parameters else None
             # One that has stepped since the latest batch may be left gradients of another's loss, as in a GAN.
-            if gradient is None or latest.batches == self.batches or latest.has_seen(gradient):
+            if gradient is None or latest.batches == self.batches or latest.explains(gradient):
                 continue
             if bool(local_part(gradient).count_nonzero()):
                 self._warn(
@@ -95,10 +97,19 @@ class _Step:
 
     def __init__(self) -> None:
         self.batches = -1
-        self.gradient: Callable[[], torch.Tensor | None] = lambda: None  # weak, since it may be let go
+        # Weak, since it may be let go; None where nobody has looked.
+        self.gradient: Callable[[], torch.Tensor | None] | None = lambda: None
         self.version = 0
 
-    def has_seen(self, gradient: torch.Tensor) -> bool:
-        """Whether ``gradient`` is that one, and nothing was added to it."""
+    def see(self, optimizer: Optimizer, batches: int) -> None:
+        """Take note of what the optimizer has stepped on."""
+        self.batches = batches
+        parameters = optimizer.param_groups[0]["params"]
+        gradient = parameters[0].grad if parameters else None
+        if gradient is not None:
+            self.gradient, self.version = weakref.ref(gradient), gradient._version
+
+    def explains(self, gradient: torch.Tensor) -> bool:
+        """Whether ``gradient`` is what that step left, and nothing was added to it."""
         # Of another gradient the address may be the same, once the first is gone.
-        return self.gradient() is gradient and self.version == gradient._version
+        return self.gradient is None or (self.gradient() is gradient and self.version == gradient._version)
