@@ -16,7 +16,7 @@ from fabric_lite.attribute_dict import AttributeDict
 from fabric_lite.checkpoint.layout import is_sharded
 from fabric_lite.errors import CheckpointError, FabricTypeError
 
-__all__ = ["Place", "Stateful", "is_stateful", "plain", "stateful_objects", "tensors_in", "values_where"]
+__all__ = ["Place", "Stateful", "holds", "is_stateful", "plain", "stateful_objects", "tensors_in", "values_where"]
 
 _SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _LEAVES = _SCALARS | {bytearray, torch.Size, torch.dtype, torch.device, torch.layout, torch.qscheme}
@@ -102,6 +102,15 @@ def tensors_in(value: Any, place: Place) -> Iterator[tuple[Place, torch.Tensor]]
         for index, item in enumerate(value):
             if type(item) not in _SCALARS:
                 yield from tensors_in(item, place.at(index))
+
+
+def holds(value: Any, wanted: Callable[[Any], bool]) -> bool:
+    """Whether a leaf nested in plain data is one for which ``wanted`` is true."""
+    if isinstance(value, dict):
+        return any(holds(item, wanted) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(type(item) not in _SCALARS and holds(item, wanted) for item in value)
+    return wanted(value)
 
 
 def plain(value: Any, place: Place, replace: Callable[[Place, Any], Any], parents: frozenset[int] = frozenset()) -> Any:

@@ -15,7 +15,7 @@ from fabric_lite.checkpoint.asynchronous import SaveHandle
 from fabric_lite.checkpoint.file_writing import write_file
 from fabric_lite.checkpoint.folder_writing import write_folder
 from fabric_lite.checkpoint.layout import Held, ShardPlan, held, is_sharded, shard_plan
-from fabric_lite.checkpoint.plain import Place, plain, stateful_objects, tensors_in
+from fabric_lite.checkpoint.plain import Place, holds, plain, stateful_objects, tensors_in
 from fabric_lite.checkpoint.remote import RemotePath, Target
 from fabric_lite.checkpoint.together import Together, lost_ranks_explained
 from fabric_lite.collectives import gather_objects, rank
@@ -128,9 +128,24 @@ def _compare_places(by_rank: list[list[str]], what: str) -> None:
 
 
 def state_of(instance: Any) -> Any:
-    """The object's ``state_dict()``, a module's with the keys it would have uncompiled."""
-    state = uncompiled(instance).state_dict()
-    return own_keys(state) if isinstance(instance, torch.nn.Module) else state
+    """The object's ``state_dict()``, a module's with the keys it would have uncompiled.
+
+    Parameters in it may require gradients; of a sharded one the detaching, by DTensor's dispatch, would take longer
+    than the copy of its shard.
+    """
+    if not isinstance(instance, torch.nn.Module):
+        return instance.state_dict()
+    module = uncompiled(instance)
+    return own_keys(module.state_dict(keep_vars=True) if _leaves_detaching_to_us(module) else module.state_dict())
+
+
+def _leaves_detaching_to_us(module: torch.nn.Module) -> bool:
+    """Whether nobody else than torch and the caller sees the tensors of the module's state."""
+    plain = torch.nn.Module
+    return type(module).state_dict is plain.state_dict and not any(
+        inner._state_dict_hooks or type(inner)._save_to_state_dict is not plain._save_to_state_dict
+        for inner in module.modules()
+    )
 
 
 def uncompiled(instance: Any) -> Any:
@@ -261,7 +276,8 @@ def _collected(
         return error
     try:
         content |= _filtered(plain(state, Place(), lambda _, instance: states[id(instance)]), filter)
-        sharded |= {str(place): tensor for place, tensor in tensors_in(content, Place()) if is_sharded(tensor)}
+        if holds(content, is_sharded):  # first, since places are made slowly
+            sharded |= {str(place): tensor for place, tensor in tensors_in(content, Place()) if is_sharded(tensor)}
         return held(sharded)
     except Exception as failure:
         return failure

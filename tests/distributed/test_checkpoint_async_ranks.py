@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fabric_lite import CheckpointError
 from fabric_lite.checkpoint import asynchronous, finish, load, save
@@ -54,6 +56,36 @@ def save_twice_and_go_on(layout: str, folder: Path, kind: str) -> tuple[list[int
     came_back = all(torch.equal(new, old) for new, old in zip(parameters_of(model), saved, strict=True))
     fabric.close()
     return allocations, moved_on, came_back and state["log"] == [1.5, 2.5]
+
+
+class Operations(TorchDispatchMode):
+    """Notes which operations are called with DTensors; torch finds out the layout of the result of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(argument, DTensor) for argument in args):
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def count_operations_on_dtensors(folder: Path) -> list[str]:
+    fabric = LAYOUTS["fsdp 2"].fabric()
+    model = make_gpt()
+    model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    train("fsdp 2", fabric, model, optimizer, 1)
+    state = {"model": model, "optimizer": optimizer}
+    fabric.save(folder / "first", state, async_=True).result()
+    with Operations() as operations:
+        fabric.save(folder / "second", state, async_=True).result()
+    fabric.close()
+    return operations.seen
+
+
+def test_the_training_waits_for_no_operation_on_a_dtensor(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(count_operations_on_dtensors, tmp_path) == [[], []]
 
 
 def bytes_of(path: Path) -> dict[str, bytes]:
