@@ -60,6 +60,8 @@ class ModuleExtension:
     is_prepared: bool = False
     forward_methods: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     moved: list[tuple[nn.Module, Callable[..., Any] | None]] = dataclasses.field(default_factory=list)
+    # Contexts of the run's precision that nobody is in, by whether autocast keeps what it has cast in a cache.
+    autocasts: dict[bool, list[torch.autocast]] = dataclasses.field(default_factory=lambda: {True: [], False: []})
     # How many blocks of no_backward_sync are open, and whether gradients of shards wait for a backward outside of one.
     windows: int = 0
     waits: bool = False
@@ -77,8 +79,14 @@ class ModuleExtension:
             self.waits = False
         precision = self.precision
         if precision.compute_dtype is not None:
-            with torch.autocast(self.device_type, precision.compute_dtype):
+            # A context takes longer to be made than to be entered. One that is under way, as in a model that calls
+            # itself, is not entered again; one that an exception has left is not used again.
+            free = None if torch.compiler.is_compiling() else self.autocasts[torch.is_autocast_cache_enabled()]
+            context = free.pop() if free else torch.autocast(self.device_type, precision.compute_dtype)
+            with context:
                 output = self._through_engine(target, args, kwargs)
+            if free is not None:
+                free.append(context)
         else:
             if precision.param_dtype is not None:
                 args, kwargs = map_leaves(self._cast_input, args), map_leaves(self._cast_input, kwargs)
@@ -112,11 +120,14 @@ class ModuleExtension:
         # Without gradients nothing is communicated: rank 0 may evaluate alone. Inside backward (recomputation by
         # activation checkpointing) the engine has had its forward already.
         engine = self.engine
-        if engine is None or not torch.is_grad_enabled() or recomputes():
+        if engine is None or not torch.is_grad_enabled():
             return target(*args, **kwargs)
-        if not torch.compiler.is_compiling():  # a counter would compile each call anew
-            self.entries += 1
-            self._check_frozen()
+        if not torch.compiler.is_compiling():
+            if in_backward() and recomputes():
+                return target(*args, **kwargs)
+            self.entries += 1  # in a compiled call, a counter would compile it anew each time
+            if self.frozen:
+                self._check_frozen()
         self.target = target
         try:
             # Not engine(...): the hooks of a call are the user's module's, and they run once, outside.

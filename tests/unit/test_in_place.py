@@ -390,6 +390,51 @@ def test_marked_methods_run_in_the_runs_precision() -> None:
         model.mark_forward_method("nonsense")
 
 
+class Nested(nn.Module):
+    """Runs itself within itself, and then goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.seen: list[tuple[torch.dtype, bool]] = []
+
+    def forward(self, x: torch.Tensor, depth: int = 2, fails: bool = False) -> torch.Tensor:
+        if depth:
+            x = self(x, depth - 1, fails)
+        elif fails:
+            raise ValueError("inside")
+        x = self.inner(x)
+        self.seen.append((x.dtype, torch.is_autocast_cache_enabled()))
+        return x
+
+
+def test_the_contexts_of_a_precision_are_made_once_and_hold_within_each_other_and_after_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed").setup(Nested())
+    made = []
+    monkeypatch.setattr(torch, "autocast", lambda *words, kind=torch.autocast: made.append(words) or kind(*words))
+    model(torch.ones(2, 4))
+    with pytest.raises(ValueError, match="inside"):
+        model(torch.ones(2, 4), fails=True)
+    assert not torch.is_autocast_enabled("cpu")
+    model(torch.ones(2, 4))
+    count = len(made)
+    for _ in range(3):
+        model(torch.ones(2, 4))
+    assert len(made) == count
+    # A change of autocast's cache by the user holds as it does for a context that is made then.
+    torch.set_autocast_cache_enabled(False)
+    try:
+        model(torch.ones(2, 4))
+    finally:
+        torch.set_autocast_cache_enabled(True)
+    *before, first, second, third = model.seen
+    assert {first, second, third} == {(torch.bfloat16, False)}
+    assert set(before) == {(torch.bfloat16, True)}
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_a_module_of_the_users_own_called_module_is_theirs() -> None:
     class Holder(nn.Module):
         def __init__(self) -> None:
