@@ -364,6 +364,8 @@ class Fabric(Stepping, Communication, Checkpointing):
         share = data_share(mesh, self.strategy.data_axes, (self.global_rank, self.world_size))
         self._placement = Placement(self.device, self.precision, self.world_size, mesh, *share)
         self._preemption = Preemption(self._steps, self.global_rank, self.world_size)
+        # Its thread would keep it, and with it the meaning of the signals, for a Fabric that nobody has any more.
+        weakref.finalize(self, self._preemption.let_go).atexit = False
         self._collectives.enter("Fabric()")
         if self._owns_group and self.world_size > 1 and self._hang_timeout:
             self._watch = HangWatch(self.global_rank, self.world_size, self._hang_timeout, self._set_up.movement)

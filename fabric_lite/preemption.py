@@ -72,6 +72,13 @@ class Preemption:
             requests.ignore(self)
             self._is_listening = False
 
+    def let_go(self) -> None:
+        """:meth:`close` for the garbage collector: it waits for nothing, and leaves handlers to the next one."""
+        self._is_closed = True
+        if self._thread is not None:
+            self._thread.let_go()
+        requests.forget(self)
+
     def _begin(self) -> None:
         # Without steps there is no moment to stop at, and a signal keeps its own meaning.
         if self._is_closed or not self._steps.is_counting:

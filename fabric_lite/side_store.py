@@ -8,6 +8,7 @@ import os
 import select
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,8 @@ def connect(name: str) -> Any:
     try:
         return PrefixStore(f"fabric_lite/{name}", store.clone())  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError) as error:
-        if isinstance(error, dist.DistError):  # its server does not answer
+        # Any other error is not of all ranks alike: its server does not answer, say.
+        if isinstance(error, RuntimeError) and "pure virtual" not in str(error):
             raise
         raise CollectiveError(
             "The process group has no store that the ranks could talk through.",
@@ -64,7 +66,7 @@ def reconnect(store: Any) -> Any:
 
 
 class SideThread:
-    """A daemon thread with its own store connection, which :meth:`close` ends, and else the process's end.
+    """A daemon thread with its own store connection, which :meth:`close` or :meth:`let_go` ends, or the process's end.
 
     It has to end before Python does: one that comes back from torch's C++ later aborts a process that has finished
     well. So ``work`` never waits in the store; it looks, and waits in :meth:`wait`. A forked child has no such thread,
@@ -86,6 +88,9 @@ class SideThread:
         self._receiver, self._sender = os.pipe()
         os.set_blocking(self._receiver, False)
         os.set_blocking(self._sender, False)
+        self._descriptors = [weakref.finalize(self, os.close, each) for each in (self._receiver, self._sender)]
+        for descriptor in self._descriptors:
+            descriptor.atexit = False  # the thread may still wait then
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name=f"fabric_lite {name}", daemon=True)
         self._thread.start()
@@ -114,15 +119,20 @@ class SideThread:
     def close(self) -> None:
         """End the thread and wait until it has; again does nothing."""
         atexit.unregister(self.close)
-        if self._is_closing or os.getpid() != self._process:
+        self.let_go()
+        if os.getpid() != self._process:
             return
-        self._is_closing = True
-        self._write()
         self._thread.join(_JOIN_SECONDS)
         if not self._thread.is_alive():
             self._store = None
-            os.close(self._receiver)
-            os.close(self._sender)
+            for descriptor in self._descriptors:
+                descriptor()
+
+    def let_go(self) -> None:
+        """End the thread and do not wait for it: from any thread, also in the middle of a collection of garbage."""
+        if not self._is_closing and os.getpid() == self._process:
+            self._is_closing = True
+            self._write()
 
     def _write(self) -> None:
         try:
@@ -139,3 +149,6 @@ class SideThread:
         except Exception:
             if not self._is_closing:
                 raise
+        finally:
+            if self._is_closing:
+                atexit.unregister(self.close)  # which else holds this object until then

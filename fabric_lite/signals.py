@@ -51,12 +51,20 @@ class _Requests:
             return False
         if not self._previous:
             self._install()
+        if listener not in self._listeners:
+            # It has not been told of anything, so what comes next is for it no signal that comes again.
+            self._first.clear()
+            self._first_read.clear()
         self._listeners.add(listener)
         return True
 
-    def ignore(self, listener: Listener) -> None:
-        """Tell it no more; after the last listener all is as before."""
+    def forget(self, listener: Listener) -> None:
+        """Tell it no more; from any thread. Without listeners the signals do what they did before."""
         self._listeners.discard(listener)
+
+    def ignore(self, listener: Listener) -> None:
+        """Tell it no more; after the last listener all is as before. Its threads must not read the pipe any more."""
+        self.forget(listener)
         if not self._listeners and threading.current_thread() is threading.main_thread():
             self._uninstall()
 

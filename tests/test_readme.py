@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,10 +46,13 @@ def run_block(source: str, folder: str) -> None:
     """On a rank: run a block of Python in ``folder``."""
     before = os.getcwd()
     os.chdir(folder)
+    variables: dict[str, Any] = {"__name__": "__main__"}
     try:
-        exec(compile(source, "README.md", "exec"), {"__name__": "__main__"})
+        exec(compile(source, "README.md", "exec"), variables)
     finally:
         os.chdir(before)
+    if "fabric" in variables:
+        variables["fabric"].close()  # as the end of a script does; this rank lives on
 
 
 @pytest.mark.parametrize("number_of_ranks", [1, 2])

@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from fabric_lite import Fabric
+from fabric_lite.signals import requests
+from fabric_lite.testing import RankPool
 
 OPEN_FILES = "/proc/self/fd"
 
 
-def trained() -> Fabric:
+def trained(devices: int = 1) -> Fabric:
     """A Fabric that has set up, stepped, and been asked whether to stop."""
-    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric = Fabric(accelerator="cpu", devices=devices)
     model = nn.Linear(2, 1)
     model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
     fabric.backward(model(torch.ones(1, 2)).sum())
@@ -47,3 +49,22 @@ def test_twenty_fabrics_that_are_dropped_hold_what_one_does_and_the_next_close_l
     assert [fabric() for fabric in dropped] == [None] * 20
     trained().close()
     assert held() == before
+
+
+def drop_on_several_ranks() -> tuple[bool, bool, list[bool]]:
+    """Whether dropped Fabrics still take signals; whether the next close lets go of all; whether any is still there."""
+    trained(2).close()
+    before = held()
+    dropped = [weakref.ref(trained(2)) for _ in range(3)]
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("fabric_lite preemption"):
+            thread.join(10.0)
+    takes = requests.are_taken
+    trained(2).close()
+    return takes, held() == before, [fabric() is not None for fabric in dropped]
+
+
+@pytest.mark.skipif(not os.path.isdir(OPEN_FILES), reason="open files are counted in /proc")
+def test_on_several_ranks_they_take_no_signals_and_end_their_threads(ranks: RankPool) -> None:
+    assert ranks.run(drop_on_several_ranks) == [(False, True, [False] * 3)] * 2
