@@ -46,6 +46,7 @@ class SaveHandle:
         self.path = target
         self.error: BaseException | None = None
         self.is_known = False  # whether its error was raised or said
+        self.is_of_all = True  # whether an error is one on every rank
         self.process, self.rank = os.getpid(), rank()
         self._thread = self._started(work)
 
@@ -74,6 +75,7 @@ class SaveHandle:
         def work() -> None:
             before.join()
             if self.error is None:
+                self.is_of_all = False
                 function()
 
         self._thread = self._started(work)
@@ -193,11 +195,14 @@ def finish() -> BaseException | None:
 
 
 def finish_at_exit() -> None:
-    """:func:`finish` for the end of the process, where an error can only be said, by rank 0, and the exit code tell."""
+    """:func:`finish` for the end of the process, where an error can only be said, and the exit code tell.
+
+    One on every rank is said by rank 0.
+    """
     last, error = _last(), _outcome()
     if last is None or error is None:
         return
-    if last.rank == 0:
+    if last.rank == 0 or not last.is_of_all:
         print(f"fabric_lite: the asynchronous save of {last.path} failed.\n{error}", file=sys.stderr, flush=True)
     if run_config.current() is None:  # else a script that ran to its end has been told, and another has its own code
         process_end.exit_with_failure()

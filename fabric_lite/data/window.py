@@ -20,7 +20,8 @@ class Window:
 
     A checkpoint holds no gradients. One that is saved while gradients wait therefore tells the place before the first
     batch of them, from where they are computed again. Where another optimizer has stepped since, no place is right: its
-    gradients are lost, which is said.
+    gradients are lost, which is said; but not of a plain ``loss.backward()`` after a step on those of
+    ``fabric.backward``, which were counted and not looked at.
     """
 
     __slots__ = ("_are_several", "_followed", "batches", "waiting")
@@ -98,7 +99,7 @@ class _Step:
     def __init__(self) -> None:
         self.batches = -1
         # Weak, since it may be let go; None where nobody has looked.
-        self.gradient: Callable[[], torch.Tensor | None] | None = lambda: None
+        self.gradient: Callable[[], torch.Tensor | None] | None = _nothing
         self.version = 0
 
     def see(self, optimizer: Optimizer, batches: int) -> None:
@@ -106,10 +107,16 @@ class _Step:
         self.batches = batches
         parameters = optimizer.param_groups[0]["params"]
         gradient = parameters[0].grad if parameters else None
-        if gradient is not None:
+        if gradient is None:
+            self.gradient = _nothing
+        else:
             self.gradient, self.version = weakref.ref(gradient), gradient._version
 
     def explains(self, gradient: torch.Tensor) -> bool:
         """Whether ``gradient`` is what that step left, and nothing was added to it."""
         # Of another gradient the address may be the same, once the first is gone.
         return self.gradient is None or (self.gradient() is gradient and self.version == gradient._version)
+
+
+def _nothing() -> None:
+    """What there is to see of a gradient that was not there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import re
 import resource
@@ -339,3 +340,27 @@ def test_a_save_takes_what_was_agreed_before_only_for_tensors_laid_out_alike(
         for key, value in zip(keys, expected, strict=True):
             assert torch.equal(found[key], torch.full((5 if (path, key) == ("3", "a") else 8, 3), float(value)))
     assert not (tmp_path / "x").exists()
+
+
+def fail_after_the_save_on_rank_1(folder: Path) -> tuple[str, int]:
+    """What is said at the end of the process, and how often its exit code is set."""
+    fabric = LAYOUTS["ddp 2"].fabric()
+    handle = fabric.save(folder / "a.ckpt", {"step": 1}, async_=True)
+    assert handle is not None
+
+    def read_back() -> None:
+        if fabric.global_rank == 1:
+            raise CheckpointError("its part is damaged")
+
+    handle.then(read_back)
+    codes: list[int] = []
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
+        patch.setattr(asynchronous.process_end, "exit_with_failure", lambda: codes.append(1))
+        asynchronous.finish_at_exit()
+    fabric.close()
+    return said.getvalue(), len(codes)
+
+
+def test_an_error_of_one_rank_alone_is_said_by_that_rank_when_the_process_ends(ranks: RankPool, tmp_path: Path) -> None:
+    said = f"fabric_lite: the asynchronous save of {tmp_path / 'a.ckpt'} failed.\nits part is damaged\n"
+    assert ranks.run(fail_after_the_save_on_rank_1, tmp_path) == [("", 0), (said, 1)]

@@ -463,6 +463,23 @@ def test_gradients_that_wait_while_another_optimizer_steps_are_told(data: str) -
     fabric.close()
 
 
+def test_gradients_that_wait_after_a_step_that_found_none_are_told() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = torch.nn.Linear(1, 1)
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    loader = fabric.setup_dataloaders(DataLoader(Numbers(), batch_size=3))
+    iterator = iter(loader)
+    next(iterator)
+    one_step(fabric, model, optimizer)  # its gradients are counted
+    optimizer.zero_grad()
+    optimizer.step()
+    next(iterator)
+    model(torch.ones(1, 1)).sum().backward()  # nobody counts these
+    with pytest.warns(UserWarning, match="Gradients of SGD wait for a step"):
+        loader.state_dict()
+    fabric.close()
+
+
 class Counting:
     """Keeps its place itself."""
 
