@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from tests.faults.record import FIGURES, write_table
+
 HERE = Path(__file__).parent
-DOCS = HERE.parent.parent / "docs"
-FIGURES = DOCS / "faults.json"
 
 
 def main() -> int:
@@ -52,23 +51,6 @@ def fingerprint() -> str:
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def write_table() -> None:
-    """Turn the figures into a page."""
-    rows = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    lines = [
-        "# What was broken on purpose, and what came of it",
-        "",
-        "Written by `python -m tests.faults --full`; a row is written when its test has passed.",
-        "",
-        "| fault | figures |",
-        "|---|---|",
-    ]
-    for name in sorted(rows):
-        values = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in rows[name].items())
-        lines.append(f"| {name} | {values} |")
-    (DOCS / "faults.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

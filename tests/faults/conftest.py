@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.faults.record import merge
 
 Figures = Callable[..., None]
 
@@ -32,8 +33,7 @@ def figures(request: pytest.FixtureRequest) -> Iterator[Figures]:
     yield lambda name, **values: rows.update({name: values})
     path: Path | None = request.config.getoption("--figures")
     if path is not None and rows:
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(known | rows, indent=1) + "\n")
+        merge(path, rows)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -18,7 +18,6 @@ import contextlib
 import importlib.util
 import io
 import itertools
-import json
 import random
 import shutil
 import tempfile
@@ -31,6 +30,7 @@ import torch
 from torch import nn
 
 from tests.faults.nursery import End, Nursery
+from tests.faults.record import merge
 
 WIDTH, LAYERS = 256, 4
 
@@ -296,8 +296,7 @@ def main(argv: list[str] | None = None) -> int:
             rows[f"random SIGKILL, only checkpoint: {kind.name}"] = counts = killed(kind, arguments.trials, nursery)
             print(f"{kind.name}: {', '.join(f'{key} {value}' for key, value in counts.items())}", flush=True)
     if arguments.figures is not None:
-        known = json.loads(arguments.figures.read_text()) if arguments.figures.exists() else {}
-        arguments.figures.write_text(json.dumps(known | rows, indent=1) + "\n")
+        merge(arguments.figures, rows)
     return 0
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from fabric_lite.testing import RankPool
 from tests.distributed.launching import fabric_run, write
-from tests.distributed.layouts import pairwise
+from tests.distributed.layouts import pairs_of, pairwise
 from tests.faults import resuming
 from tests.faults.conftest import Figures
 from tests.faults.resuming import Cell
@@ -131,6 +131,11 @@ def test_new_processes_go_on_bit_for_bit(tmp_path: Path, figures: Figures) -> No
 
 
 def test_every_cell_of_the_table_is_run_and_every_pair_of_values_in_plain_pytest() -> None:
-    pairs = list(itertools.product(("ddp", "fsdp"), ("32-true", "bf16-mixed")))
-    assert sum(len(stops) for pair in pairs for stops in cells_of(*pair, is_full=True).values()) == 320
-    assert sum(len(stops) for pair in pairs for stops in cells_of(*pair, is_full=False).values()) >= 16
+    def run(*, is_full: bool) -> list[tuple[Any, ...]]:
+        pairs = itertools.product(("ddp", "fsdp"), ("32-true", "bf16-mixed"))
+        stops = [item for pair in pairs for item in cells_of(*pair, is_full).items()]
+        return [(*dataclasses.astuple(cell)[: len(CELLS[0]) - 1], stop) for cell, each in stops for stop in each]
+
+    assert sorted(run(is_full=True)) == sorted(CELLS)
+    assert len(CELLS) == 320
+    assert set().union(*map(pairs_of, run(is_full=False))) == set().union(*map(pairs_of, CELLS))
