@@ -239,7 +239,7 @@ class _Agent(SimpleElasticAgent):
         if self.group.is_stopping and not self.group.is_failing:
             self._wait_for_end(signals.received)
         failure = self.group.first_failure
-        if failure is not None and signals.ending and self._is_by_signal(failure, signals.received):
+        if failure is not None and signals.ending and is_by_signal(failure, signals.received):
             raise SignalException("passed on to the ranks, which have ended", signal.Signals(signals.ending))
         if failure is not None:
             if signals.ending:
@@ -335,7 +335,7 @@ class _Agent(SimpleElasticAgent):
         print_line("fabric-run: nodes come or go; all ranks start again.")
         self._stop(PREEMPTION_GRACE_SECONDS, signal.SIGTERM)
         failure = self.group.first_failure
-        if failure is not None and not self._is_by_signal(failure, [signal.SIGTERM]):
+        if failure is not None and not is_by_signal(failure, [signal.SIGTERM]):
             self._job.mention(failure)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
@@ -357,13 +357,10 @@ class _Agent(SimpleElasticAgent):
                 self._signals.pass_on(self.group.send_signal)
                 numbers = [*numbers, *self._signals.received]
             failure = self.group.first_failure
-            if failure is not None and not self._is_by_signal(failure, numbers):
+            if failure is not None and not is_by_signal(failure, numbers):
                 self.group.stop_failed()
         self.group.end_leftovers()
         self._read_logs()
-
-    def _is_by_signal(self, failure: Failure, numbers: Sequence[int]) -> bool:
-        return is_by_signal(failure, numbers, has_killed=self.group.has_killed)
 
     def _read_events(self, timeout_seconds: float | None) -> None:
         channel = self._job.server.channel

@@ -12,18 +12,17 @@ from fabric_lite.launch.rank_group import RankGroup
 __all__ = ["begin_to_end", "is_by_signal"]
 
 
-def is_by_signal(failure: Failure, numbers: Collection[int], *, has_killed: bool) -> bool:
+def is_by_signal(failure: Failure, numbers: Collection[int]) -> bool:
     """Whether the rank has ended because it was told to; an error on its way out, such as of its save, is its own.
 
     Args:
         failure: How it has ended.
         numbers: The signals that the ranks were sent.
-        has_killed: Whether they were then killed.
     """
     if failure.hang:
         return False
     if failure.details is None:
-        is_killed = has_killed and bool(numbers) and failure.exit_code == -signal.SIGKILL
+        is_killed = failure.is_after_kill and bool(numbers) and failure.exit_code == -signal.SIGKILL
         return is_killed or any(failure.exit_code in (-number, 128 + number) for number in numbers)
     # SIGUSR1 may mean anything to a script, an exit with an error too.
     is_told_to_end = bool(set(numbers) - {signal.SIGUSR1})
@@ -34,7 +33,7 @@ def begin_to_end(group: RankGroup, signals: Signals, number_of_ranks: int) -> No
     """Begin to end the ranks where it is time to; to be called after every event."""
     failure = group.first_failure
     is_ending = signals.ending is not None
-    if failure is not None and not (is_ending and is_by_signal(failure, signals.received, has_killed=group.has_killed)):
+    if failure is not None and not (is_ending and is_by_signal(failure, signals.received)):
         group.stop_failed()
     elif group.preempted:
         group.stop(grace_seconds=PREEMPTION_GRACE_SECONDS, number=None)

@@ -47,6 +47,7 @@ class Failure:
             because those of another node have failed.
         preempted: The ranks that had saved their work and left before, because they were asked to.
         log_start: Where in the log this attempt begins, in bytes.
+        is_after_kill: Whether we had killed the ranks before, so that SIGKILL is no failure of this one's.
         left: The ranks that had left without a failure before, and the user's lines at which they exited, if any.
     """
 
@@ -59,6 +60,7 @@ class Failure:
     time: float = 0.0
     preempted: tuple[int, ...] = ()
     log_start: int = 0
+    is_after_kill: bool = False
     left: dict[int, dict[str, Any] | None] = dataclasses.field(default_factory=dict)
 
     @property

@@ -54,13 +54,13 @@ class RankGroup:
         self.first_failure: Failure | None = None
         self.preempted: set[int] = set()
         self.leftovers_ended = False
-        self.has_killed = False
         self._requests: dict[int, StartRank] = {}
         self._log_starts: dict[int, int] = {}
         self._left: dict[int, dict[str, Any] | None] = {}
         self._failed_at = 0.0
         self._saving: int | None = None
         self._kills: list[tuple[float, int | None]] = []
+        self._has_killed = False
         self._is_stopping = False
         self._is_failing = False
         self._waits_for_save = False
@@ -92,10 +92,10 @@ class RankGroup:
         self.first_failure = None
         self.preempted = set()
         self.leftovers_ended = False
-        self.has_killed = False
         self._left = {}
         self._saving = None
         self._kills = []
+        self._has_killed = False
         self._is_stopping = False
         self._is_failing = False
         self._waits_for_save = False
@@ -116,7 +116,7 @@ class RankGroup:
 
     def send_signal(self, number: int) -> None:
         """Send a signal to every rank that still runs."""
-        self.has_killed = self.has_killed or number == signal.SIGKILL
+        self._has_killed = self._has_killed or number == signal.SIGKILL
         self._server.send(SignalRanks(number))
 
     @property
@@ -172,7 +172,7 @@ class RankGroup:
                 self._kills = self._kills_after(moment + _SAVE_SECONDS, self.first_failure)
                 return 0.0  # for the report
             del self._kills[0]
-            self.has_killed = True
+            self._has_killed = True
             self._server.send(SignalRanks(signal.SIGKILL, spared))
         return None
 
@@ -239,6 +239,8 @@ class RankGroup:
             preempted = tuple(self._rank(other) for other in self.preempted if other != local_rank)
             self._failed_at = time.monotonic()
             known = {"time": self._failed_at, "log_start": self._log_starts[local_rank], **known}
+            # As it is now: a failure makes us kill the ranks.
+            known["is_after_kill"] = self._has_killed
             self.first_failure = Failure(rank, exit_code, log, left=left, preempted=preempted, **known)
         elif self.first_failure.rank == rank and exit_code != -signal.SIGKILL and not self.first_failure.hang:
             # Its exception came first; this is how it then ended, unless it was by our own hand.

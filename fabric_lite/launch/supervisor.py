@@ -149,7 +149,7 @@ class _Supervisor:
 
     def _is_stopped_by_signal(self, failure: Failure) -> bool:
         """Whether the ranks have ended because fabric-run was told to end."""
-        return is_by_signal(failure, self.signals.received, has_killed=self.group.has_killed)
+        return is_by_signal(failure, self.signals.received)
 
     def _conclude(self, failure: Failure | None) -> int:
         if failure is None and self.group.preempted:

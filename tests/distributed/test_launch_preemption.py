@@ -45,11 +45,11 @@ def ready(folder: Path, ranks: int = 2) -> None:
     wait_until(lambda: all((folder / f"ready{rank}").exists() for rank in range(ranks)), "ranks are ready")
 
 
-def signalled(script: Path, number: signal.Signals, *options: object) -> tuple[int, str]:
-    """Run a script on two ranks and signal ``fabric-run`` when they are ready; its exit code, and what it says."""
-    command = [*FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, *options, script]
+def signalled(script: Path, number: signal.Signals, *options: object, ranks: int = 2) -> tuple[int, str]:
+    """Run a script on several ranks and signal ``fabric-run`` when they are ready; its exit code, and what it says."""
+    command = [*FABRIC_RUN, "--accelerator", "cpu", "--devices", ranks, *options, script]
     with started(*command, cwd=script.parent) as process:
-        ready(script.parent)
+        ready(script.parent, ranks)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
     return process.returncode, stderr
@@ -94,6 +94,54 @@ def test_a_script_may_use_sigusr1_for_itself(tmp_path: Path) -> None:
     )
     assert signalled(script, signal.SIGUSR1) == (0, "")
     assert all((tmp_path / f"noted{rank}").exists() for rank in (0, 1))
+
+
+def test_a_rank_that_the_system_kills_after_sigusr1_is_a_failure(tmp_path: Path) -> None:
+    script = write(
+        tmp_path,
+        """
+        import os, pathlib, signal, time
+        rank = os.environ["RANK"]
+        signal.signal(signal.SIGUSR1, lambda *_: pathlib.Path("noted" + rank).touch())
+        pathlib.Path("ready" + rank).touch()
+        while rank == "0" or not os.path.exists("noted1"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    code, stderr = signalled(script, signal.SIGUSR1, "--max-restarts", 1)
+    assert code == 128 + signal.SIGKILL, stderr
+    assert stderr.startswith("fabric-run: restart 1 of 1: rank 1 failed: killed by SIGKILL\n")
+    assert "\nfabric-run: rank 1 failed: killed by SIGKILL\n" in stderr
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("is_elastic", [False, True])
+def test_a_rank_that_the_system_kills_while_it_saves_is_a_failure(tmp_path: Path, is_elastic: bool) -> None:
+    script = write(
+        tmp_path,
+        """
+        import os, pathlib, signal, sys, time
+        asked = []
+        signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+        rank = os.environ["RANK"]
+        pathlib.Path("ready" + rank).write_text(str(os.getpid()))
+        while not asked:
+            time.sleep(0.01)
+        if rank == "0":
+            sys.exit(75)
+        while rank == "2" or os.path.exists("/proc/" + pathlib.Path("ready0").read_text()):
+            time.sleep(0.01)
+        time.sleep(0.5)  # for fabric-run to see it too
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"] if is_elastic else []
+    code, stderr = signalled(script, signal.SIGTERM, *meeting, ranks=3)
+    assert code == 128 + signal.SIGKILL, stderr
+    assert stderr.startswith("fabric-run: rank 1 failed: killed by SIGKILL\n")
+    assert "  Before it, rank 0 had left for preemption.\n" in stderr
+    assert_nothing_left(tmp_path)
 
 
 def test_ranks_that_do_not_listen_die_of_sigusr1_which_is_no_failure_of_theirs(tmp_path: Path) -> None:
