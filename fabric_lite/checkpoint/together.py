@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +16,6 @@ from fabric_lite.collectives import (
     broadcast_object,
     gather_objects,
     is_distributed,
-    raise_together,
     results_together,
 )
 from fabric_lite.errors import CheckpointError, FabricError
@@ -39,37 +38,28 @@ class Together:
 
     def on_every_rank(self, what: str, function: Callable[..., Result], *args: Any) -> Result:
         """Call ``function`` and raise on every rank if it raised on any."""
-        error: Exception | None = None
-        try:
+        result: Result
+
+        def run() -> None:
+            nonlocal result
             result = function(*args)
-        except Exception as exception:
-            error = exception
-        try:
-            raise_together(error, what, CheckpointError, self.group)
-        except RuntimeError as raised:
-            if raised is error or isinstance(raised, FabricError):
-                raise
-            raise _lost(what, raised) from raised
+
+        self.results(what, run)
         return result
 
     def results(self, what: str, function: Callable[..., Result], *args: Any) -> list[Result]:
         """:meth:`on_every_rank`, and the results of all ranks, by rank, in one exchange; they must be picklable."""
-        error: Exception | None = None
+        own: list[Exception] = []
 
         def run() -> Result:
-            nonlocal error
             try:
                 return function(*args)
-            except Exception as exception:
-                error = exception
+            except Exception as error:
+                own.append(error)
                 raise
 
-        try:
+        with lost_ranks_explained(what, own):
             return results_together(run, what, CheckpointError, self.group)
-        except RuntimeError as raised:
-            if raised is error or isinstance(raised, FabricError):
-                raise
-            raise _lost(what, raised) from raised
 
     def all_soon(self, mine: bool) -> Callable[[], bool]:
         """Begin to ask whether ``mine`` is true on every rank; the function returned waits for the answer."""
@@ -119,29 +109,22 @@ def system_errors_explained(target: Target) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lost_ranks_explained(what: str) -> Iterator[None]:
+def lost_ranks_explained(what: str, own: Sequence[Exception] = ()) -> Iterator[None]:
     """Raise CheckpointError where ``what`` can't go on because another rank has ended.
 
     For nothing but the calls that communicate: any RuntimeError in the block is taken for the backend's, but for a lack
-    of memory.
+    of memory, and for ``own``, what this rank's part raised.
     """
     try:
         yield
-    except FabricError:
-        raise
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        if error in own or isinstance(error, FabricError) or is_out_of_memory(error):
             raise
-        raise _lost(what, error) from error
-
-
-def _lost(what: str, error: RuntimeError) -> CheckpointError:
-    """The error for what the backends raise when a connection was closed."""
-    return CheckpointError(
-        f"{what} could not go on, since the ranks lost each other; what was there before is as it was.",
-        given=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-        fix="see the messages of the rank that ended first",
-    )
+        raise CheckpointError(
+            f"{what} could not go on, since the ranks lost each other; what was there before is as it was.",
+            given=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            fix="see the messages of the rank that ended first",
+        ) from error
 
 
 def _cause(error: BaseException) -> BaseException:

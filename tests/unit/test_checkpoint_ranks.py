@@ -15,6 +15,7 @@ from torch import nn
 
 from fabric_lite import notices
 from fabric_lite.checkpoint import load, save
+from fabric_lite.checkpoint.together import Together
 from fabric_lite.errors import FabricError
 from fabric_lite.seed import random_state, set_random_state
 from fabric_lite.testing import RankPool
@@ -215,6 +216,47 @@ def test_a_file_that_one_rank_does_not_see_raises_on_both(ranks: RankPool, tmp_p
     first, second = ranks.run(load_from_own_path, tmp_path)
     assert first.startswith("CheckpointError: load() failed on rank 1")
     assert second.startswith("CheckpointNotFoundError")
+
+
+def lack_memory(*_: Any, **__: Any) -> None:
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def lose_a_rank(*_: Any, **__: Any) -> None:
+    raise RuntimeError("Connection closed by peer\n[of gloo]")
+
+
+def error_together(method: str, exchange: Any, kind: type[Exception] | None) -> str:
+    """What ``method`` raises where the ranks exchange by ``exchange``; rank 1's own part raises a ``kind``."""
+
+    def part() -> None:
+        if kind is not None and dist.get_rank() == 1:
+            raise kind("no part today")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((RuntimeError, OSError, FabricError)) as error:
+        if exchange is not None:
+            patch.setattr(dist, "all_gather_object", exchange)
+        getattr(Together(), method)("save()", part)
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+@pytest.mark.parametrize("method", ["on_every_rank", "results"])
+@pytest.mark.parametrize(
+    ("exchange", "kind", "on_rank_0", "on_rank_1"),
+    [
+        (lose_a_rank, None, *["CheckpointError: save() could not go on, since the ranks lost each other"] * 2),
+        (lack_memory, None, *["RuntimeError: [enforce fail at "] * 2),
+        (None, RuntimeError, "CheckpointError: save() failed on rank 1", "RuntimeError: no part today"),
+        (None, OSError, "CheckpointError: save() failed on rank 1", "OSError: no part today"),
+    ],
+    ids=["a rank is lost", "no memory", "a RuntimeError of its own", "an OSError of its own"],
+)
+def test_only_what_the_backend_raises_in_an_exchange_is_a_lost_rank(
+    ranks: RankPool, method: str, exchange: Any, kind: type[Exception] | None, on_rank_0: str, on_rank_1: str
+) -> None:
+    first, second = ranks.run(error_together, method, exchange, kind)
+    assert first.startswith(on_rank_0)
+    assert second.startswith(on_rank_1)
 
 
 class Said(io.StringIO):
