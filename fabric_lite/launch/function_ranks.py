@@ -106,9 +106,11 @@ def run_function(
         _check_can_fork()
     try:
         return _run_function(function, args, kwargs, ranks, start_method, config)
-    except _EndedBySignal as ended:
-        os.kill(os.getpid(), ended.number)
-        raise ended.error from None  # this program goes on, by a handler of its own
+    except _EndedBySignal as error:
+        ended = error
+    # Outside, because the KeyboardInterrupt that this may raise would show the other error as its context.
+    os.kill(os.getpid(), ended.number)
+    raise ended.error  # this program goes on, by a handler of its own
 
 
 def _run_function(
@@ -318,10 +320,18 @@ def _wait(
 
 def _raise_if_by_signal(error: LaunchError, ended: Mapping[int, int], signals: Signals | None) -> None:
     """Raise where a rank has ended by a signal that was passed on; Ctrl-C comes back as KeyboardInterrupt anyhow."""
-    received = [] if signals is None else signals.received
-    number = next((-code for code in ended.values() if -code in received), None)
+    if signals is None:
+        return
+    number = next((-code for code in ended.values() if -code in signals.received), None)
     if number is not None:
         raise _EndedBySignal(number, error)
+    if signals.has_killed and signals.ending is not None and -signal.SIGKILL in ended.values():
+        words = LaunchError(
+            "The ranks were killed, because a second signal came before they had ended by the first.",
+            given=", ".join(signal.Signals(number).name for number in signals.received),
+            fix="wait after the first: they may be saving their work",
+        )
+        raise _EndedBySignal(signals.ending, words)
 
 
 def _is_preempted(rank: int, answers: Mapping[int, _Answer]) -> bool:

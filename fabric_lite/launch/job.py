@@ -168,6 +168,11 @@ class Signals:
         """The first signal that ends the job."""
         return next((number for number in self.received if number != signal.SIGUSR1), None)
 
+    @property
+    def has_killed(self) -> bool:
+        """Whether a second one has killed the ranks."""
+        return sum(number != signal.SIGUSR1 for number in self.received[: self._passed_on]) > 1
+
     def fileno(self) -> int:
         return self._reading.fileno()
 

@@ -232,26 +232,39 @@ def test_a_signal_to_the_program_reaches_its_function_ranks_which_may_save(
     assert_nothing_left(tmp_path)
 
 
-def test_a_second_signal_kills_function_ranks_that_do_not_end(tmp_path: Path) -> None:
-    source = """
+@pytest.mark.parametrize(
+    ("number", "handler", "code", "words"),
+    [
+        (signal.SIGINT, "default_int_handler", -signal.SIGINT, "KeyboardInterrupt"),
+        (signal.SIGTERM, "SIG_DFL", -signal.SIGTERM, ""),
+        (signal.SIGTERM, "SIG_IGN", 1, "LaunchError: The ranks were killed, because a second signal came"),
+    ],
+)
+def test_a_second_signal_kills_function_ranks_that_do_not_end_and_the_program_gets_it_too(
+    tmp_path: Path, number: signal.Signals, handler: str, code: int, words: str
+) -> None:
+    source = f"""
     import os, pathlib, signal
     from fabric_lite.launch.in_script import run_function
     from fabric_lite.run_config import RunConfig
     def stay():
         rank = os.environ["RANK"]
-        signal.signal(signal.SIGTERM, lambda *_: pathlib.Path("asked" + rank).touch())
+        signal.signal({int(number)}, lambda *_: pathlib.Path("asked" + rank).touch())
         pathlib.Path("ready" + rank).touch()
         while True:
             signal.pause()
-    run_function(stay, (), {}, ranks=2, start_method="fork", config=RunConfig())
+    signal.signal({int(number)}, signal.{handler})
+    run_function(stay, (), dict(), ranks=2, start_method="fork", config=RunConfig())
     """
     with started(sys.executable, write(tmp_path, source), cwd=tmp_path) as process:
         wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)), "ranks are ready")
-        process.terminate()
+        process.send_signal(number)
         wait_until(lambda: all((tmp_path / f"asked{rank}").exists() for rank in (0, 1)), "ranks are asked")
-        process.terminate()
-        process.communicate(timeout=60)
-    assert process.returncode != 0
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert words in stderr
+    assert "out of memory" not in stderr
     assert_nothing_left(tmp_path)
 
 
