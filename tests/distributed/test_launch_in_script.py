@@ -268,6 +268,34 @@ def test_a_second_signal_kills_function_ranks_that_do_not_end_and_the_program_ge
     assert_nothing_left(tmp_path)
 
 
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_function_ranks_end_their_save_without_a_word_and_its_error_is_raised_here(
+    tmp_path: Path, is_taken: bool
+) -> None:
+    source = """
+    import pathlib, time
+    from fabric_lite import Fabric
+    def last_of_it():
+        time.sleep(1.5)  # longer than a save may keep another one waiting without being mentioned
+        pathlib.Path("saved").touch()
+    def train(fabric):
+        handle = fabric.save("a.ckpt", {"number": 1}, async_=True)
+        if fabric.global_rank == 0:
+            handle.then(last_of_it)
+    Fabric(accelerator="cpu", devices=2, strategy="ddp_fork").launch(train)
+    """
+    if is_taken:
+        (tmp_path / "a.ckpt").mkdir()
+        (tmp_path / "a.ckpt" / "diary.txt").write_text("mine")
+    done = run([sys.executable, write(tmp_path, source)], cwd=tmp_path)
+    assert done.returncode == is_taken, done.stderr
+    if is_taken:
+        assert "CheckpointError: " in done.stderr
+    else:
+        assert (done.stderr, (tmp_path / "saved").exists()) == ("", True)
+    assert_nothing_left(tmp_path)
+
+
 def return_a_closure() -> object:
     return lambda: None
 
