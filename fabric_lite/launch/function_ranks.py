@@ -23,7 +23,13 @@ from fabric_lite import process_end, run_config
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.environment import chosen_threads, listen_on, rank_environment, serve_store
 from fabric_lite.launch.failure import ending, python_exit_code
-from fabric_lite.launch.job import PASSED_ON, SIGNAL_GRACE_SECONDS, Signals
+from fabric_lite.launch.job import (
+    FAILURE_GRACE_SECONDS,
+    PASSED_ON,
+    SAVE_GRACE_SECONDS,
+    SIGNAL_GRACE_SECONDS,
+    Signals,
+)
 from fabric_lite.launch.process_tree import adopt_orphans, descendants, die_with_parent, end_descendants
 from fabric_lite.launch.rank import run_to_end
 from fabric_lite.run_config import EXIT_PREEMPTED, RunConfig
@@ -31,10 +37,6 @@ from fabric_lite.run_config import EXIT_PREEMPTED, RunConfig
 __all__ = ["RankTraceback", "StartMethod", "run_function"]
 
 StartMethod = Literal["spawn", "fork", "forkserver"]
-# After a failure: how long the other ranks may still end by themselves, before SIGKILL; SIGTERM would ask them to save.
-_OTHERS_SECONDS = 0.5
-# How long a rank that has failed may take to end an asynchronous save, for which it needs the others.
-_SAVE_SECONDS = 300.0
 # Between SIGTERM and SIGKILL for what ranks leave behind, such as the workers of a loader.
 _LEFTOVER_SECONDS = 1.0
 # How long after a failure another rank may still turn out to have caused it, by ending without a word.
@@ -428,8 +430,8 @@ def _end(processes: Sequence[BaseProcess], saving: Sequence[BaseProcess], signal
     """
     is_ending = signals is not None and signals.ending is not None
     for waited_for, seconds in (
-        (saving, _SAVE_SECONDS),
-        (processes, SIGNAL_GRACE_SECONDS if is_ending else _OTHERS_SECONDS),
+        (saving, SAVE_GRACE_SECONDS),
+        (processes, SIGNAL_GRACE_SECONDS if is_ending else FAILURE_GRACE_SECONDS),
     ):
         deadline = time.monotonic() + seconds
         while running := [process.sentinel for process in waited_for if process.exitcode is None]:

@@ -21,8 +21,10 @@ from fabric_lite.launch.plan import LaunchPlan, count_in, count_present, parse_d
 from fabric_lite.launch.warm_server import WarmServer
 
 __all__ = [
+    "FAILURE_GRACE_SECONDS",
     "PASSED_ON",
     "PREEMPTION_GRACE_SECONDS",
+    "SAVE_GRACE_SECONDS",
     "SIGNAL_GRACE_SECONDS",
     "Job",
     "Signals",
@@ -35,7 +37,10 @@ __all__ = [
 SIGNAL_GRACE_SECONDS = 30.0
 # Ranks that leave with EXIT_PREEMPTED have saved the same checkpoint; one of them may still be writing its part.
 PREEMPTION_GRACE_SECONDS = 300.0
-
+# After a failure the other ranks may still say what they failed of, before SIGKILL; SIGTERM would ask them to save.
+FAILURE_GRACE_SECONDS = 0.5
+# How long a rank that has failed may take to end an asynchronous save, for which it needs the others.
+SAVE_GRACE_SECONDS = 300.0
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.failure import Failure
+from fabric_lite.launch.job import FAILURE_GRACE_SECONDS, SAVE_GRACE_SECONDS
 from fabric_lite.launch.messages import (
     EndRanks,
     HostStore,
@@ -29,13 +30,9 @@ from fabric_lite.run_config import EXIT_PREEMPTED
 
 __all__ = ["RankGroup"]
 
-# From the first failure on: how long the other ranks may still say what they failed of, how long that rank itself may
-# take to leave, and when nothing of the ranks is left.
-_OTHERS_SECONDS = 0.5
+# From the first failure on: how long that rank itself may take to leave, and when nothing of the ranks is left.
 _FAILED_SECONDS = 1.2
 _LEFTOVERS_SECONDS = 1.7
-# How long a rank that has failed may take to end an asynchronous save, for which it needs the others.
-_SAVE_SECONDS = 300.0
 # Between SIGTERM and SIGKILL for what ranks leave behind that have ended well, such as the workers of a loader.
 _LEFTOVER_GRACE_SECONDS = 3.0
 
@@ -169,7 +166,7 @@ class RankGroup:
             if self._saving is not None and self._is_failing and not self._waits_for_save:
                 assert self.first_failure is not None
                 self._waits_for_save = True
-                self._kills = self._kills_after(moment + _SAVE_SECONDS, self.first_failure)
+                self._kills = self._kills_after(moment + SAVE_GRACE_SECONDS, self.first_failure)
                 return 0.0  # for the report
             del self._kills[0]
             self._has_killed = True
@@ -195,7 +192,7 @@ class RankGroup:
 
     def _kills_after(self, moment: float, failure: Failure) -> list[tuple[float, int | None]]:
         failed = next(local_rank for local_rank in self._requests if self._rank(local_rank) == failure.rank)
-        return [(moment + _OTHERS_SECONDS, failed), (moment + _FAILED_SECONDS, None)]
+        return [(moment + FAILURE_GRACE_SECONDS, failed), (moment + _FAILED_SECONDS, None)]
 
     def _note(self, event: Any) -> None:
         if isinstance(event, RankStarted):
