@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from fabric_lite import process_end, run_config
-from fabric_lite.checkpoint.layout import AgreedPlan, Held, ShardPlan
+from fabric_lite.checkpoint.layout import AgreedPlan, ShardPlan
 from fabric_lite.checkpoint.remote import Target
 from fabric_lite.checkpoint.staging import Staged, Staging
 from fabric_lite.checkpoint.together import Together
@@ -92,12 +92,16 @@ class SaveHandle:
         return error
 
     def _started(self, work: Callable[[], None]) -> threading.Thread:
+        # Else Python lets a new thread run for 5 ms (sys.getswitchinterval) before the training goes on.
+        started = threading.Event()
         # Not a daemon: Python waits for it, also after an exception in the script.
-        thread = threading.Thread(target=self._run, args=(work,), name="fabric_lite save", daemon=False)
+        thread = threading.Thread(target=self._run, args=(work, started), name="fabric_lite save", daemon=False)
         thread.start()
+        started.set()
         return thread
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def _run(self, work: Callable[[], None], started: threading.Event) -> None:
+        started.wait()
         try:
             with torch.no_grad():
                 work()
@@ -123,8 +127,7 @@ _process = _Process()
 def start(
     target: Target,
     content: Any,
-    sharded: Mapping[str, Any],
-    held: Held | None,
+    sharded: Mapping[str, Any] | None,
     make_plan: Callable[[], ShardPlan],
     write: Write,
 ) -> SaveHandle:
@@ -136,19 +139,18 @@ def start(
     Args:
         target: The checkpoint's name.
         content: Plain data; rank 0's is written.
-        sharded: The DTensors in it by their places.
-        held: What they are; None where that could not be found out, and ``make_plan`` raises why.
+        sharded: The DTensors in it by their places; None where they could not be found, and ``make_plan`` raises why.
         make_plan: Has all ranks describe their DTensors and say who writes what; every rank calls it or none.
         write: Writes the copies.
     """
     together = Together(_own_group())
     agreed = _process.agreed
-    plan = None if agreed is None or held is None else agreed.now(held, sharded)
+    plan = None if agreed is None or sharded is None else _still(agreed, sharded)
     all_know = together.all_soon(plan is not None)
     staged = None if plan is None else _staged(content, plan)
     if not all_know() or staged is None:
         plan = make_plan()
-        _process.agreed = None if held is None else AgreedPlan(held, plan.same_as, plan.writers)
+        _process.agreed = None if sharded is None else AgreedPlan(plan, sharded)
         staged = _staged(content, plan)
     if not _process.is_watched:
         atexit.register(finish_at_exit)
@@ -165,6 +167,13 @@ def start(
 
     _process.last = SaveHandle(target, work)
     return _process.last
+
+
+def _still(agreed: AgreedPlan, sharded: Mapping[str, Any]) -> ShardPlan | None:
+    try:
+        return agreed.now(sharded)
+    except Exception:
+        return None  # why, making a plan says on all ranks
 
 
 def _staged(content: Any, plan: ShardPlan) -> Staged | Exception:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -99,26 +100,55 @@ class Held(NamedTuple):
     shares: list[_Share] | None
 
 
-@dataclasses.dataclass(frozen=True)
 class AgreedPlan:
     """A plan that was made of what all ranks held. It holds good as long as each of them holds what it held.
 
     Args:
-        held: By this rank.
-        same_as: As in the plan.
-        writers: As in the plan.
+        plan: As it was made.
+        sharded: This rank's DTensors by their places, of which it was made.
     """
 
-    held: Held
-    same_as: dict[str, str]
-    writers: dict[str, dict[Box, int]]
+    def __init__(self, plan: ShardPlan, sharded: Mapping[str, Any]) -> None:
+        self._same_as, self._writers = plan.same_as, plan.writers
+        self._held = held(sharded)
+        self._see(plan.tensors, sharded)
 
     @torch.no_grad()
-    def now(self, held: Held, sharded: Mapping[str, Any]) -> ShardPlan | None:
-        """The plan of this rank's DTensors as they are now; None if they are laid out otherwise than they were."""
-        if held.shares is None or held != self.held:
+    def now(self, sharded: Mapping[str, Any]) -> ShardPlan | None:
+        """The plan of this rank's DTensors as they are now; None if they are laid out otherwise than they were.
+
+        Those that are the same objects in the same memory are not described anew: the training waits.
+        """
+        if self._held.shares is None:
             return None
-        return ShardPlan({place: _shard(sharded[place]) for place in sorted(sharded)}, self.same_as, self.writers)
+        shards = {place: _shard(sharded[place]) for place in sorted(sharded)}
+        are_the_same = shards.keys() == self._seen.keys() and all(
+            self._seen[place].is_still(sharded[place], shard.local) for place, shard in shards.items()
+        )
+        if not are_the_same:
+            if held(sharded) != self._held:
+                return None
+            self._see(shards, sharded)
+        return ShardPlan(shards, self._same_as, self._writers)
+
+    def _see(self, shards: Mapping[str, Shard], sharded: Mapping[str, Any]) -> None:
+        self._seen = {place: _Seen.of(sharded[place], shard.local) for place, shard in shards.items()}
+
+
+class _Seen(NamedTuple):
+    """By what a DTensor and its part on this rank are known again."""
+
+    tensor: weakref.ref[Any]
+    address: int
+    placements: Any
+
+    @staticmethod
+    def of(tensor: Any, local: torch.Tensor) -> _Seen:
+        return _Seen(weakref.ref(tensor), local.data_ptr(), tensor.placements)
+
+    def is_still(self, tensor: Any, local: torch.Tensor) -> bool:
+        is_laid_out_alike = self.placements is tensor.placements and self.address == local.data_ptr()
+        return is_laid_out_alike and self.tensor() is tensor
 
 
 @torch.no_grad()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
-import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +14,7 @@ from fabric_lite.attribute_dict import AttributeDict
 from fabric_lite.checkpoint.layout import is_sharded
 from fabric_lite.errors import CheckpointError, FabricTypeError
 
-__all__ = ["Place", "Stateful", "holds", "is_stateful", "plain", "stateful_objects", "tensors_in", "values_where"]
+__all__ = ["Place", "Stateful", "is_stateful", "plain", "stateful_objects", "tensors_in", "values_where"]
 
 _SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _LEAVES = _SCALARS | {bytearray, torch.Size, torch.dtype, torch.device, torch.layout, torch.qscheme}
@@ -35,24 +33,24 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: Any) -> Any: ...
 
 
-@dataclasses.dataclass(frozen=True)
 class Place:
     """Where in the user's state a value is; shown as Python would spell it: ``state["cfg"]["path"]``."""
 
-    parent: Place | None = None
-    key: Any = None
+    # Not a dataclass, whose frozen ones take three times as long to make: each value of a state has one.
+    __slots__ = ("_text", "key", "parent")
+
+    def __init__(self, parent: Place | None = None, key: Any = None) -> None:
+        self.parent = parent
+        self.key = key
+        self._text: str | None = None if parent is not None else "state"
 
     def at(self, key: Any) -> Place:
         return Place(self, key)
 
     def __str__(self) -> str:
+        if self._text is None:
+            self._text = f"{self.parent}[{_quoted(self.key)}]"
         return self._text
-
-    @functools.cached_property
-    def _text(self) -> str:
-        if self.parent is None:
-            return "state"
-        return f"{self.parent._text}[{_quoted(self.key)}]"
 
 
 def _quoted(key: Any) -> str:
@@ -102,15 +100,6 @@ def tensors_in(value: Any, place: Place) -> Iterator[tuple[Place, torch.Tensor]]
         for index, item in enumerate(value):
             if type(item) not in _SCALARS:
                 yield from tensors_in(item, place.at(index))
-
-
-def holds(value: Any, wanted: Callable[[Any], bool]) -> bool:
-    """Whether a leaf nested in plain data is one for which ``wanted`` is true."""
-    if isinstance(value, dict):
-        return any(holds(item, wanted) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(type(item) not in _SCALARS and holds(item, wanted) for item in value)
-    return wanted(value)
 
 
 def plain(value: Any, place: Place, replace: Callable[[Place, Any], Any], parents: frozenset[int] = frozenset()) -> Any:

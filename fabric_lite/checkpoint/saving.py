@@ -15,7 +15,7 @@ from fabric_lite.checkpoint.asynchronous import SaveHandle
 from fabric_lite.checkpoint.file_writing import write_file
 from fabric_lite.checkpoint.folder_writing import write_folder
 from fabric_lite.checkpoint.layout import Held, ShardPlan, held, is_sharded, shard_plan
-from fabric_lite.checkpoint.plain import Place, holds, plain, stateful_objects, tensors_in
+from fabric_lite.checkpoint.plain import Place, plain, stateful_objects
 from fabric_lite.checkpoint.remote import RemotePath, Target
 from fabric_lite.checkpoint.together import Together, lost_ranks_explained
 from fabric_lite.collectives import gather_objects, rank
@@ -77,13 +77,13 @@ def save(
     states, error = _states_of_objects(state)
     content: dict[str, Any] = {}
     sharded: dict[str, Any] = {}
-    own = _collected(error, state, states, filter or {}, content, sharded)
+    error = error or _collect(state, states, filter or {}, content, sharded)
     write_to = write_file if state_dict_type == "full" else write_folder
 
     def own_held() -> Held:
-        if isinstance(own, Exception):
-            raise own
-        return own
+        if error is not None:
+            raise error
+        return held(sharded)
 
     def make_plan() -> ShardPlan:
         by_rank = together.results("save()", own_held)
@@ -94,8 +94,7 @@ def save(
         write_to(target, content, plan, dict(origin or {}), together)
 
     if async_:
-        held_here = None if isinstance(own, Exception) else own
-        return asynchronous.start(target, content, sharded, held_here, make_plan, write)
+        return asynchronous.start(target, content, sharded if error is None else None, make_plan, write)
     write(content, make_plan(), together)
     return None
 
@@ -263,24 +262,29 @@ def _state_or_error(instance: Any, place: Place) -> tuple[Any, Exception | None]
         return None, error
 
 
-def _collected(
-    error: Exception | None,
+def _collect(
     state: dict[str, Any],
     states: dict[int, Any],
     filter: Filter,
     content: dict[str, Any],
     sharded: dict[str, Any],
-) -> Held | Exception:
-    """Fill ``content`` with ``state`` as plain data and ``sharded`` with the DTensors in it; what these are."""
-    if error is not None:
-        return error
+) -> Exception | None:
+    """Fill ``content`` with ``state`` as plain data and ``sharded`` with the DTensors in it; the error, if any."""
     try:
         content |= _filtered(plain(state, Place(), lambda _, instance: states[id(instance)]), filter)
-        if holds(content, is_sharded):  # first, since places are made slowly
-            sharded |= {str(place): tensor for place, tensor in tensors_in(content, Place()) if is_sharded(tensor)}
-        return held(sharded)
-    except Exception as failure:
-        return failure
+        _find_sharded(content, Place(), sharded)
+    except Exception as error:
+        return error
+    return None
+
+
+def _find_sharded(content: Any, place: Place, found: dict[str, Any]) -> None:
+    """Add the DTensors in plain data by their places; places of other values are not made, since the training waits."""
+    for key, item in content.items() if isinstance(content, dict) else enumerate(content):
+        if isinstance(item, (dict, list, tuple)):
+            _find_sharded(item, place.at(key), found)
+        elif isinstance(item, torch.Tensor) and is_sharded(item):
+            found[str(place.at(key))] = item
 
 
 def _plain_state(instance: Any, place: Place) -> Any:

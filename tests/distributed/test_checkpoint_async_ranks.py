@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fabric_lite import CheckpointError
-from fabric_lite.checkpoint import asynchronous, finish, load, save
+from fabric_lite.checkpoint import asynchronous, finish, layout, load, save
 from fabric_lite.testing import RankPool
 from tests.distributed.launching import assert_nothing_left, fabric_run, write
 from tests.distributed.layouts import LAYOUTS, loss_of, make_gpt, run_under, token_batches
@@ -70,6 +71,51 @@ class Operations(TorchDispatchMode):
         if any(isinstance(argument, DTensor) for argument in args):
             self.seen.append(str(function))
         return function(*args, **(kwargs or {}))
+
+
+def save_what_is_laid_out_anew(folder: Path) -> tuple[list[int], bool]:
+    """How often shards are described in four saves, and whether each has the values of its moment.
+
+    The second and the last hold the objects of the one before.
+    """
+    fabric = LAYOUTS["fsdp 2"].fabric()
+    state = {"tied": [tensors_of(0.0)] * 2}
+    described, are_right = [0], True
+    with pytest.MonkeyPatch.context() as patch:
+
+        def counting(sharded: Any, held: Any = layout.held) -> Any:
+            described[-1] += 1
+            return held(sharded)
+
+        patch.setattr(layout, "held", counting)
+        for number in range(4):
+            if number:
+                described.append(0)
+            if number == 2:  # as many as before, in the same places, and no longer one memory
+                state["tied"] = [tensors_of(0.0), tensors_of(0.0)]
+            for value, tensor in enumerate(state["tied"]):
+                tensor.to_local().fill_(10 * number + value)
+            fabric.save(folder / "last", state, async_=True).result()
+            saved = load(folder / "last")["tied"]
+            expected = [tensor.full_tensor() for tensor in state["tied"]]
+            are_right = are_right and all(map(torch.equal, saved, expected))
+    fabric.close()
+    return described, are_right
+
+
+def tensors_of(value: float) -> Any:
+    mesh = init_device_mesh("cpu", (2,))
+    return DTensor.from_local(torch.full((3,), value), mesh, [Shard(0)], run_check=False)
+
+
+def test_what_is_laid_out_as_before_is_not_described_anew_and_what_is_not_is_saved_right(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    for described, are_right in ranks.run(save_what_is_laid_out_anew, tmp_path):
+        assert are_right
+        assert described[0] > 0
+        assert described[2] > 0
+        assert (described[1], described[3]) == (0, 0)
 
 
 def count_operations_on_dtensors(folder: Path) -> list[str]:
