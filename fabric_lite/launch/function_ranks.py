@@ -20,12 +20,14 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Literal, NoReturn
 
 from fabric_lite import process_end, run_config
+from fabric_lite.call_site import names_of
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.environment import chosen_threads, listen_on, rank_environment, serve_store
 from fabric_lite.launch.failure import ending, python_exit_code
 from fabric_lite.launch.job import (
     FAILURE_GRACE_SECONDS,
     PASSED_ON,
+    PREEMPTION_GRACE_SECONDS,
     SAVE_GRACE_SECONDS,
     SIGNAL_GRACE_SECONDS,
     Signals,
@@ -278,10 +280,12 @@ def _collect(started: list[tuple[BaseProcess, Connection]], signals: Signals | N
     answers: dict[int, _Answer] = {}
     waiting = dict(enumerate(started))
     processes = [process for process, _ in started]
+    deadline: float | None = None
     try:
         while waiting:
             pipes = [pipe for _, pipe in waiting.values() if not pipe.closed]
-            _wait([*pipes, *(process.sentinel for process, _ in waiting.values())], None, processes, signals)
+            seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
+            _wait([*pipes, *(process.sentinel for process, _ in waiting.values())], seconds, processes, signals)
             ended = _look(waiting, answers)
             for rank, exit_code in ended.items():
                 if exit_code == 0:
@@ -295,6 +299,10 @@ def _collect(started: list[tuple[BaseProcess, Connection]], signals: Signals | N
                 raise
             for rank in ended:
                 del waiting[rank]
+            if deadline is None and len(waiting) < len(started):
+                deadline = _deadline(answers, signals)
+            if waiting and deadline is not None and time.monotonic() >= deadline:
+                _kill(waiting, signals)
     finally:
         saving = [processes[rank] for rank, answer in answers.items() if answer.is_failure and answer.is_saving]
         _end(processes, saving, signals)
@@ -334,6 +342,27 @@ def _raise_if_by_signal(error: LaunchError, ended: Mapping[int, int], signals: S
             fix="wait after the first: they may be saving their work",
         )
         raise _EndedBySignal(signals.ending, words)
+
+
+def _deadline(answers: Mapping[int, _Answer], signals: Signals | None) -> float | None:
+    """Until when the others may run, now that a rank has ended, as under fabric-run; None: as long as they like."""
+    if any(_is_preempted(rank, answers) for rank in answers):
+        return time.monotonic() + PREEMPTION_GRACE_SECONDS
+    is_ending = signals is not None and signals.ending is not None
+    return time.monotonic() + SIGNAL_GRACE_SECONDS if is_ending else None
+
+
+def _kill(waiting: Mapping[int, tuple[BaseProcess, Connection]], signals: Signals | None) -> NoReturn:
+    """Kill the ranks that still run after the deadline, and raise."""
+    for process, _ in waiting.values():
+        process.kill()
+    error = LaunchError(
+        f"Another rank had left long before, so that {names_of(waiting)} had to be killed.",
+        fix="let all ranks leave after the same step: if fabric.should_stop: ...",
+    )
+    if signals is not None and signals.received:
+        raise _EndedBySignal(signals.ending or signal.SIGUSR1, error)
+    raise error
 
 
 def _is_preempted(rank: int, answers: Mapping[int, _Answer]) -> bool:

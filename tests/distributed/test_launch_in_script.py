@@ -268,6 +268,41 @@ def test_a_second_signal_kills_function_ranks_that_do_not_end_and_the_program_ge
     assert_nothing_left(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("number", "left_with", "code"),
+    [(None, 75, 1), (signal.SIGUSR1, 75, -signal.SIGUSR1), (signal.SIGTERM, 0, -signal.SIGTERM)],
+)
+def test_a_function_rank_that_is_stuck_when_others_have_left_is_killed_after_the_grace(
+    tmp_path: Path, number: signal.Signals | None, left_with: int, code: int
+) -> None:
+    source = f"""
+    import os, pathlib, signal, sys, time
+    from fabric_lite.launch import function_ranks
+    from fabric_lite.launch.in_script import run_function
+    from fabric_lite.run_config import RunConfig
+    function_ranks.PREEMPTION_GRACE_SECONDS = function_ranks.SIGNAL_GRACE_SECONDS = 0.5
+    def leave():
+        rank = os.environ["RANK"]
+        asked = [] if {number is not None} else [0]
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda number, _: asked.append(number))
+        pathlib.Path("ready" + rank).touch()
+        while rank == "1" or not asked:
+            time.sleep(0.01)
+        sys.exit({left_with})
+    run_function(leave, (), dict(), ranks=2, start_method="fork", config=RunConfig())
+    """
+    with started(sys.executable, write(tmp_path, source), cwd=tmp_path) as process:
+        wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)), "ranks are ready")
+        if number is not None:
+            process.send_signal(number)
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == code, stderr
+    if number is None:
+        assert "LaunchError: Another rank had left long before, so that rank 1 had to be killed.\n" in stderr
+    assert_nothing_left(tmp_path)
+
+
 @pytest.mark.parametrize("is_taken", [False, True])
 def test_function_ranks_end_their_save_without_a_word_and_its_error_is_raised_here(
     tmp_path: Path, is_taken: bool
