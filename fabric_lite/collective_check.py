@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import time
+import weakref
 from collections.abc import Sequence
 
 from torch.distributed import DistError
@@ -18,7 +19,7 @@ from fabric_lite.call_site import names_of, user_line
 from fabric_lite.errors import CollectiveError
 from fabric_lite.side_store import connect
 
-__all__ = ["CollectiveCheck"]
+__all__ = ["CollectiveCheck", "check_numbers"]
 
 _FIRST_PAUSE_SECONDS = 0.0002
 _LONGEST_PAUSE_SECONDS = 0.01
@@ -28,6 +29,16 @@ _GRACE_SECONDS = 5.0
 _DIFFERENCE = "The ranks called different collectives, or with different shapes or dtypes."
 
 _numbers = itertools.count()  # every rank makes the same checks in the same order
+_checks: list[weakref.ref[CollectiveCheck]] = []
+
+
+def check_numbers() -> dict[str, int]:
+    """How many calls this process has come to, by check and the ranks of the call; of checks that it has left, none.
+
+    For the hang watch, which tells by them who has not come, as by the counts of collectives. Any thread may ask.
+    """
+    checks = [check for reference in list(_checks) if (check := reference()) is not None]
+    return {name: number for check in checks for name, number in check.numbers().items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +100,10 @@ class CollectiveCheck:
     def __init__(self, rank: int, timeout_seconds: float) -> None:
         self._rank = rank
         self._timeout_seconds = timeout_seconds
-        self._store = connect(f"check {next(_numbers)}")
+        self._name = f"check {next(_numbers)}"
+        self._store = connect(self._name)
         self._said = _Said()
+        _checks.append(weakref.ref(self, _checks.remove))
 
     def enter(self, operation: str, details: str, ranks: Sequence[int], site: str | None = None) -> None:
         """Wait until all of ``ranks`` are about to call the same; ``site`` is said where no line of the user's runs.
@@ -140,6 +153,13 @@ class CollectiveCheck:
             self._say(dataclasses.replace(self._said, left=user_line() or "the end of the program"))
         except DistError:
             return  # the store has ended, with the rank that served it: nobody waits there
+
+    def numbers(self) -> dict[str, int]:
+        """How many calls this rank has come to, by their ranks; none once it has left."""
+        said = self._said
+        if said.left is not None:
+            return {}
+        return {f"{self._name} of ranks {group}": latest[-1].number + 1 for group, latest in said.calls.items()}
 
     def _elsewhere(self, said: _Said) -> str | None:
         """What a rank does that will never come here; None for one that may be on its way."""

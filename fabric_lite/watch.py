@@ -1,8 +1,8 @@
 """The hang watch: a thread on each rank that sees when nothing moves on any, and says who did not arrive.
 
 Nothing runs in the training loop for it. The thread reads counters that are there anyhow: how many collectives each
-process group has entered, and what the Fabrics count (steps, forwards, batches). Movement on any rank is movement of
-the job: while rank 0 evaluates alone, nothing hangs.
+process group has entered, how many calls this rank has come to compare, and what the Fabrics count (steps, forwards,
+batches). Movement on any rank is movement of the job: while rank 0 evaluates alone, nothing hangs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from torch.distributed import DistError
 
+from fabric_lite.collective_check import check_numbers
 from fabric_lite.errors import FabricTypeError, FabricValueError
 from fabric_lite.mesh import sequence_numbers
 from fabric_lite.movement import movement_count
@@ -145,7 +146,7 @@ class HangWatch:
     def _look(self, *, has_left: bool) -> None:
         """Note what has moved on this rank, and where it stands."""
         own, now = self._own, self._clock.now
-        sequence = sequence_numbers()
+        sequence = {**sequence_numbers(), **check_numbers()}
         # Modules are counted for the long imports of a first step.
         moves = (sequence, len(sys.modules), movement_count(), self._moved_by_fabrics())
         if sequence != own.sequence:

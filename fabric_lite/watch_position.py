@@ -13,6 +13,7 @@ from fabric_lite.call_site import frames_of, user_frame
 __all__ = ["Position", "is_debugged", "position_of"]
 
 _COLLECTIVES = "torch.distributed.distributed_c10d"
+_CHECK = "fabric_lite.collective_check"
 _DEBUGGERS = ("bdb", "pdb", "ipdb", "pudb", "pydevd", "_pydevd_bundle", "debugpy")
 
 
@@ -25,7 +26,8 @@ class Position:
         line: The number of the line.
         function: The user's function.
         text: The line itself; empty where it is not known.
-        waits_in: The collective that the line has called, or ``"backward"``; None: the thread is in neither.
+        waits_in: The collective that the line has called, also while it is only compared over the ranks, or
+            ``"backward"``; None: the thread is in neither.
     """
 
     file: str
@@ -62,7 +64,10 @@ def is_debugged(thread: int) -> bool:
 
 
 def _waits_in(innermost: FrameType, users: FrameType) -> str | None:
-    """The name of the outermost call of torch's collectives below the user's line: what the user wrote, or close."""
+    """The name of the outermost call of torch's collectives below the user's line: what the user wrote, or close.
+
+    Or of the call that the ranks compare, which waits for them as the call itself would.
+    """
     name = None
     for frame in frames_of(innermost):
         if frame is users:
@@ -70,6 +75,8 @@ def _waits_in(innermost: FrameType, users: FrameType) -> str | None:
         module: Any = frame.f_globals.get("__name__", "")
         if module == _COLLECTIVES and not frame.f_code.co_name.startswith("_"):
             name = frame.f_code.co_name
+        elif module == _CHECK and frame.f_code.co_name == "enter":
+            name = str(frame.f_locals["operation"])
         elif name is None and module == "torch.autograd.graph" and frame.f_code.co_name == "_engine_run_backward":
             name = "backward"
         elif name is not None and module == "fabric_lite.communication":

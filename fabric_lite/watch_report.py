@@ -25,8 +25,8 @@ class RankStatus:
     Args:
         beat: Counts how often it has said so.
         age_seconds: Since anything moved on it.
-        arrived_seconds: Since it entered its latest collective.
-        sequence: By process group, how many collectives it has entered.
+        arrived_seconds: Since it entered its latest collective, or came to the comparison of one.
+        sequence: By process group, how many collectives it has entered; by check, how many calls it has come to.
         position: Where its training thread stands.
         is_debugged: Whether a debugger follows that thread.
         has_left: Whether it has closed its Fabric, or come to the end of its script.
@@ -46,7 +46,7 @@ class RankStatus:
 
     @property
     def waits(self) -> bool:
-        """Whether it stands in a collective, or in backward, which may be one."""
+        """Whether it stands in a collective or the check of one, or in backward, which may be one."""
         return _waits_in(self) is not None
 
     @staticmethod

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fabric_lite import CollectiveError, Fabric, call_site
+from fabric_lite.collective_check import check_numbers
 from fabric_lite.testing import RankPool
 
 ROWS: dict[str, Callable[[Fabric, int], Any]] = {
@@ -183,6 +184,29 @@ def test_a_rank_that_does_not_come_in_time_is_named_in_groups_of_users_too(ranks
     assert message.startswith("Not all ranks came to a call within 0.25 s.")
     assert "rank 0: all_reduce mean () torch.float64 at " in message
     assert "rank 1: has not come to this call" in message
+
+
+def count_calls() -> list[list[int]]:
+    fabric = Fabric(accelerator="cpu", check_collectives=True)
+    fabric.barrier()
+    checker: Any = fabric._collectives._checker
+
+    def counts() -> list[int]:
+        return [number for name, number in check_numbers().items() if name.startswith(f"{checker._name} ")]
+
+    before = counts()
+    if fabric.global_rank == 0:
+        checker._timeout_seconds = 0.25
+        with pytest.raises(CollectiveError):
+            fabric.all_reduce(1.0)
+    waiting = counts()
+    fabric.close()
+    return [before, waiting, counts()]
+
+
+def test_a_rank_that_waits_for_the_comparison_of_a_call_counts_as_ahead_of_the_others(ranks: RankPool) -> None:
+    # Two calls before: of Fabric() and of barrier().
+    assert ranks.run(count_calls) == [[[2], [3], []], [[2], [2], []]]
 
 
 class Gone:

@@ -120,6 +120,47 @@ def test_a_hang_is_found_within_the_limit_and_the_rank_is_named(
     figures(f"hang: {NAMES[kind]}", trials=trials, found=trials, worst=f"{worst} x the limit")
 
 
+CHECKED = """
+import sys, time
+import torch
+from fabric_lite import Fabric
+
+fabric = Fabric()
+fabric.barrier()
+rank, kind = fabric.global_rank, sys.argv[1]
+pair = torch.distributed.new_group([0, 1])
+away = {"all_reduce of all": [1], "all_reduce of ranks 0 and 1": [1, 2], "forward": [1]}[kind]
+model = fabric.setup(torch.nn.Linear(4, 4)) if kind == "forward" else None
+for step in range(2):
+    while step == 1 and rank in away:
+        time.sleep(0.1)
+    if kind == "all_reduce of all":
+        fabric.all_reduce(1.0)
+    elif kind == "forward":
+        model(torch.ones(2, 4))
+    elif rank < 2:
+        fabric.all_reduce(1.0, group=pair)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "waiting"),
+    [
+        ("all_reduce of all", "ranks 0, 2 wait in all_reduce"),
+        ("all_reduce of ranks 0 and 1", "rank 0 waits in all_reduce"),
+        ("forward", "ranks 0, 2 wait in forward of Linear"),
+    ],
+)
+def test_a_rank_that_does_not_come_to_a_compared_call_is_named(tmp_path: Path, kind: str, waiting: str) -> None:
+    script = write(tmp_path, CHECKED)
+    options = ("--accelerator", "cpu", "--devices", RANKS, "--check-collectives", "--hang-timeout", 2)
+    with started(*FABRIC_RUN, *options, script, kind, cwd=tmp_path) as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.match(rf"fabric-run: rank 1 did not arrive: {waiting} \(script.py:\d+\) for [23] s\n", errors), errors
+    assert_nothing_left(tmp_path)
+
+
 SLOW = """
 import random, sys, time
 import torch
