@@ -267,6 +267,8 @@ def test_killing_any_process_leaves_none(tmp_path: Path, victim: str) -> None:
     script = write(tmp_path, WAITING_RANKS_WITH_WORKERS)
     with started(*FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, script, cwd=tmp_path) as process:
         wait_until(lambda: (tmp_path / "ready0").exists() and (tmp_path / "ready1").exists(), "ranks are ready")
+        # A file is there a moment before its content.
+        wait_until(lambda: (tmp_path / "ready1").read_text().isdigit(), "rank 1 has told its id")
         # fabric-run, server, keeper, 2 ranks, 4 workers
         assert len(processes_in(tmp_path)) == 9, processes_in(tmp_path)
         rank = int((tmp_path / "ready1").read_text())
