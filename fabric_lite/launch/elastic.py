@@ -50,7 +50,7 @@ _FAILURE_ELSEWHERE_SECONDS = 0.3
 
 
 def run_node(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> tuple[int, bool]:
-    """Run this node's ranks to their end and return the exit code for the shell, and whether this is node 0.
+    """Run this node's ranks to their end; return the exit code, and whether it is for this node to requeue the job.
 
     Raises:
         LaunchError: The nodes have not met, or have lost the store in which they meet.
@@ -111,23 +111,27 @@ def _run_agent(plan: LaunchPlan, rendezvous: Rendezvous, job: Job) -> tuple[int,
         monitor_interval=_MONITOR_INTERVAL_SECONDS,
         entrypoint=plan.script.target,
     )
+    number: signal.Signals | None = None
     with contextlib.closing(_Agent(spec, plan, job)) as agent:
         try:
             agent.run()
         except SignalException as error:
-            print_line(f"fabric-run: ended by {signal.Signals(error.sigval).name}.")
-            return exit_status(-error.sigval), False
+            number = error.sigval
+            print_line(f"fabric-run: ended by {number.name}.")
         finally:
             # The node that held the store may have left.
             with contextlib.suppress(RendezvousError, DistError):
                 handler.shutdown()
         failure, is_main = agent.group.first_failure, agent.get_worker_group().group_rank == 0
+    if number is not None:
+        # SIGUSR1 has ended ranks that did not listen yet; what they saved before is there all the same.
+        return exit_status(-number), is_main and number == signal.SIGUSR1
     if failure is not None:
-        return exit_status(failure.exit_code), is_main
+        return exit_status(failure.exit_code), False
     if agent.group.preempted:
         print_line("fabric-run: stopped for preemption; the ranks have saved their work.")
         return EXIT_PREEMPTED, is_main
-    return 0, is_main
+    return 0, False
 
 
 class _Agent(SimpleElasticAgent):
@@ -239,8 +243,10 @@ class _Agent(SimpleElasticAgent):
         if self.group.is_stopping and not self.group.is_failing:
             self._wait_for_end(signals.received)
         failure = self.group.first_failure
-        if failure is not None and signals.ending and is_by_signal(failure, signals.received):
-            raise SignalException("passed on to the ranks, which have ended", signal.Signals(signals.ending))
+        if failure is not None and is_by_signal(failure, signals.received):
+            self._wait_for_end(signals.received)
+            number = signal.Signals(signals.ending or signal.SIGUSR1)
+            raise SignalException("passed on to the ranks, which have ended", number)
         if failure is not None:
             if signals.ending:
                 self._remaining_restarts = 0

@@ -53,8 +53,7 @@ def _launch(plan: LaunchPlan) -> tuple[int, bool]:
             # It imports torch, while the server is busy doing the same.
             from fabric_lite.launch.elastic import run_node
 
-            code, is_main = run_node(plan, plan.rendezvous, job)
-            return code, is_main and code == EXIT_PREEMPTED
+            return run_node(plan, plan.rendezvous, job)
         supervisor = _Supervisor(plan, job)
         code = supervisor.run()
         return code, supervisor.was_asked_early or code == EXIT_PREEMPTED

@@ -209,6 +209,28 @@ def test_a_signal_before_the_ranks_listen_requeues_too(tmp_path: Path, is_early:
     assert (tmp_path / "requeued").read_text() == "requeue 123\n"
 
 
+def test_a_signal_before_the_ranks_of_several_nodes_listen_requeues_too(tmp_path: Path) -> None:
+    source = """
+    import os, pathlib, signal
+    pathlib.Path("ready" + os.environ["RANK"]).touch()
+    signal.pause()
+    """
+    meeting = ["--num-nodes", 2, "--main-address", "127.0.0.1", "--main-port", free_port(), "--node-rank"]
+    command = [*slurm(tmp_path), *FABRIC_RUN, "--accelerator", "cpu", "--devices", 2, "--requeue", "--max-restarts", 1]
+    script = write(tmp_path, source)
+    both = [[*command, *meeting, node, script] for node in (0, 1)]
+    with started(*both[0], cwd=tmp_path) as first, started(*both[1], cwd=tmp_path) as second:
+        ready(tmp_path, ranks=4)
+        for process in (first, second):
+            process.send_signal(signal.SIGUSR1)
+        outputs = [process.communicate(timeout=60)[1] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [128 + signal.SIGUSR1] * 2, outputs
+    assert [said.splitlines()[0] for said in outputs] == ["fabric-run: ended by SIGUSR1."] * 2
+    assert ["restart" in said or "failed" in said for said in outputs] == [False, False], outputs
+    assert (tmp_path / "requeued").read_text() == "requeue 123\n"
+    assert_nothing_left(tmp_path)
+
+
 def test_nothing_is_requeued_that_has_ended_well_or_has_failed(tmp_path: Path) -> None:
     environment = slurm(tmp_path)
     for code, how in ((0, "sys.exit(0)"), (3, "sys.exit(3)"), (138, "os.kill(os.getpid(), signal.SIGUSR1)")):
