@@ -197,10 +197,10 @@ def wait_for_last() -> SaveHandle | None:
 
 
 def finish() -> BaseException | None:
-    """:func:`wait_for_last`, and give back the memory that the copies were in; the error that nobody was told of."""
-    failed = wait_for_last()
+    """Wait for the last save, and give back the memory that the copies were in; the error that nobody was told of."""
+    error = _outcome()
     _process.last, _process.staging, _process.agreed = None, Staging(), None
-    return None if failed is None else failed.take_error()
+    return error
 
 
 def finish_at_exit() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -42,6 +43,9 @@ class WorkerSeed:
     leaves_signals: bool = False
 
     def __call__(self, worker_id: int) -> None:
+        # What a forked worker has inherited is not its garbage: loaders of before would shut down workers that are not
+        # its own, and process groups wait for threads that it has not.
+        gc.freeze()
         if self.leaves_signals:
             leave_to_parent()
         entropy = (*self.entropy, worker_id) if self.entropy is not None else (torch.initial_seed(), self.rank)

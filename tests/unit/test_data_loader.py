@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -329,6 +331,41 @@ def test_a_batch_is_free_once_the_user_lets_go() -> None:
 
 def seeds_of(loader: Any) -> list[list[int]]:
     return [row for batch in loader for row in batch.tolist()]
+
+
+class Collecting(Dataset):
+    """Collects garbage in its worker."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        gc.collect()
+        return index
+
+
+class Garbage:
+    """In a circle with itself; it writes into a file when it is collected, in whatever process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.itself = path, self
+
+    def __del__(self) -> None:
+        with self.path.open("a") as file:
+            file.write(f"{os.getpid()} ")
+
+
+def test_a_worker_leaves_the_garbage_of_its_parent_alone(tmp_path: Path) -> None:
+    path = tmp_path / "collected"
+    loader = set_up(DataLoader(Collecting(), num_workers=1))
+    gc.disable()
+    try:
+        Garbage(path)
+        assert list(loader) == [0]
+    finally:
+        gc.enable()
+    gc.collect()
+    assert path.read_text().split() == [str(os.getpid())]
 
 
 def seed_by_number(worker: int) -> None:
