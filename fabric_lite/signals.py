@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -51,6 +52,8 @@ class _Requests:
             return False
         if not self._previous:
             self._install()
+        elif not self._listeners:
+            self._renew()
         if listener not in self._listeners:
             # It has not been told of anything, so what comes next is for it no signal that comes again.
             self._first.clear()
@@ -108,9 +111,21 @@ class _Requests:
             # An event loop's. Then Python's own handlers have to do, which run a little later.
             signal.set_wakeup_fd(others)
         for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
-            if not callable(self._previous[number]) and hasattr(signal, "siginterrupt"):
-                signal.siginterrupt(number, False)  # calls into the system go on, as if nothing had come
+            self._take(number)
+
+    def _renew(self) -> None:
+        """Make what was left, when nobody listened any more, as good as new; signals of that time are nobody's."""
+        for number in _SIGNALS:
+            if signal.getsignal(number) != self._handle:
+                self._take(number)
+        if self._pipe is not None:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._pipe[0], 4096)
+
+    def _take(self, number: int) -> None:
+        self._previous[number] = signal.signal(number, self._handle)
+        if not callable(self._previous[number]) and hasattr(signal, "siginterrupt"):
+            signal.siginterrupt(number, False)  # calls into the system go on, as if nothing had come
 
     def _uninstall(self) -> None:
         for number, previous in self._previous.items():

@@ -96,8 +96,10 @@ class SaveHandle:
         started = threading.Event()
         # Not a daemon: Python waits for it, also after an exception in the script.
         thread = threading.Thread(target=self._run, args=(work, started), name="fabric_lite save", daemon=False)
-        thread.start()
-        started.set()
+        try:
+            thread.start()
+        finally:
+            started.set()  # also when Ctrl-C comes in between
         return thread
 
     def _run(self, work: Callable[[], None], started: threading.Event) -> None:

@@ -139,11 +139,14 @@ def state_of(instance: Any) -> Any:
 
 
 def _leaves_detaching_to_us(module: torch.nn.Module) -> bool:
-    """Whether nobody else than torch and the caller sees the tensors of the module's state."""
-    plain = torch.nn.Module
-    return type(module).state_dict is plain.state_dict and not any(
-        inner._state_dict_hooks or type(inner)._save_to_state_dict is not plain._save_to_state_dict
-        for inner in module.modules()
+    """Whether the module is sharded, and nobody else than torch and the caller sees the tensors of its state."""
+    return any(map(is_sharded, module.parameters())) and all(map(_has_torchs_state_dict, module.modules()))
+
+
+def _has_torchs_state_dict(module: torch.nn.Module) -> bool:
+    return not module._state_dict_hooks and all(
+        getattr(type(module), name) is getattr(torch.nn.Module, name) and name not in vars(module)
+        for name in ("state_dict", "_save_to_state_dict")
     )
 
 

@@ -33,7 +33,14 @@ from fabric_lite.errors import LaunchError
 from fabric_lite.launch.ending import begin_to_end, is_by_signal
 from fabric_lite.launch.environment import cores, rank_environment
 from fabric_lite.launch.failure import Failure, exit_status, summary
-from fabric_lite.launch.job import PREEMPTION_GRACE_SECONDS, Job, Signals, announce_threads, print_line
+from fabric_lite.launch.job import (
+    PREEMPTION_GRACE_SECONDS,
+    SIGNAL_GRACE_SECONDS,
+    Job,
+    Signals,
+    announce_threads,
+    print_line,
+)
 from fabric_lite.launch.messages import Preload, StartRank
 from fabric_lite.launch.plan import LaunchPlan, Rendezvous
 from fabric_lite.launch.rank_group import RankGroup
@@ -244,6 +251,7 @@ class _Agent(SimpleElasticAgent):
             self._wait_for_end(signals.received)
         failure = self.group.first_failure
         if failure is not None and is_by_signal(failure, signals.received):
+            self.group.stop(grace_seconds=SIGNAL_GRACE_SECONDS, number=None)
             self._wait_for_end(signals.received)
             number = signal.Signals(signals.ending or signal.SIGUSR1)
             raise SignalException("passed on to the ranks, which have ended", number)

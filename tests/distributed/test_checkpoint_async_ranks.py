@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import re
@@ -133,6 +134,48 @@ def count_operations_on_dtensors(folder: Path) -> list[str]:
 
 def test_the_training_waits_for_no_operation_on_a_dtensor(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks.run(count_operations_on_dtensors, tmp_path) == [[], []]
+
+
+class Recording(torch.nn.Linear):
+    """Writes its bias as a list, by one of torch's ways to change a state, all of which take detached tensors."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(4, 4)
+        if way == "hook":
+            self.register_state_dict_post_hook(lambda _, state, prefix, __: self.to_list(state, prefix))
+        if way == "object":
+            self.state_dict = functools.partial(self.recorded, super().state_dict)  # type: ignore[method-assign]
+        self.way = way
+
+    def recorded(self, state_dict: Any, *, prefix: str = "", keep_vars: bool = False, **others: Any) -> Any:
+        state = state_dict(prefix=prefix, keep_vars=keep_vars, **others)
+        self.to_list(others.get("destination", state), prefix)
+        return state
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.way == "class":
+            self.to_list(destination, prefix)
+
+    @staticmethod
+    def to_list(state: Any, prefix: str) -> None:
+        assert not state[f"{prefix}bias"].requires_grad
+        state[f"{prefix}bias"] = state[f"{prefix}bias"].full_tensor().tolist()
+
+
+def save_a_changed_state(folder: Path, way: str) -> Any:
+    fabric = LAYOUTS["fsdp 2"].fabric()
+    model = fabric.setup(torch.nn.Sequential(Recording(way), torch.nn.Linear(4, 4)))
+    fabric.save(folder / "model", {"model": model})
+    whole = model[0].bias.full_tensor().tolist()
+    fabric.close()
+    return load(folder / "model")["model"]["0.bias"], whole
+
+
+@pytest.mark.parametrize("way", ["hook", "object", "class"])
+def test_a_module_that_changes_its_state_is_given_detached_tensors(ranks: RankPool, tmp_path: Path, way: str) -> None:
+    for saved, whole in ranks.run(save_a_changed_state, tmp_path, way):
+        assert saved == whole
 
 
 def bytes_of(path: Path) -> dict[str, bytes]:

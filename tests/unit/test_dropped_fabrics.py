@@ -51,6 +51,29 @@ def test_twenty_fabrics_that_are_dropped_hold_what_one_does_and_the_next_close_l
     assert held() == before
 
 
+def test_a_signal_that_came_when_nobody_listened_is_not_the_next_fabrics_and_the_next_is() -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: came.append(number))
+    try:
+        trained()
+        gc.collect()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert came == [signal.SIGUSR1]
+        fabric = Fabric(accelerator="cpu", devices=1)
+        model = nn.Linear(2, 1)
+        model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        stopped = []
+        for step in range(3):
+            optimizer.step()
+            stopped.append(fabric.should_stop)
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+        fabric.close()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert stopped == [False, False, True]
+
+
 def drop_on_several_ranks() -> tuple[bool, bool, list[bool]]:
     """Whether dropped Fabrics still take signals; whether the next close lets go of all; whether any is still there."""
     trained(2).close()
