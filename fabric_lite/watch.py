@@ -106,6 +106,7 @@ class HangWatch:
         self._waiting = RankStatus()
         self._has_begun = self._has_said_idle = False
         self._talked_at = 0.0
+        self._read_at = -math.inf
         self._said_late: set[Any] = set()
         self._thread = SideThread(f"watch {next(_numbers)}", self._run)
 
@@ -180,16 +181,22 @@ class HangWatch:
         age = self._own.status.age_seconds
         if age <= 2 * self._interval:
             self._views.clear()
+            self._read_at = -math.inf
             came, self._late = self._late, {}
             if came:
                 self._say_late(connection, came)
             return
-        if age <= self._limit / 2:
+        # Now and then already in the first half of the limit: how long a rank says nothing counts from its last word.
+        is_early = age <= self._limit / 2
+        if is_early and self._clock.now - self._read_at < self._limit / 10:
             return
+        self._read_at = self._clock.now
         for rank, status in connection.read(self._others).items():
             view = self._views.get(rank)
             if view is None or view.status.beat != status.beat:
                 self._views[rank] = _View(status, self._clock.now)
+        if is_early:
+            return
         statuses = self._statuses()
         late = absent_ranks(statuses, self._silent())
         waits = self._own.status.waits
