@@ -40,6 +40,8 @@ loader = fabric.setup_dataloaders(loader)
 checkpoints = Checkpoints(folder / "checkpoints", every=3)
 state = {{"fabric": fabric, "model": model, "optimizer": optimizer, "loader": loader, "epoch": 0}}
 checkpoints.resume(state)
+if asked and "nodes" in faults:
+    raise SystemExit(75)  # before anybody else listened: what this script's own handler has taken is for it to do
 log = open(folder / f"log-{{attempt}}-{{rank}}", "a", buffering=1)
 while state["epoch"] < {EPOCHS}:
     for ids, x in loader:
