@@ -36,8 +36,8 @@ STEP_SECONDS = 0.005
 class Still:
     """Something set up that never moves."""
 
-    def movement(self) -> int:
-        return 0
+    def movement(self) -> list[int]:
+        return [0]
 
 
 def measure(blocks: int, calls: int) -> dict[str, Any]:

@@ -80,8 +80,8 @@ class HangWatch:
         rank: Of this process.
         world_size: The number of ranks.
         limit_seconds: So long nothing may move on any rank.
-        movement: A method of an object that is held weakly. A change of what it returns is movement, as of any other
-            watch of this process. It is called in another thread, and must be fast.
+        movement: A method of an object that is held weakly. It returns counts, whose change is movement, as of any
+            other watch of this process. It is called in another thread, and must be fast.
     """
 
     def __init__(
