@@ -13,17 +13,22 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal, NoReturn
 
-from fabric_lite import process_end, run_config
+from fabric_lite import run_config
 from fabric_lite.call_site import names_of
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.environment import chosen_threads, listen_on, rank_environment, serve_store
-from fabric_lite.launch.failure import ending, python_exit_code
+from fabric_lite.launch.function_answers import (
+    Answer,
+    is_preempted,
+    pickled_error,
+    pickled_value,
+    raise_first_failure,
+)
 from fabric_lite.launch.job import (
     FAILURE_GRACE_SECONDS,
     PASSED_ON,
@@ -36,20 +41,13 @@ from fabric_lite.launch.process_tree import adopt_orphans, descendants, die_with
 from fabric_lite.launch.rank import run_to_end
 from fabric_lite.run_config import EXIT_PREEMPTED, RunConfig
 
-__all__ = ["RankTraceback", "StartMethod", "run_function"]
+__all__ = ["StartMethod", "run_function"]
 
 StartMethod = Literal["spawn", "fork", "forkserver"]
 # Between SIGTERM and SIGKILL for what ranks leave behind, such as the workers of a loader.
 _LEFTOVER_SECONDS = 1.0
 # How long after a failure another rank may still turn out to have caused it, by ending without a word.
 _SILENT_END_SECONDS = 0.1
-
-
-class RankTraceback(Exception):
-    """The traceback of an exception in another process, as text; the cause of the exception that is raised here."""
-
-    def __init__(self, rank: int, text: str) -> None:
-        super().__init__(f"on rank {rank}:\n{text}")
 
 
 class _EndedBySignal(Exception):
@@ -59,29 +57,6 @@ class _EndedBySignal(Exception):
         super().__init__(number)
         self.number = number
         self.error = error
-
-
-@dataclasses.dataclass(frozen=True)
-class _Answer:
-    """What a rank says at its end.
-
-    Args:
-        value: The function's value; with a trace, its exception, or None for one that cannot be pickled.
-        trace: The traceback as text; for a rank that exits, too.
-        exit_code: What the rank exits with, where it has called ``sys.exit``.
-        time: When, by the clock that all processes share.
-        is_saving: Whether an asynchronous save is under way, for whose end it waits before it exits.
-    """
-
-    value: Any
-    trace: str | None = None
-    exit_code: int | None = None
-    time: float = dataclasses.field(default_factory=time.monotonic)
-    is_saving: bool = dataclasses.field(default_factory=process_end.is_pending)
-
-    @property
-    def is_failure(self) -> bool:
-        return self.trace is not None and self.exit_code not in (0, EXIT_PREEMPTED)
 
 
 def run_function(
@@ -238,46 +213,20 @@ def _run_rank(
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         value = run_to_end(lambda: function(*args, **kwargs))
-        answer = _pickled_value(value if environment["RANK"] == "0" else None)
+        answer = pickled_value(value if environment["RANK"] == "0" else None)
     except BaseException as error:
         if os.getpid() != rank:
             raise  # a process that the function has forked does not speak for the rank
         # Now, because gloo's connections close when the process ends, and the others fail by that.
-        result.send_bytes(_pickled_error(error))
+        result.send_bytes(pickled_error(error))
         sys.exit(error.code if isinstance(error, SystemExit) else 1)
     if os.getpid() == rank:
         result.send_bytes(answer)
 
 
-def _pickled_value(value: Any) -> bytes:
-    try:
-        # Pickled by value: a tensor sent the way torch's queues do would need this process to live on.
-        return pickle.dumps(_Answer(value))
-    except Exception as error:
-        raise LaunchError(
-            "The function's return value cannot be pickled, so it cannot come back from rank 0.",
-            given=f"a value of type {type(value).__qualname__}: {error}",
-            fix="return numbers, tensors, state dicts or nothing; save the rest to a file",
-        ) from error
-
-
-def _pickled_error(error: BaseException) -> bytes:
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    if isinstance(error, SystemExit):
-        return pickle.dumps(_Answer(None, text, python_exit_code(error)))
-    answer = _Answer(error, text)
-    try:
-        packed = pickle.dumps(answer)
-        pickle.loads(packed)
-    except Exception:
-        # An exception may need arguments that it does not keep, or hold what cannot be pickled: its words travel.
-        return pickle.dumps(dataclasses.replace(answer, value=None))
-    return packed
-
-
 def _collect(started: list[tuple[BaseProcess, Connection]], signals: Signals | None) -> Any:
     """Wait for all ranks, or for the first failure, which is raised; pass signals on meanwhile."""
-    answers: dict[int, _Answer] = {}
+    answers: dict[int, Answer] = {}
     waiting = dict(enumerate(started))
     processes = [process for process, _ in started]
     deadline: float | None = None
@@ -290,10 +239,10 @@ def _collect(started: list[tuple[BaseProcess, Connection]], signals: Signals | N
             for rank, exit_code in ended.items():
                 if exit_code == 0:
                     # One that leaves with 0 and without a word has no value to give.
-                    answers.setdefault(rank, _Answer(None, time=0.0))
-            failed = {rank: code for rank, code in ended.items() if not _is_preempted(rank, answers)}
+                    answers.setdefault(rank, Answer(None, time=0.0))
+            failed = {rank: code for rank, code in ended.items() if not is_preempted(rank, answers)}
             try:
-                _raise_first_failure(failed, answers)
+                raise_first_failure(failed, answers)
             except LaunchError as error:
                 _raise_if_by_signal(error, failed, signals)
                 raise
@@ -306,7 +255,7 @@ def _collect(started: list[tuple[BaseProcess, Connection]], signals: Signals | N
     finally:
         saving = [processes[rank] for rank, answer in answers.items() if answer.is_failure and answer.is_saving]
         _end(processes, saving, signals)
-    if any(_is_preempted(rank, answers) for rank in answers):
+    if any(is_preempted(rank, answers) for rank in answers):
         raise SystemExit(EXIT_PREEMPTED)
     return answers[0].value
 
@@ -344,9 +293,9 @@ def _raise_if_by_signal(error: LaunchError, ended: Mapping[int, int], signals: S
         raise _EndedBySignal(signals.ending, words)
 
 
-def _deadline(answers: Mapping[int, _Answer], signals: Signals | None) -> float | None:
+def _deadline(answers: Mapping[int, Answer], signals: Signals | None) -> float | None:
     """Until when the others may run, now that a rank has ended, as under fabric-run; None: as long as they like."""
-    if any(_is_preempted(rank, answers) for rank in answers):
+    if any(is_preempted(rank, answers) for rank in answers):
         return time.monotonic() + PREEMPTION_GRACE_SECONDS
     is_ending = signals is not None and signals.ending is not None
     return time.monotonic() + SIGNAL_GRACE_SECONDS if is_ending else None
@@ -365,12 +314,7 @@ def _kill(waiting: Mapping[int, tuple[BaseProcess, Connection]], signals: Signal
     raise error
 
 
-def _is_preempted(rank: int, answers: Mapping[int, _Answer]) -> bool:
-    """Whether the rank has left because it was asked to, and has saved its work; the others take their time for it."""
-    return rank in answers and answers[rank].exit_code == EXIT_PREEMPTED
-
-
-def _look(waiting: Mapping[int, tuple[BaseProcess, Connection]], answers: dict[int, _Answer]) -> dict[int, int]:
+def _look(waiting: Mapping[int, tuple[BaseProcess, Connection]], answers: dict[int, Answer]) -> dict[int, int]:
     """Add what ranks have said to ``answers`` and return the exit codes of those that have ended.
 
     A rank that ends makes the others fail, and both may be here at once. Hence looks until one finds nothing new; an
@@ -390,26 +334,7 @@ def _look(waiting: Mapping[int, tuple[BaseProcess, Connection]], answers: dict[i
             return ended
 
 
-def _raise_first_failure(ended: Mapping[int, int], answers: Mapping[int, _Answer]) -> None:
-    """Raise if a rank has failed: of several, for the one that made the others fail."""
-    failed = sorted((rank for rank in answers if answers[rank].is_failure), key=lambda rank: answers[rank].time)
-    silent = {rank: code for rank, code in ended.items() if code != 0 and rank not in answers}
-    for rank, code in silent.items():
-        if code > 0:
-            _raise_exit(rank, code, answers)
-    # A rank that leaves by itself can make gloo abort the others; one that is killed makes them raise.
-    if failed and answers[failed[0]].exit_code is not None:
-        _raise_failure(failed[0], answers)
-    for rank, code in ended.items():
-        if code < 0:
-            _raise_exit(rank, code, answers)
-    if failed:
-        _raise_failure(failed[0], answers)
-    for rank, code in ended.items():
-        _raise_exit(rank, code, answers)
-
-
-def _receive(pipe: Connection) -> _Answer | None:
+def _receive(pipe: Connection) -> Answer | None:
     """Return what a rank has said, if it has; one that ends without a word has its exit code to tell."""
     try:
         return pickle.loads(pipe.recv_bytes()) if not pipe.closed and pipe.poll() else None
@@ -417,39 +342,6 @@ def _receive(pipe: Connection) -> _Answer | None:
         # Once the end was seen, waiting for it again would return at once, for ever.
         pipe.close()
         return None
-
-
-def _raise_failure(rank: int, answers: Mapping[int, _Answer]) -> NoReturn:
-    answer = answers[rank]
-    text = answer.trace or ""
-    error = answer.value
-    if answer.exit_code is not None:
-        _raise_exit(rank, answer.exit_code, answers, RankTraceback(rank, text))
-    if error is None:
-        error = LaunchError(
-            f"Rank {rank} failed: {text.strip().splitlines()[-1]}", fix="see its traceback, the cause of this error"
-        )
-    raise error from RankTraceback(rank, "\n".join([text.rstrip("\n"), *_departures(answers, answer.time)]))
-
-
-def _raise_exit(
-    rank: int, exit_code: int | None, answers: Mapping[int, _Answer], cause: RankTraceback | None = None
-) -> None:
-    if exit_code is not None and exit_code < 0:
-        what = f"Rank {rank} was {ending(exit_code)}."
-        given = " ".join(_departures(answers, time.monotonic())) or None
-        raise LaunchError(what, given=given, fix="see the system's log: the machine may have run out of memory")
-    if exit_code:
-        given = None if cause is None else str(cause).strip().splitlines()[-1]
-        raise LaunchError(
-            f"Rank {rank} exited with code {exit_code}.", given=given, fix="return from the function instead"
-        ) from cause
-
-
-def _departures(answers: Mapping[int, _Answer], before: float) -> list[str]:
-    """Who was missing when the others still waited: the likely reason for an error inside a collective."""
-    left = [rank for rank, answer in answers.items() if not answer.is_failure and answer.time <= before]
-    return [f"Before it, rank {rank} had left without a failure." for rank in sorted(left)]
 
 
 def _end(processes: Sequence[BaseProcess], saving: Sequence[BaseProcess], signals: Signals | None) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from fabric_lite import run_config
 from fabric_lite.errors import FabricTypeError, LaunchError
-from fabric_lite.launch.function_ranks import RankTraceback
+from fabric_lite.launch.function_answers import RankTraceback
 from fabric_lite.launch.in_script import _script_arguments, check_function, run_function
 from fabric_lite.run_config import RunConfig
 from tests.distributed.launching import assert_nothing_left, kill, processes_in, run, started, wait_until, write
