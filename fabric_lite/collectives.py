@@ -37,6 +37,10 @@ __all__ = [
     "world_size",
 ]
 
+# Of an object, what the first exchange of objects carries; most have no more, and so need no second one.
+_FIRST_BYTES = 1024
+_HEADER_BYTES = 8  # the length of the whole
+
 REDUCE_OPS = ("mean", "avg", "sum", "min", "max", "product")
 
 
@@ -74,9 +78,9 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
     """
     if not is_distributed():
         return [value]
-    packed: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(packed, _pack(value), group=group)
-    return [_unpack(one) for one in packed]
+    packed = _pack(value)
+    mine = packed if isinstance(packed, bytes) else pickle.dumps(packed)
+    return [_unpack(one) for one in _gather_bytes(mine, group)]
 
 
 def broadcast_object(value: Any, src: int = 0, group: Any = None) -> Any:
@@ -329,7 +333,27 @@ def _pack(value: Any) -> bytes | _Unpicklable:
 
 
 def _unpack(packed: Any) -> Any:
-    return packed.throw() if isinstance(packed, _Unpicklable) else pickle.loads(packed)
+    value = pickle.loads(packed) if isinstance(packed, bytes) else packed
+    return value.throw() if isinstance(value, _Unpicklable) else value
+
+
+def _gather_bytes(mine: bytes, group: Any) -> list[bytes]:
+    """Every rank's bytes, by rank: in one exchange where those of all are few, else in a second one for the rest."""
+    head = len(mine).to_bytes(_HEADER_BYTES, "little") + mine[:_FIRST_BYTES].ljust(_FIRST_BYTES, b"\0")
+    heads = _exchange_alike(head, group)
+    lengths = [int.from_bytes(one[:_HEADER_BYTES], "little") for one in heads]
+    rest = max(lengths) - _FIRST_BYTES
+    tails = _exchange_alike(mine[_FIRST_BYTES:].ljust(rest, b"\0"), group) if rest > 0 else [b""] * len(heads)
+    return [(head[_HEADER_BYTES:] + tail)[:length] for head, tail, length in zip(heads, tails, lengths, strict=True)]
+
+
+def _exchange_alike(mine: bytes, group: Any) -> list[bytes]:
+    """Every rank's bytes, as many from each."""
+    asked: Any = group or dist.group.WORLD
+    devices = [device.type for device in asked._device_types]
+    device = "cpu" if "cpu" in devices else devices[0]
+    parts = _gather_parts(torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device), group)
+    return [part.cpu().numpy().tobytes() for part in parts]
 
 
 def _in_words(error: BaseException) -> str:
@@ -345,10 +369,13 @@ def _as_sent(tensor: torch.Tensor) -> torch.Tensor:
 
 def _gather(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     # contiguous() alone would keep channels_last strides from rank to rank
-    tensor = tensor.contiguous()
+    return torch.stack(_gather_parts(tensor.contiguous(), group))
+
+
+def _gather_parts(tensor: torch.Tensor, group: Any) -> list[torch.Tensor]:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor, group=group)
-    return torch.stack(parts)
+    return parts
 
 
 def _as_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -59,13 +61,54 @@ def says_that_it_waits(call: str, seconds: float | None = None) -> Iterator[None
         yield
         return
     line = f"fabric_lite: rank {rank()} waits in {call} at {user_line() or 'an unknown line'}; every rank must call it"
-    timer = threading.Timer(
-        WAIT_SECONDS if seconds is None else seconds, lambda: print(line, file=sys.stderr, flush=True)
-    )
-    timer.daemon = True  # a script that is stopped meanwhile ends at once
-    timer.start()
+    wait = _waits.begin(line, WAIT_SECONDS if seconds is None else seconds)
     try:
         yield
     finally:
-        timer.cancel()
-        timer.join()
+        _waits.end(wait)
+
+
+class _Waits:
+    """Says what takes too long, of any number of waits in one thread, since to start one for each takes a while.
+
+    The thread ends when nothing waits as it wakes. It is a daemon: a script that is stopped meanwhile ends at once.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waits: dict[int, tuple[float, str]] = {}  # when to say what
+        self._numbers = itertools.count()
+        self._thread: threading.Thread | None = None
+        self._wakes_at = 0.0
+
+    def begin(self, line: str, seconds: float) -> int:
+        """Have ``line`` written after so many seconds, unless the wait whose number is returned has ended."""
+        with self._changed:
+            number, due = next(self._numbers), time.monotonic() + seconds
+            self._waits[number] = due, line
+            if self._thread is None or not self._thread.is_alive():  # a forked child has none
+                self._wakes_at = due
+                self._thread = threading.Thread(target=self._run, name="fabric_lite waits", daemon=True)
+                self._thread.start()
+            elif due < self._wakes_at:
+                self._changed.notify()
+        return number
+
+    def end(self, number: int) -> None:
+        with self._changed:
+            self._waits.pop(number, None)
+
+    def _run(self) -> None:
+        with self._changed:
+            while self._waits:
+                self._wakes_at = min(due for due, _ in self._waits.values())
+                self._changed.wait(max(self._wakes_at - time.monotonic(), 0.0))
+                now = time.monotonic()
+                for number, (due, line) in list(self._waits.items()):
+                    if due <= now:
+                        del self._waits[number]
+                        print(line, file=sys.stderr, flush=True)
+            self._thread = None
+
+
+_waits = _Waits()

@@ -61,7 +61,7 @@ class Staging:
         # By layout and whether they are pinned: free copies, each with the number of the save that used it last.
         self._free: dict[_Kind, list[tuple[int, torch.Tensor]]] = {}
         self._taken: list[tuple[_Kind, torch.Tensor]] = []
-        self._devices: set[torch.device] = set()
+        self._originals: list[torch.Tensor] = []  # of the taken ones, until these are filled
 
     def stage(self, content: Any, plan: ShardPlan) -> Staged:
         """Copy what this rank writes of plain data and of the sharded tensors in it.
@@ -77,9 +77,10 @@ class Staging:
             place: Shard(shard.shape, shard.dtype, self._copy(shard.local) if place in own else nothing)
             for place, shard in plan.tensors.items()
         }
+        events = self._fill()
         self._drop_unused()
         plan = dataclasses.replace(plan, tensors=shards)
-        return Staged(content if number == 0 else None, copies, plan, self._events())
+        return Staged(content if number == 0 else None, copies, plan, events)
 
     def _copies(self, content: Any) -> dict[int, Any]:
         """By ``id``, copies of what can change in plain data: all else in it was made new, or cannot be changed."""
@@ -90,6 +91,7 @@ class Staging:
         return copies | {id(leaf): bytearray(leaf) for leaf in found if type(leaf) is bytearray}
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where the copy of ``tensor`` will be once all are filled."""
         is_pinned = tensor.device.type == "cuda"
         # Without elements in between, strides mean something only in the dims of size 1; a file shows them.
         stride = tensor.stride() if tensor.is_contiguous() else torch.empty(tensor.shape, device="meta").stride()
@@ -97,10 +99,23 @@ class Staging:
         free = self._free.get(kind)
         copy = free.pop()[1] if free else self._made(*kind)
         self._taken.append((kind, copy))
-        copy.copy_(tensor, non_blocking=is_pinned)
-        if is_pinned:
-            self._devices.add(tensor.device)
+        self._originals.append(tensor)
         return copy
+
+    def _fill(self) -> list[torch.cuda.Event]:
+        """Copy all, in one call what is pinned and in one what is not; the events after which it is there.
+
+        A call for each takes as long as a small copy, and the training waits.
+        """
+        originals, self._originals = self._originals, []
+        pairs: dict[bool, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for ((*_, is_pinned), copy), original in zip(self._taken, originals, strict=True):
+            copies, of = pairs.setdefault(is_pinned, ([], []))
+            copies.append(copy)
+            of.append(original)
+        for is_pinned, (copies, of) in pairs.items():
+            torch._foreach_copy_(copies, of, non_blocking=is_pinned)
+        return [_event(device) for device in {tensor.device for tensor in pairs[True][1]}] if True in pairs else []
 
     def _made(self, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], is_pinned: bool) -> torch.Tensor:
         nbytes = shape.numel() * dtype.itemsize
@@ -111,7 +126,7 @@ class Staging:
     def _start(self) -> None:
         for kind, copy in self._taken:
             self._free.setdefault(kind, []).append((self._saves, copy))
-        self._taken, self._devices = [], set()
+        self._taken, self._originals = [], []
         self._saves += 1
 
     def _drop_unused(self) -> None:
@@ -119,13 +134,11 @@ class Staging:
         kept = {key: [entry for entry in free if entry[0] > oldest] for key, free in self._free.items()}
         self._free = {key: free for key, free in kept.items() if free}
 
-    def _events(self) -> list[torch.cuda.Event]:
-        events = []
-        for device in self._devices:
-            event = torch.cuda.Event(blocking=True)
-            event.record(torch.cuda.current_stream(device))
-            events.append(event)
-        return events
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event(blocking=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _find_changeable(value: Any, found: list[Any]) -> None:

@@ -111,7 +111,7 @@ def gathers_of_a_setup() -> int:
 
 
 def test_ranks_that_agree_gather_one_hash(ranks: RankPool) -> None:
-    assert ranks.run(gathers_of_a_setup) == [2, 2]  # an object's size, and the object
+    assert ranks.run(gathers_of_a_setup) == [1, 1]
 
 
 def spread_by_hand() -> bool:

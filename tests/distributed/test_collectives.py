@@ -162,21 +162,48 @@ def test_an_object_that_cannot_be_pickled_is_an_error_on_all_ranks(ranks: RankPo
     assert "\n  Try: " in first
 
 
-def count_object_collectives() -> tuple[list[str], list[str]]:
+def count_object_collectives() -> dict[str, int]:
     run = fabric()
-    with CommDebugMode() as ours:
-        gather_objects([run.global_rank])
-        broadcast_object(run.global_rank)
-    with CommDebugMode() as raw:
+    long = "x" * 5000
+    uneven = "x" * (5000 if run.is_global_zero else 1)
+    counts = {}
+    for name, function, value in [
+        ("gather", gather_objects, [run.global_rank]),
+        ("gather of long ones", gather_objects, [run.global_rank, long]),
+        ("gather of uneven ones", gather_objects, [run.global_rank, uneven]),
+        ("broadcast", broadcast_object, [run.global_rank]),
+    ]:
+        with CommDebugMode() as mode:
+            result = function(value)
+        counts[name] = mode.get_total_counts()
+        if name != "broadcast":
+            assert [one[0] for one in result] == list(range(run.world_size))
+    with CommDebugMode() as mode:
         dist.all_gather_object([None, None], run.global_rank)
+    counts["torch's gather"] = mode.get_total_counts()
+    with CommDebugMode() as mode:
         dist.broadcast_object_list([run.global_rank])
-    return [str(item) for item in ours.get_comm_counts().items()], [str(item) for item in raw.get_comm_counts().items()]
+    counts["torch's broadcast"] = mode.get_total_counts()
+    return counts
 
 
-def test_sending_an_object_costs_what_it_costs_torch(ranks: RankPool) -> None:
-    for ours, raw in ranks.run(count_object_collectives):
-        assert ours
-        assert ours == raw
+def test_sending_an_object_costs_no_more_than_it_costs_torch_and_a_short_one_is_gathered_at_once(
+    ranks: RankPool,
+) -> None:
+    for counts in ranks.run(count_object_collectives):
+        assert counts["gather"] == 1
+        assert counts["gather of long ones"] == counts["gather of uneven ones"] == counts["torch's gather"] == 2
+        assert counts["broadcast"] == counts["torch's broadcast"] == 2
+
+
+@pytest.mark.parametrize("length", [1, 1000, 1024, 1025, 5000])
+def test_objects_of_any_length_are_gathered_as_they_are(ranks: RankPool, length: int) -> None:
+    expected = [b"x" * length, b"x" * 2 * length]
+    assert ranks.run(gather_letters, length) == [expected, expected]
+
+
+def gather_letters(length: int) -> list[bytes]:
+    return gather_objects(b"x" * length * (1 + fabric().global_rank))
 
 
 def gather_uneven() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import queue
 import threading
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,7 @@ def error_together(method: str, exchange: Any, kind: type[Exception] | None) -> 
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises((RuntimeError, OSError, FabricError)) as error:
         if exchange is not None:
-            patch.setattr(dist, "all_gather_object", exchange)
+            patch.setattr(dist, "all_gather", exchange)
         getattr(Together(), method)("save()", part)
     return f"{type(error.value).__name__}: {error.value}"
 
@@ -270,9 +271,22 @@ class Said(io.StringIO):
         dist.distributed_c10d._get_default_store().set(self.key, "yes")
 
 
-def call_later_than_rank_0(function: Any, path: Path) -> tuple[str, int]:
-    """Rank 1 calls once rank 0 has said that it waits; what this rank said, and the threads that it left."""
-    threads, seconds = threading.active_count(), notices.WAIT_SECONDS
+class Lines(io.StringIO):
+    """A standard error of which a test takes one line after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def write(self, text: str) -> int:
+        if text != "\n":
+            self.lines.put(text)
+        return len(text)
+
+
+def call_later_than_rank_0(function: Any, path: Path) -> str:
+    """Rank 1 calls once rank 0 has said that it waits; what this rank said."""
+    seconds = notices.WAIT_SECONDS
     said = Said(str(path))
     notices.WAIT_SECONDS = 0.05 if dist.get_rank() == 0 else seconds
     try:
@@ -282,18 +296,57 @@ def call_later_than_rank_0(function: Any, path: Path) -> tuple[str, int]:
             function(path, {})
     finally:
         notices.WAIT_SECONDS = seconds
-    return said.getvalue(), threading.active_count() - threads
+    return said.getvalue()
 
 
 @pytest.mark.parametrize(("function", "call"), [(save, "fabric.save()"), (load, "fabric.load()")])
 def test_a_rank_that_calls_alone_says_where_it_waits(ranks: RankPool, tmp_path: Path, function: Any, call: str) -> None:
     save(tmp_path / "a.ckpt", {"value": 1})
-    (first, left), (second, also_left) = ranks.run(call_later_than_rank_0, function, tmp_path / "a.ckpt")
+    first, second = ranks.run(call_later_than_rank_0, function, tmp_path / "a.ckpt")
     assert first.startswith(f"fabric_lite: rank 0 waits in {call} at {__file__}:")
     assert first.endswith("; every rank must call it\n")
     assert first.count("\n") == 1
     assert second == ""
-    assert left == also_left == 0
+
+
+def wait_in_turn(folder: Path) -> tuple[int, bool]:
+    """Threads that several waits and a save needed, and whether they said anything in good time."""
+    before, said = set(threading.enumerate()), io.StringIO()
+    with contextlib.redirect_stderr(said):
+        for _ in range(3):
+            with notices.says_that_it_waits("fabric.save()"), notices.says_that_it_waits("fabric.load()"):
+                pass
+        save(folder / "a.ckpt", {})
+    return len(set(threading.enumerate()) - before), said.getvalue() == ""
+
+
+def test_all_waits_of_a_rank_share_one_thread(ranks: RankPool, tmp_path: Path) -> None:
+    for threads, nothing_said in ranks.run(wait_in_turn, tmp_path):
+        assert threads <= 1  # another test's may live on
+        assert nothing_said
+
+
+def test_the_thread_of_waits_ends_when_nothing_waits(capsys: pytest.CaptureFixture[str]) -> None:
+    waits = notices._Waits()
+    for _ in range(2):
+        waits.end(waits.begin("not said", 0.05))
+        thread = waits._thread
+        assert thread is not None
+        thread.join(30.0)
+        assert not thread.is_alive()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_wait_that_is_due_before_the_others_is_said_first() -> None:
+    waits, said = notices._Waits(), Lines()
+    with contextlib.redirect_stderr(said):
+        late = waits.begin("late", 3600.0)
+        soon = waits.begin("soon", 0.05)
+        assert said.lines.get(timeout=30.0) == "soon"
+        waits.begin("at once", 0.0)
+        assert said.lines.get(timeout=30.0) == "at once"
+    waits.end(soon)
+    waits.end(late)
 
 
 def test_a_process_alone_waits_for_nobody() -> None:
