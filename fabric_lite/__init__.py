@@ -35,7 +35,9 @@ if TYPE_CHECKING:
         StrategyError,
     )
     from fabric_lite.fabric import Fabric
+    from fabric_lite.flops import measure_flops
     from fabric_lite.precision import Precision
+    from fabric_lite.profiling import profile
     from fabric_lite.run_config import EXIT_PREEMPTED
     from fabric_lite.seed import seed_everything
     from fabric_lite.strategies import (
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
         SingleDeviceStrategy,
         Strategy,
     )
+    from fabric_lite.throughput import Throughput, ThroughputMonitor
 
 __version__ = "0.1.0"
 
@@ -70,8 +73,12 @@ _HOMES = {
     "SingleDeviceStrategy": "strategies",
     "Strategy": "strategies",
     "StrategyError": "errors",
+    "Throughput": "throughput",
+    "ThroughputMonitor": "throughput",
     "is_wrapped": "adopt",
+    "measure_flops": "flops",
     "plain": "adopt",
+    "profile": "profiling",
     "seed_everything": "seed",
 }
 
@@ -90,6 +97,10 @@ __all__ = [  # noqa: RUF022 - the order of a first reading
     "FSDPStrategy",
     "ModelParallelStrategy",
     "SaveHandle",
+    "Throughput",
+    "ThroughputMonitor",
+    "measure_flops",
+    "profile",
     "FabricError",
     "FabricKeyError",
     "FabricRuntimeError",

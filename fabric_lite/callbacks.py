@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["call_hook", "has_hook"]
+__all__ = ["call_hook", "has_hook", "made_by_name"]
+
+
+def made_by_name(name: str, options: Mapping[str, Any]) -> Any:
+    """A callback of the class ``module:Class``, called with ``options``."""
+    module, _, kind = name.partition(":")
+    return getattr(importlib.import_module(module), kind)(**options)
 
 
 def has_hook(callbacks: Sequence[Any], name: str) -> bool:

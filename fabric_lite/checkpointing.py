@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_lite import checkpoint, collectives
+from fabric_lite import checkpoint, collectives, run_config
 from fabric_lite import seed as random_seed
 from fabric_lite.checkpoint import SaveHandle
 from fabric_lite.collectives import Collectives
@@ -67,6 +67,7 @@ class Checkpointing(Identity):
         """
         self._launched()
         self._collectives.enter("save")
+        path = run_config.redirected(path)
         # Shards that inference mode makes views of cannot be detached.
         with torch.inference_mode(False), torch.no_grad():
             return checkpoint.save(
@@ -93,6 +94,7 @@ class Checkpointing(Identity):
         """
         self._launched()
         self._collectives.enter("load")
+        path = run_config.redirected(path, to_read=True)
         return checkpoint.load(path, state, strict=strict, weights_only=weights_only)
 
     def load_raw(self, path: str | Path, obj: nn.Module | Optimizer, strict: bool = True) -> None:
@@ -102,6 +104,7 @@ class Checkpointing(Identity):
         """
         self._launched()
         self._collectives.enter("load_raw")
+        path = run_config.redirected(path, to_read=True)
         checkpoint.load_raw(path, obj, strict=strict)
 
     def state_dict(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fabric_lite.data import is_extended_loader, place_of
 from fabric_lite.errors import CheckpointDamagedError, CheckpointError, FabricTypeError, FabricValueError
 from fabric_lite.kept import MARK, Entry, Rule, by_step, numbers, own_entries, path_of
 from fabric_lite.notices import rank_zero_info
-from fabric_lite.run_config import EXIT_PREEMPTED
+from fabric_lite.run_config import EXIT_PREEMPTED, redirected
 
 __all__ = ["Checkpoints"]
 
@@ -94,7 +94,7 @@ class Checkpoints:
                 given=f"keep_best={keep_best} without monitor",
                 fix='monitor="val_loss", and checkpoints.save(state, metrics={"val_loss": loss})',
             )
-        self.folder = Path(folder)
+        self.folder = Path(redirected(folder))
         self._every = every
         self._rule = Rule(keep_last, keep_best, monitor, mode)
         self._async = async_

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from fabric_lite import checkpoint, collectives, run_config
 from fabric_lite import seed as random_seed
 from fabric_lite.agreement import check_agreement, compare_circumstances
-from fabric_lite.callbacks import call_hook
+from fabric_lite.callbacks import call_hook, made_by_name
 from fabric_lite.checked_calls import compare_calls
 from fabric_lite.checkpointing import Checkpointing
 from fabric_lite.collectives import Collectives
@@ -87,6 +87,9 @@ class Fabric(Stepping, Communication, Checkpointing):
         self._callbacks = (
             tuple(callbacks) if isinstance(callbacks, (list, tuple)) else () if callbacks is None else (callbacks,)
         )
+        config = self._run.config
+        if config.callback is not None:
+            self._callbacks += (made_by_name(config.callback, config.callback_options),)
         self._loggers = list(loggers) if isinstance(loggers, (list, tuple)) else [] if loggers is None else [loggers]
         self._collectives = Collectives(self.device, check=check_collectives or self._run.config.check_collectives)
         self._hang_timeout = choose_hang_timeout(hang_timeout, self._run.config.hang_timeout)
@@ -241,6 +244,8 @@ class Fabric(Stepping, Communication, Checkpointing):
             owner=self,
         )
         release_from_others(dataloaders)
+        for loader in dataloaders:
+            call_hook(self._callbacks, "on_before_setup_dataloader", fabric=self, loader=loader)
         extended = [
             extend_loader(
                 loader,
@@ -260,6 +265,7 @@ class Fabric(Stepping, Communication, Checkpointing):
         self._loaders_set_up += len(dataloaders)
         for loader in extended:
             self._set_up.add(loader)
+            call_hook(self._callbacks, "on_after_setup_dataloader", fabric=self, loader=loader)
         if placement.data_world_size > 1 and use_distributed_sampler:
             for loader in dataloaders:
                 self._say_global_batch(getattr(loader, "batch_size", None), placement)

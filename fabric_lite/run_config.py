@@ -6,7 +6,9 @@ No environment variable is involved, so a program that the script starts does no
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 __all__ = [
     "EXIT_PREEMPTED",
@@ -16,6 +18,7 @@ __all__ = [
     "hang_reporter",
     "install",
     "install_hang_reporter",
+    "redirected",
 ]
 
 # What a rank exits with that was asked to leave (SIGTERM, SIGUSR1) and has saved its work: EX_TEMPFAIL, "try again".
@@ -38,6 +41,9 @@ class RunConfig:
         threads_per_rank: The thread count that was chosen for each rank, or None where the user had set one.
         check_collectives: Whether every collective first compares operation, shapes and dtypes over the ranks.
         hang_timeout: After so many seconds in which nothing moves on any rank the job is ended; 0: never.
+        callback: ``module:Class`` of a callback that every Fabric of the script has beside its own.
+        callback_options: What the class is called with; plain data.
+        scratch_folder: Where the script's checkpoints go instead of where it wants them.
     """
 
     accelerator: str | None = None
@@ -48,6 +54,9 @@ class RunConfig:
     threads_per_rank: int | None = None
     check_collectives: bool = False
     hang_timeout: float | None = None
+    callback: str | None = None
+    callback_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    scratch_folder: str | None = None
 
 
 _current: RunConfig | None = None
@@ -62,6 +71,21 @@ def install(config: RunConfig | None) -> None:
     """Set the run config of this process; called once in each rank, before the script's first line."""
     global _current
     _current = config
+
+
+def redirected(path: Any, *, to_read: bool = False) -> Any:
+    """Return where a checkpoint of this name goes: below the scratch folder, if there is one.
+
+    ``to_read``: only if there is something; what the script wrote before it had such a folder is read in its place.
+    """
+    folder = None if _current is None else _current.scratch_folder
+    if folder is None or not isinstance(path, (str, os.PathLike)):
+        return path
+    if os.path.abspath(path).startswith(os.path.join(folder, "")):
+        return path  # somebody has asked before
+    scheme, _, rest = str(path).rpartition("://")
+    scratch = os.path.join(folder, scheme or "local", os.path.abspath(rest).lstrip(os.sep))
+    return path if to_read and not os.path.exists(scratch) else scratch
 
 
 _hang_reporter: Callable[[Sequence[str]], None] | None = None

@@ -113,6 +113,7 @@ class Setup:
         if strategy.is_sharded:
             extension_of(optimizer).handles.append(extend_zero_grad(optimizer, self._forget_unsynchronised))
         self.registry.add(optimizer)
+        call_hook(self.callbacks, "on_after_setup_optimizer", fabric=self.owner, optimizer=optimizer)
 
     def _hooks(self, modules: dict[int, nn.Module], hooked: bool) -> list[Any]:
         """What is removed again when the module, or a compiled module and the one inside, is released."""

@@ -28,8 +28,10 @@ LAYERS = [
     {"identity", "setting_up"},
     {"communication", "checkpointing", "stepping"},
     {"fabric", "kept"},
-    {"checkpoints"},
-    {"testing", "__main__"},
+    {"checkpoints", "flops"},
+    {"throughput", "profiling"},
+    {"testing", "bench"},
+    {"__main__"},
 ]
 
 

@@ -7,6 +7,7 @@ from fabric_lite.data.loader import (
     is_extended_loader,
     owner_of_loader,
     place_of,
+    put_around,
     release_loader,
 )
 from fabric_lite.data.move import move_to_device
@@ -23,5 +24,6 @@ __all__ = [
     "move_to_device",
     "owner_of_loader",
     "place_of",
+    "put_around",
     "release_loader",
 ]

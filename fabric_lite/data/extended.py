@@ -17,10 +17,14 @@ from fabric_lite.data.samplers import Pass
 from fabric_lite.data.workers import WorkerSeed
 from fabric_lite.errors import FabricRuntimeError
 
-__all__ = ["REPLACED", "ExtendedLoader", "Holder", "members", "originals_of", "own_samplers"]
+__all__ = ["REPLACED", "Around", "ExtendedLoader", "Holder", "members", "originals_of", "own_samplers"]
 
 # DataLoader guards these against assignment, so they are written through its __dict__.
 REPLACED = ("sampler", "batch_sampler", "worker_init_fn")
+
+
+# Takes what returns the next batch, or raises StopIteration, and returns what is called instead of it.
+Around = Callable[[Callable[[], Any]], Callable[[], Any]]
 
 
 @dataclasses.dataclass
@@ -32,6 +36,7 @@ class Holder:
     ends: Collectives | None
     originals: dict[str, Any]
     owner: Any = None
+    around: Around | None = None
 
 
 class _Batches:
@@ -55,7 +60,8 @@ class _Batches:
         self._apart = apart
         self._note_handed_out = holder.progress.note_handed_out
         self._move = holder.move
-        self._advance = inner.__next__ if holder.ends is None else end_together(inner, holder.ends).__next__
+        advance = inner.__next__ if holder.ends is None else end_together(inner, holder.ends).__next__
+        self._advance = advance if holder.around is None else holder.around(advance)
         self._is_new = True
         self._must_deal = holder.progress.must_deal(current)
         self._kind = kind

@@ -51,6 +51,7 @@ class MovedIterable:
             )
         self.iterable = iterable
         self.owner = owner
+        self.around: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
         self._move = move
         self._together = together
         self._window = Window() if window is None else window
@@ -72,6 +73,8 @@ class MovedIterable:
         self._goes_on_itself = False
         if self._together is not None:
             inner = end_together(inner, self._together)
+        if self.around is not None:
+            inner = _calls(self.around(inner.__next__))
         for batch in inner:
             if not self._window.waiting:
                 self._stepped = self._seen
@@ -192,3 +195,14 @@ def end_together(batches: Iterator[Any], ends: Collectives) -> Iterator[Any]:
         if not ends.all_reduce(True, reduce_op="min"):
             return
         yield batch
+
+
+def _calls(function: Callable[[], Any]) -> Iterator[Any]:
+    """What the function returns, until it raises StopIteration."""
+    while True:
+        try:
+            value = function()
+        except StopIteration:
+            return
+        yield value
+        del value  # the user may have let it go

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from fabric_lite import adopt
 from fabric_lite.collectives import Collectives, is_distributed
-from fabric_lite.data.extended import REPLACED, ExtendedLoader, Holder, members, originals_of, own_samplers
+from fabric_lite.data.extended import REPLACED, Around, ExtendedLoader, Holder, members, originals_of, own_samplers
 from fabric_lite.data.iterables import MovedIterable
 from fabric_lite.data.move import mover
 from fabric_lite.data.place import Place
@@ -36,6 +36,7 @@ __all__ = [
     "is_extended_loader",
     "owner_of_loader",
     "place_of",
+    "put_around",
     "release_loader",
 ]
 
@@ -181,6 +182,12 @@ def place_of(loader: Any) -> Place:
     own: Any = loader if isinstance(loader, MovedIterable) else adopt.extension_of(loader).progress
     place: Place = own.place()
     return place
+
+
+def put_around(loader: Any, around: Around) -> None:
+    """Let the iterators of a set-up loader that begin from now on get their batches through ``around``."""
+    own: Any = loader if isinstance(loader, MovedIterable) else adopt.extension_of(loader)
+    own.around = around
 
 
 def release_loader(loader: Any) -> Any:

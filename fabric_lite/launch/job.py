@@ -18,6 +18,7 @@ from fabric_lite.launch.failure import Failure, report, summary
 from fabric_lite.launch.logs import RankLogs
 from fabric_lite.launch.messages import CountDevices, DevicesCounted, StartRank
 from fabric_lite.launch.plan import LaunchPlan, count_in, count_present, parse_devices
+from fabric_lite.launch.rank import ScriptCall
 from fabric_lite.launch.warm_server import WarmServer
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Job",
     "Signals",
     "announce_threads",
+    "find_accelerators",
     "open_job",
     "print_line",
 ]
@@ -113,7 +115,7 @@ def open_job(plan: LaunchPlan) -> Iterator[Job]:
     with contextlib.ExitStack() as stack:
         # All descriptors must exist before the server does; a count that is not known yet has no logs of its own.
         if count is None and plan.log_dir is not None:
-            count = _count_in_server_of_its_own(plan)
+            count = count_present(*find_accelerators(plan.script), plan.run_config.accelerator)
         logs = None if plan.log_dir is None else stack.enter_context(RankLogs(plan.log_dir, count or 1))
         folder = tempfile.mkdtemp(prefix="fabric_run_")
         stack.callback(lambda: _clear(folder, keep_logs=job is not None and job.keeps_folder))
@@ -124,7 +126,7 @@ def open_job(plan: LaunchPlan) -> Iterator[Job]:
         )
         stack.callback(server.close)
         if count is None:
-            count = _count_devices(server, plan)
+            count = count_present(*_find_accelerators(server), plan.run_config.accelerator)
             threads = chosen_threads(os.environ, count)
         job = Job(server, count, folder, logs, threads)
         yield job
@@ -140,19 +142,20 @@ def _clear(folder: str, *, keep_logs: bool) -> None:
             os.unlink(os.path.join(folder, name))
 
 
-def _count_in_server_of_its_own(plan: LaunchPlan) -> int:
-    server = WarmServer(plan.script, environment=os.environ)
+def find_accelerators(script: ScriptCall) -> tuple[str | None, int]:
+    """Return kind and number of this machine's accelerators, found in a server of its own; None: there are none."""
+    server = WarmServer(script, environment=os.environ)
     try:
-        return _count_devices(server, plan)
+        return _find_accelerators(server)
     finally:
         server.close()
 
 
-def _count_devices(server: WarmServer, plan: LaunchPlan) -> int:
+def _find_accelerators(server: WarmServer) -> tuple[str | None, int]:
     server.send(CountDevices())
     (answer,) = server.receive()
     assert isinstance(answer, DevicesCounted)
-    return count_present(answer.kind, answer.count, plan.run_config.accelerator)
+    return answer.kind, answer.count
 
 
 class Signals:

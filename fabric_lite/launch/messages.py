@@ -44,7 +44,9 @@ class HostStore:
 
 @dataclasses.dataclass(frozen=True)
 class Preload:
-    """Import torch._dynamo, which DDP's constructor needs, before forking; left out where that is not safe."""
+    """Import torch._dynamo, which DDP's constructor needs, and ``modules`` before forking; not where that is unsafe."""
+
+    modules: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

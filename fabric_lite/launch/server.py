@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import itertools
 import os
 import selectors
@@ -15,7 +16,7 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NoReturn
 
 from fabric_lite.launch.environment import listen_on, serve_store
@@ -126,7 +127,7 @@ class _Server:
         if isinstance(message, CountDevices):
             self.control.send(_count_devices())
         elif isinstance(message, Preload):
-            _preload()
+            _preload(message.modules)
         elif isinstance(message, SignalRanks):
             for pid, rank in self.ranks.items():
                 if rank.local_rank != message.spared:
@@ -282,13 +283,13 @@ def _fork() -> int:
         return os.fork()
 
 
-def _preload() -> None:
+def _preload(modules: Iterable[str]) -> None:
     import torch
 
     # On a build with an accelerator the import may ask the driver for devices, which a fork does not survive.
     if torch.accelerator.current_accelerator(check_available=False) is None:
-        import torch._dynamo
-
+        for name in ("torch._dynamo", *modules):
+            importlib.import_module(name)
         gc.freeze()
 
 

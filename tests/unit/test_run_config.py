@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import sysconfig
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
-from fabric_lite import run_config
+from fabric_lite import Checkpoints, Fabric, run_config
+from fabric_lite.data import put_around
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.cli import parse_arguments
 from fabric_lite.launch.environment import chosen_threads, cores
@@ -157,3 +163,84 @@ def test_report_is_short_however_long_the_message() -> None:
 @pytest.mark.parametrize(("code", "status"), [(0, 0), (3, 3), (-9, 137), (-15, 143)])
 def test_exit_status_is_the_shells(code: int, status: int) -> None:
     assert exit_status(code) == status
+
+
+class Noting:
+    """A callback that notes what it is told."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.told = told
+
+    def on_before_setup_dataloader(self, loader: Any) -> None:
+        self.told.append(f"before {type(loader).__name__}")
+
+    def on_after_setup_dataloader(self, fabric: Any, loader: Any) -> None:
+        self.told.append(f"after {type(loader).__name__} of {type(fabric).__name__}")
+
+    def on_after_setup_optimizer(self, optimizer: Any) -> None:
+        self.told.append(type(optimizer).__name__)
+
+
+@pytest.fixture
+def installed() -> Iterator[Callable[..., RunConfig]]:
+    def install(**fields: Any) -> RunConfig:
+        config = RunConfig(**fields)
+        run_config.install(config)
+        return config
+
+    yield install
+    run_config.install(None)
+
+
+def test_a_callback_of_the_run_config_is_told_of_everything_that_is_set_up(
+    installed: Callable[..., RunConfig],
+) -> None:
+    told: list[str] = []
+    installed(callback=f"{__name__}:Noting", callback_options={"told": told})
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = nn.Linear(2, 2)
+    fabric.setup(model, torch.optim.SGD(model.parameters()))
+    fabric.setup_dataloaders(DataLoader([1, 2]), [3, 4])
+    fabric.close()
+    assert told == [
+        "SGD",
+        "before DataLoader",
+        "before list",
+        "after DataLoader of Fabric",
+        "after MovedIterable of Fabric",
+    ]
+
+
+def test_what_stands_around_a_loader_sees_each_batch_of_both_kinds() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    for loader in fabric.setup_dataloaders(DataLoader([1, 2, 3], batch_size=2), [torch.tensor(4)]):
+        seen = []
+
+        def around(advance: Callable[[], Any], seen: list[Any] = seen) -> Callable[[], Any]:
+            def noting() -> Any:
+                batch = advance()
+                seen.append(batch)
+                return batch
+
+            return noting
+
+        plain = [batch.tolist() for batch in loader]
+        put_around(loader, around)
+        assert [batch.tolist() for batch in loader] == plain == [batch.tolist() for batch in seen]
+    fabric.close()
+
+
+def test_with_a_scratch_folder_checkpoints_go_there_and_earlier_ones_are_still_read(
+    installed: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    file = tmp_path / "own" / "a.ckpt"
+    fabric.save(file, {"value": 1})
+    before = file.read_bytes()
+    installed(scratch_folder=str(tmp_path / "scratch"))
+    assert fabric.load(file)["value"] == 1
+    fabric.save(file, {"value": 2})
+    assert fabric.load(file)["value"] == 2
+    assert file.read_bytes() == before
+    assert Checkpoints(tmp_path / "own").folder.is_relative_to(tmp_path / "scratch")
+    fabric.close()

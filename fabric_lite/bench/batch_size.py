@@ -1,0 +1,165 @@
+"""The batch size with the most samples per second that fits, found by trying; all ranks have the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+from fabric_lite.bench.results import Combination
+from fabric_lite.bench.runs import Outcome, Runs
+from fabric_lite.errors import FabricRuntimeError
+from fabric_lite.launch.rank import ScriptCall
+
+__all__ = ["Trial", "find_batch_size", "lines"]
+
+_WARMUP, _STEPS = 2, 5
+# Less than that of what is left is not asked for: a machine that swaps, or kills, takes others along.
+_USABLE = 0.8
+# Bisecting ends when the next size would be so close to one that is known.
+_CLOSE = 1.1
+_WORTH = 1.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One size that was tried.
+
+    Args:
+        batch_size: Per rank.
+        failure: In one line, why it cannot be had; None if it can.
+        samples_per_second: Over all ranks.
+        memory: Bytes of the rank that needs most: of the accelerator's allocator, or resident on a CPU.
+    """
+
+    batch_size: int
+    failure: str | None
+    samples_per_second: float | None = None
+    memory: int | None = None
+
+
+def find_batch_size(
+    script: ScriptCall,
+    combination: Combination,
+    *,
+    accelerator: str | None = None,
+    timeout_seconds: float = 300.0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[Trial, list[Trial]]:
+    """Try sizes from the script's own on, twice as large each time, then between the last that fits and the first not.
+
+    A size is given up when a run fails with it, when memory would not suffice by what the sizes before took (on a CPU,
+    where nothing else stops it), or when the data has no batch as large. The same size holds for all ranks, and is one
+    that all ranks can have.
+
+    Args:
+        script: What is run.
+        combination: In which way; its batch size is where to begin, None: the script's own.
+        accelerator: As in ``Fabric(accelerator=)``.
+        timeout_seconds: A run that takes longer has failed.
+        progress: Called before each run with what runs now.
+
+    Returns:
+        The best, and all that were tried, by size. The best is the smallest that is within 2 % of the fastest.
+
+    Raises:
+        FabricRuntimeError: Not even the first size can be had.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="fabric_bench_") as name,
+        Runs(script, Path(name), accelerator, timeout_seconds) as runs,
+    ):
+        trials = sorted(_Search(runs, combination, progress).trials(), key=lambda trial: trial.batch_size)
+    fitting = [trial for trial in trials if trial.samples_per_second is not None]
+    if not fitting:
+        raise FabricRuntimeError(
+            "The script does not run with the batch size to begin with.",
+            given=trials[0].failure,
+            fix="--batch-size with a smaller one, or see that the script runs by itself",
+        )
+    fastest = max(trial.samples_per_second or 0.0 for trial in fitting)
+    return next(trial for trial in fitting if (trial.samples_per_second or 0.0) * _WORTH >= fastest), trials
+
+
+def lines(best: Trial, trials: list[Trial]) -> list[str]:
+    """The trials as lines of text, and what follows from them."""
+    found = []
+    for trial in trials:
+        if trial.failure is not None:
+            found.append(f"{trial.batch_size:>9}  {trial.failure}")
+        else:
+            memory = f"{(trial.memory or 0) / 2**20:,.0f} MiB"
+            found.append(f"{trial.batch_size:>9}  {trial.samples_per_second:>12,.1f} samples/s  {memory:>12}")
+    largest = max(trial.batch_size for trial in trials if trial.failure is None)
+    return [
+        "batch size per rank, samples/s over all ranks, memory of a rank",
+        *found,
+        f"Best: {best.batch_size}, the smallest within 2 % of the fastest. Largest that was seen to fit: {largest}.",
+    ]
+
+
+class _Search:
+    def __init__(self, runs: Runs, combination: Combination, progress: Callable[[str], None]) -> None:
+        self._runs, self._combination, self._progress = runs, combination, progress
+        self._fitting: list[Trial] = []
+        self._room = _available_memory()
+
+    def trials(self) -> Iterator[Trial]:
+        first = self._trial(self._combination.batch_size)
+        yield first
+        size, too_large = first.batch_size, None
+        while first.failure is None and too_large is None:
+            trial = self._trial(2 * size)
+            yield trial
+            size, too_large = (size, trial.batch_size) if trial.failure else (trial.batch_size, None)
+        while too_large is not None and too_large / size > _CLOSE and too_large - size > 1:
+            trial = self._trial((size + too_large) // 2)
+            yield trial
+            size, too_large = (size, trial.batch_size) if trial.failure else (trial.batch_size, too_large)
+
+    def _trial(self, batch_size: int | None) -> Trial:
+        if batch_size is not None and self._would_not_fit(batch_size):
+            return Trial(batch_size, "not tried: by what smaller ones take, the machine has no memory for it")
+        combination = dataclasses.replace(self._combination, batch_size=batch_size)
+        self._progress(combination.name)
+        outcome = self._runs.run(combination, warmup=_WARMUP, steps=_STEPS)
+        trial = _trial_of(outcome, batch_size)
+        if trial.failure is None:
+            self._fitting.append(trial)
+        return trial
+
+    def _would_not_fit(self, batch_size: int) -> bool:
+        """Whether a straight line through the last two sizes says so; only for the machine's own memory."""
+        if self._room is None or len(self._fitting) < 2:
+            return False
+        before, last = sorted(self._fitting, key=lambda trial: trial.batch_size)[-2:]
+        slope = ((last.memory or 0) - (before.memory or 0)) / (last.batch_size - before.batch_size)
+        needed = (last.memory or 0) + max(slope, 0.0) * (batch_size - last.batch_size)
+        return needed * self._combination.devices > self._room
+
+
+def _trial_of(outcome: Outcome, batch_size: int | None) -> Trial:
+    if outcome.failure is not None:
+        return Trial(batch_size or 0, outcome.failure)
+    figures = outcome.figures
+    if any(len(own["step_seconds"]) < _STEPS for own in figures):
+        return Trial(batch_size or 0, f"the data has no {_WARMUP + _STEPS} batches of this size")
+    shares = {own["data_rank"]: own["samples"] for own in figures}
+    samples = sum(shares.values())
+    each = round(samples / len(shares))
+    if batch_size is not None and each < batch_size:
+        return Trial(batch_size, "the data has no full batches of this size")
+    seconds = median(max(steps) for steps in zip(*(own["step_seconds"] for own in figures), strict=True))
+    memory = max(own["device_reserved"] or own["resident"] for own in figures)
+    return Trial(batch_size or each, None, samples / seconds, memory)
+
+
+def _available_memory() -> int | None:
+    """Bytes that may be asked for on this machine; None where they are not known."""
+    try:
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") * _USABLE)
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,265 @@
+"""Measuring all combinations, in rounds: each of them once, in turn, so that a machine that drifts hits all alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from fabric_lite.bench import statistics
+from fabric_lite.bench.results import Combination, Communication, Comparison, Memory, Row
+from fabric_lite.bench.runs import Outcome, Runs
+from fabric_lite.launch.environment import cores
+from fabric_lite.launch.rank import ScriptCall
+
+__all__ = ["Course", "Measured", "Progress", "measure"]
+
+# The reference computes in full precision, or better where a combination does.
+_REFERENCES = {"64-true": "64-true"}
+_REFERENCE_PRECISION = "32-true"
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """How a benchmark goes.
+
+    Args:
+        script: What is run.
+        combinations: In which ways.
+        baseline: One of them, which is run twice a round.
+        steps: Timed steps of each run.
+        warmup: Steps before them.
+        check_steps: Steps before those, in the first round, that are compared with the reference; 0: none.
+        rounds: How often each combination is run, at most; None: as often as it takes to see differences of 5 %,
+            which the first rounds tell.
+        budget_seconds: No round begins that would probably end later; the first always runs.
+        timeout_seconds: A run that takes longer has failed.
+        accelerator: As in ``Fabric(accelerator=)``; None is the script's own choice.
+    """
+
+    script: ScriptCall
+    combinations: Sequence[Combination]
+    baseline: Combination
+    steps: int
+    warmup: int
+    check_steps: int
+    rounds: int | None
+    budget_seconds: float
+    timeout_seconds: float
+    accelerator: str | None = None
+
+
+# Called before each run with the number of runs done, of how many, and what runs now.
+Progress = Callable[[int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a course has found.
+
+    Args:
+        rows: Of all combinations, in order, and of the baseline once more.
+        device_name: The accelerator's; None on a CPU.
+        device_memory: Its bytes; None on a CPU.
+        is_complete: Whether no Ctrl-C has ended it early.
+    """
+
+    rows: list[Row]
+    device_name: str | None
+    device_memory: int | None
+    is_complete: bool
+
+
+def measure(course: Course, progress: Progress = lambda *_: None) -> Measured:
+    """Run the course. Ctrl-C ends it; the rounds that were done then are what it has found, if there is one.
+
+    Raises:
+        LaunchError: The ranks could not be started.
+        KeyboardInterrupt: Before the end of the first round.
+    """
+    with tempfile.TemporaryDirectory(prefix="fabric_bench_") as name:
+        folder = Path(name)
+        with Runs(course.script, folder, course.accelerator, course.timeout_seconds) as runs:
+            return _Measurement(course, runs, folder, progress).run()
+
+
+@dataclasses.dataclass
+class _Entry:
+    """What is known so far of one combination."""
+
+    combination: Combination
+    is_repeat: bool = False
+    failure: str | None = None
+    rounds: list[list[dict[str, Any]]] = dataclasses.field(default_factory=list)
+    record: Path | None = None
+    comparison: Comparison | None = None
+
+
+class _Measurement:
+    def __init__(self, course: Course, runs: Runs, folder: Path, progress: Progress) -> None:
+        self._course, self._runs, self._folder, self._progress = course, runs, folder, progress
+        self._entries = [_Entry(combination) for combination in course.combinations]
+        self._entries.append(_Entry(course.baseline, is_repeat=True))
+        kinds = {(entry.combination.devices, entry.combination.batch_size) for entry in self._entries}
+        self._references = len(kinds) * bool(course.check_steps)
+        self._rounds = statistics.DEFAULT_ROUNDS if course.rounds is None else course.rounds
+        self._done = 0
+
+    def run(self) -> Measured:
+        number, is_complete = 0, True
+        try:
+            for number in self._numbers():
+                self._round(number)
+        except KeyboardInterrupt:
+            if number == 0:
+                raise
+            is_complete = False
+            for entry in self._entries:
+                del entry.rounds[number:]
+        figures = [own for entry in self._entries for of_ranks in entry.rounds for own in of_ranks]
+        device = figures[0] if figures else {"device_name": None, "device_memory": None}
+        rows = [_row(entry) for entry in self._entries]
+        return Measured(rows, device["device_name"], device["device_memory"], is_complete)
+
+    def _numbers(self) -> Iterator[int]:
+        """The numbers of the rounds, as long as there is time for another one."""
+        began, number = time.monotonic(), 0
+        while number < self._rounds:
+            start = time.monotonic()
+            yield number
+            now = time.monotonic()
+            if number == 0 and self._course.check_steps:
+                self._compare()
+            number += 1
+            runs_none = all(entry.failure is not None for entry in self._entries)
+            if time.monotonic() - began + (now - start) > self._course.budget_seconds or runs_none:
+                return
+            if number == statistics.PILOT_ROUNDS and self._course.rounds is None:
+                rows = [_row(entry) for entry in self._entries]
+                wanted = statistics.rounds_needed(rows, self._course.baseline.name)
+                affordable = number + int((self._course.budget_seconds - (now - began)) / (now - start))
+                self._rounds = max(number, min(wanted, affordable))
+
+    def _round(self, number: int) -> None:
+        turn = number % len(self._entries)
+        for entry in self._entries[turn:] + self._entries[:turn]:
+            if entry.failure is not None:
+                self._done += 1
+                continue
+            checks = number == 0 and not entry.is_repeat
+            outcome = self._run(
+                f"round {number + 1}: {entry.combination.name}",
+                entry.combination,
+                # All time the same steps, those that check something too.
+                warmup=self._course.warmup + (0 if checks else self._course.check_steps),
+                steps=self._course.steps,
+                check_steps=self._course.check_steps if checks else 0,
+                initial_weights=str(self._folder / "initial"),
+                probes=checks,
+            )
+            entry.failure = outcome.failure or _shortfall(outcome, self._course)
+            if entry.failure is None:
+                entry.rounds.append(outcome.figures)
+            if checks and entry.failure is None and self._course.check_steps:
+                entry.record = outcome.folder
+            else:
+                shutil.rmtree(outcome.folder)
+
+    def _run(self, what: str, combination: Combination, **options: Any) -> Outcome:
+        total = len(self._entries) * self._rounds + self._references
+        self._progress(self._done, max(total, self._done + 1), what)
+        self._done += 1
+        return self._runs.run(combination, **options)
+
+    def _compare(self) -> None:
+        from fabric_lite.bench.comparison import compared, fed_to  # with torch, which nothing else here needs
+
+        references: dict[Any, Outcome] = {}
+        for entry in self._entries:
+            if entry.record is None:
+                continue
+            combination = entry.combination
+            precision = _REFERENCES.get(combination.precision, _REFERENCE_PRECISION)
+            key = fed_to(entry.record, combination.devices), precision
+            if key not in references:
+                references[key] = self._run(
+                    f"the reference for {combination.devices} devices",
+                    Combination("auto", precision, 1, combination.batch_size),
+                    warmup=0,
+                    steps=0,
+                    check_steps=self._course.check_steps,
+                    initial_weights=str(self._folder / "initial"),
+                    feed=str(entry.record),
+                )
+            reference = references[key]
+            if reference.failure is not None:
+                entry.comparison = Comparison("not comparable", reason=f"the reference: {reference.failure}")
+            else:
+                entry.comparison = compared(entry.record, combination.devices, reference.folder, combination.precision)
+        for folder in {entry.record for entry in self._entries if entry.record is not None}:
+            shutil.rmtree(folder)
+
+
+def _shortfall(outcome: Outcome, course: Course) -> str | None:
+    """Why a run that has ended well is of no use, if so."""
+    wanted = course.check_steps + course.warmup + course.steps
+    done = min(figures["done"] for figures in outcome.figures)
+    return None if done >= wanted else f"the script ended after {done} steps of the {wanted} that are needed"
+
+
+def _row(entry: _Entry) -> Row:
+    if not entry.rounds:
+        return Row(entry.combination, failure=entry.failure, is_repeat=entry.is_repeat)
+    slowest = [max(figures, key=lambda own: median(own["step_seconds"])) for figures in entry.rounds]
+    # In the first round there are the checks, with what they keep in memory.
+    usual = entry.rounds[1:] or entry.rounds
+    starts = [max(own["startup_seconds"] for own in figures) for figures in usual]
+    # With fewer cores than ranks these take turns: not to run is not to wait for a collective.
+    shows_waits = 1 < entry.combination.devices <= cores() and all(own["blocked"] is not None for own in slowest)
+    return Row(
+        entry.combination,
+        failure=entry.failure,
+        step_seconds=[
+            [max(of_ranks) for of_ranks in zip(*(own["step_seconds"] for own in figures), strict=True)]
+            for figures in entry.rounds
+        ],
+        samples_per_step=_over_shares(entry.rounds, "samples"),
+        tokens_per_step=_over_shares(entry.rounds, "tokens"),
+        phases={name: median(own["phases"][name] for own in slowest) for name in slowest[0]["phases"]},
+        exposed_communication=median(own["blocked"] for own in slowest) if shows_waits else None,
+        memory=_memory([own for figures in usual for own in figures], [own["probe"] for own in entry.rounds[0]]),
+        communication=_communication(entry.rounds[0][0]["probe"]),
+        comparison=entry.comparison,
+        startup_seconds=median(starts),
+        is_repeat=entry.is_repeat,
+    )
+
+
+def _over_shares(rounds: Sequence[Sequence[dict[str, Any]]], name: str) -> float | None:
+    """The mean over rounds of the sum over ranks, those with the same share of the data once."""
+    sums = []
+    for figures in rounds:
+        shares = {own["data_rank"]: own[name] for own in figures}
+        if any(value is None for value in shares.values()):
+            return None
+        sums.append(sum(shares.values()))
+    return mean(sums) or None
+
+
+def _communication(probe: dict[str, Any]) -> Communication | None:
+    return Communication(probe["calls"], probe["bytes"]) if probe else None
+
+
+def _memory(figures: Sequence[dict[str, Any]], probes: Sequence[dict[str, Any]]) -> Memory:
+    on_device = [own for own in figures if own["device_allocated"] is not None]
+    return Memory(
+        resident=max(own["resident"] for own in figures),
+        tensors=max((probe["tensors"] for probe in probes if probe), default=None),
+        device_allocated=max((own["device_allocated"] for own in on_device), default=None),
+        device_reserved=max((own["device_reserved"] for own in on_device), default=None),
+    )
