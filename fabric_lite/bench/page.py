@@ -21,7 +21,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 _CAPTIONS = {
     "Throughput": "The lines at the ends of the bars are 95 % intervals.",
-    "Phases of a step": "Medians of the slowest rank. Waiting for collectives is part of the phases above it.",
+    "Phases of a step": "On the slowest rank: means of a round, medians over rounds. "
+    "Waiting for collectives is part of the phases above it.",
     "Memory": "Peaks of the rank that needs most.",
     "Step times over the rounds": "The rounds of all combinations were taken in turn, so a machine that slows down "
     "shows in all panels at the same round. What is farther out than the axis is drawn at its edge.",

@@ -101,7 +101,7 @@ class Row:
             were taken in turn: round ``i`` of one stands beside round ``i`` of another.
         samples_per_step: Over all ranks; None where no batch shows it.
         tokens_per_step: Over all ranks; None where no batch shows it.
-        phases: Seconds of a step by phase (``PHASES``), medians of the slowest rank.
+        phases: Seconds of a step by phase (``PHASES``) on the slowest rank: means of a round, medians over rounds.
         exposed_communication: Seconds of a step in which the rank waits for a collective; it is part of the phases.
         memory: Of the rank that needs most.
         communication: Of a step.
