@@ -18,12 +18,21 @@ __all__ = ["compared", "fed_to"]
 # to nothing in it decides over the sign of a change: a small transformer in 32 bit is 4e-4 off where nothing is wrong.
 _TOLERANCES = {"64-true": 1e-9, "32-true": 1e-4, "16-true": 5e-2, "16-mixed": 5e-2, "bf16-true": 0.1, "bf16-mixed": 0.1}
 _CHANGES, _LARGEST_CHANGE = 100, 0.5
+# So many times what one process in the same precision is off: several ranks round more often.
+_ROUNDING = 2
 
 
-def compared(folder: Path, ranks: int, reference: Path, precision: str) -> Comparison:
+def compared(folder: Path, ranks: int, reference: Path, precision: str, rounded: Path | None = None) -> Comparison:
     """Compare the records of the ranks in ``folder`` with the one of the reference.
 
     Relative differences are of norms over all parameters, the largest over the recorded steps.
+
+    Args:
+        folder: Of the ranks' records.
+        ranks: How many there are.
+        reference: Of the reference's.
+        precision: Of the ranks, which says what rounding allows.
+        rounded: Of a reference in that precision: how far that one is off shows what rounding does to this model.
     """
     own = [_read(folder, rank) for rank in range(ranks)]
     other = _read(reference, 0)
@@ -35,6 +44,9 @@ def compared(folder: Path, ranks: int, reference: Path, precision: str) -> Compa
     gradient = max((_difference(mine, theirs) for mine, theirs in pairs), default=0.0)
     change = _difference(own[0]["changes"], other["changes"])
     tolerance = _TOLERANCES.get(precision, 0.1)
+    if rounded is not None:
+        pairs = list(zip(_read(rounded, 0)["gradients"], other["gradients"], strict=False))
+        tolerance = max(tolerance, _ROUNDING * max((_difference(mine, theirs) for mine, theirs in pairs), default=0.0))
     reason = _reason(own, other, loss, gradient, change, tolerance)
     return Comparison("differs" if reason else "same", loss, gradient, change, tolerance, reason)
 

@@ -105,7 +105,11 @@ class _Measurement:
         self._course, self._runs, self._folder, self._progress = course, runs, folder, progress
         self._entries = [_Entry(combination) for combination in course.combinations]
         self._entries.append(_Entry(course.baseline, is_repeat=True))
-        kinds = {(entry.combination.devices, entry.combination.batch_size) for entry in self._entries}
+        kinds = {
+            (combination.devices, combination.batch_size, precision)
+            for combination in course.combinations
+            for precision in (combination.precision, _REFERENCE_PRECISION)
+        }
         self._references = len(kinds) * bool(course.check_steps)
         self._rounds = statistics.DEFAULT_ROUNDS if course.rounds is None else course.rounds
         self._done = 0
@@ -184,25 +188,35 @@ class _Measurement:
             if entry.record is None:
                 continue
             combination = entry.combination
-            precision = _REFERENCES.get(combination.precision, _REFERENCE_PRECISION)
-            key = fed_to(entry.record, combination.devices), precision
-            if key not in references:
-                references[key] = self._run(
-                    f"the reference for {combination.devices} devices",
-                    Combination("auto", precision, 1, combination.batch_size),
-                    warmup=0,
-                    steps=0,
-                    check_steps=self._course.check_steps,
-                    initial_weights=str(self._folder / "initial"),
-                    feed=str(entry.record),
-                )
-            reference = references[key]
+            exact = _REFERENCES.get(combination.precision, _REFERENCE_PRECISION)
+            fed = fed_to(entry.record, combination.devices)
+            for precision in {exact, combination.precision}:
+                if (fed, precision) not in references:
+                    references[fed, precision] = self._run_reference(combination, precision, entry.record)
+            reference, rounded = references[fed, exact], references[fed, combination.precision]
             if reference.failure is not None:
                 entry.comparison = Comparison("not comparable", reason=f"the reference: {reference.failure}")
             else:
-                entry.comparison = compared(entry.record, combination.devices, reference.folder, combination.precision)
+                entry.comparison = compared(
+                    entry.record,
+                    combination.devices,
+                    reference.folder,
+                    combination.precision,
+                    None if rounded.failure is not None or rounded is reference else rounded.folder,
+                )
         for folder in {entry.record for entry in self._entries if entry.record is not None}:
             shutil.rmtree(folder)
+
+    def _run_reference(self, combination: Combination, precision: str, record: Path) -> Outcome:
+        return self._run(
+            f"the reference for {combination.devices} devices, {precision}",
+            Combination("auto", precision, 1, combination.batch_size),
+            warmup=0,
+            steps=0,
+            check_steps=self._course.check_steps,
+            initial_weights=str(self._folder / "initial"),
+            feed=str(record),
+        )
 
 
 def _shortfall(outcome: Outcome, course: Course) -> str | None:
