@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fabric_lite.bench.batch_size import find_batch_size, lines
 from fabric_lite.bench.benchmark import DEFAULTS, run, strategies_for
@@ -171,7 +172,18 @@ def _parser() -> argparse.ArgumentParser:
         "Everything after SCRIPT belongs to the script. Its checkpoints go to a temporary folder.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    _add_ways(parser.add_argument)
+    _add_course(parser.add_argument)
+    _add_other_questions(parser.add_argument)
+    _add_results(parser.add_argument)
+    parser.add_argument(
+        "script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS...]", help="what to run, and its own arguments"
+    )
+    return parser
+
+
+def _add_ways(add: Callable[..., Any]) -> None:
+    """Which combinations."""
     add(
         "--strategy",
         type=_names,
@@ -187,6 +199,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--devices", type=_counts, metavar="N,M", help="numbers of ranks; default: 1 and all there are")
     add("--batch-size", type=_counts, metavar="N,M", help="of every DataLoader, per rank; default: the script's own")
     add("--accelerator", help="what to run on; default: the script's own choice")
+
+
+def _add_course(add: Callable[..., Any]) -> None:
+    """How often and how long each of them runs."""
     add("--steps", type=int, default=DEFAULTS.STEPS, help=f"timed steps of each run (default {DEFAULTS.STEPS})")
     add("--warmup", type=int, default=DEFAULTS.WARMUP, help=f"steps before them (default {DEFAULTS.WARMUP})")
     add(
@@ -212,6 +228,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help=f"a single run that takes longer has failed (default {DEFAULTS.TIMEOUT_SECONDS:g})",
     )
+
+
+def _add_other_questions(add: Callable[..., Any]) -> None:
+    """What is answered instead of which combination is best."""
     add(
         "--find-batch-size",
         action="store_true",
@@ -223,6 +243,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CLUSTER",
         help='instead: what a rank would need on a cluster such as "devices=64,nodes=8,gpu=h100-80gb"; starts no rank',
     )
+
+
+def _add_results(add: Callable[..., Any]) -> None:
+    """What becomes of the figures."""
     add("--baseline", metavar="NAME", help='what the others are compared with, such as "ddp, 32-true, 2 devices"')
     add(
         "--output",
@@ -239,8 +263,6 @@ def _parser() -> argparse.ArgumentParser:
         help="exit with 1 if a combination surely has less than so much of its throughput in --against: 0.98",
     )
     add("--against", type=Path, metavar="FILE", help="a stored result (.json) for --fail-below")
-    add("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS...]", help="what to run, and its own arguments")
-    return parser
 
 
 class _Progress:
