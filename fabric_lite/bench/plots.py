@@ -57,7 +57,7 @@ def _throughput_bar(one: Shown, unit: str) -> Bar:
     styles = {"WRONG": "hatched", "not comparable": "grey"}
     style = "green" if one.is_best else styles.get(one.flag, "blue")
     bar = Segment(0.0, rate.value, style, f"{one.name}: {rate} {unit}")
-    return Bar(one.name, [bar], _noted(one, f"{rate}"), (rate.low, rate.high))
+    return Bar(one.name, [bar], _noted(one, f"{rate}"), (rate.low, rate.high) if rate.says_something else None)
 
 
 def phases_plot(shown: Sequence[Shown]) -> str | None:

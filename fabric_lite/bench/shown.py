@@ -21,10 +21,15 @@ class Interval:
     low: float
     high: float
 
+    @property
+    def says_something(self) -> bool:
+        """Whether it is narrower than the figure itself; that of one or two rounds seldom is, and may be infinite."""
+        return max(self.high - self.value, self.value - self.low) <= self.value
+
     def __str__(self) -> str:
         """The value, and how far the end that is farther away is from it."""
         half = max(self.high - self.value, self.value - self.low)
-        if not half <= self.value:  # of so few rounds that it says nothing
+        if not self.says_something:
             return f"{figure(self.value)} ±?"
         return f"{figure(self.value)} ±{figure(half, digits=2)}"
 

@@ -176,3 +176,13 @@ def test_ticks_are_few_and_not_above(most: float) -> None:
     places = ticks(most)
     assert 2 <= len(places) <= 6
     assert places == [0.0, 1.0] or places[-1] <= most * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("high", [float("inf"), 1e6])
+def test_an_interval_that_says_nothing_is_not_drawn(high: float) -> None:
+    """One round alone has none, two have one of any width."""
+    shown = [dataclasses.replace(one, throughput=Interval(100.0, 0.0, high)) for one in several() if one.throughput]
+    drawing = drawings(page_of(shown))["Throughput in samples/s by combination"]
+    assert any("100 ±?" in words for words in words_of(drawing))
+    # The legend alone has one.
+    assert [part.get("d") for part in drawing.iter() if part.get("class") == "whisker"] == ["M0 2v8M0 6h12M12 2v8"]
