@@ -68,6 +68,8 @@ def _parts(row: Row) -> dict[str, float]:
 def _knob(part: str, row: Row, rows: Sequence[Row]) -> str:
     combination = row.combination
     is_sharded = combination.strategy.startswith(("fsdp", "hsdp"))
+    beside = [other.combination for other in rows if other.combination.devices == combination.devices]
+    strategies, precisions = {one.strategy for one in beside}, {one.precision for one in beside}
     if part == "data":
         return "Try: more workers, DataLoader(num_workers=4, persistent_workers=True), or cheaper transforms."
     if part == "save":
@@ -75,20 +77,21 @@ def _knob(part: str, row: Row, rows: Sequence[Row]) -> str:
     if part == "other":
         return "Try: log every 50 steps rather than each, and call .item() as seldom."
     if part == "communication":
-        tried = {other.combination.strategy for other in rows}
-        if is_sharded and "ddp" not in tried:
+        if is_sharded and "ddp" not in strategies:
             return "Try: --strategy ddp, which sends less, if a whole model fits on each device."
         return "Try: a larger batch, or gradient accumulation under fabric.no_backward_sync, so that fewer steps send."
     if part == "optimizer":
         if combination.strategy == "fsdp_cpu_offload":
             return "Try: --strategy fsdp, whose optimizer runs on the device, if its states fit there."
-        sharded = (
-            "" if is_sharded or combination.devices == 1 else ", or --strategy fsdp, where each rank updates its part"
-        )
+        may_shard = combination.devices > 1 and not is_sharded and "fsdp" not in strategies
+        sharded = ", or --strategy fsdp, where each rank updates its part" if may_shard else ""
         return f"Try: torch.optim.AdamW(..., fused=True), one kernel rather than one a tensor{sharded}."
-    if combination.precision.startswith("32"):
-        return "Nothing else is worth a change. Try: --precision bf16-mixed, or torch.compile(model) before setup."
-    return "Nothing else is worth a change. Try: torch.compile(model) before setup, or more devices."
+    knobs = ["torch.compile(model) before setup"]
+    if combination.precision.startswith("32") and not any("16" in precision for precision in precisions):
+        knobs.insert(0, "--precision bf16-mixed")
+    # With more ranks than cores it is not known how long they wait for each other.
+    measured = "" if combination.devices == 1 or row.exposed_communication is not None else " that was measured"
+    return f"Nothing else{measured} is worth a change. Try: {', or '.join(knobs)}."
 
 
 def _said_of_room(row: Row, memory_limit: int) -> str | None:

@@ -189,6 +189,15 @@ def test_the_next_knob_knows_what_was_tried() -> None:
     assert "bf16" not in said_of_limit(row(half, 0.1, phases=PHASES), []).split("Try:")[1]
 
 
+def test_no_knob_is_named_that_was_turned_already() -> None:
+    slow_optimizer = {**PHASES, "optimizer": 0.05}
+    sharded = Combination("fsdp", "32-true", 2)
+    assert "fsdp" not in said_of_limit(row(DDP, 0.1, phases=slow_optimizer), [row(sharded, 0.2)])
+    half = dataclasses.replace(DDP, precision="bf16-mixed")
+    assert "bf16" in said_of_limit(row(DDP, 0.1, phases=PHASES), [row(DDP, 0.1)])
+    assert "bf16" not in said_of_limit(row(DDP, 0.1, phases=PHASES), [row(half, 0.2)]).split("Try:")[1]
+
+
 def said_of_limit(winner: Row, rows: Sequence[Row]) -> str:
     limit = limit_of(winner, rows)
     assert limit is not None
