@@ -253,7 +253,7 @@ def _add_results(add: Callable[..., Any]) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help="write the results to a file that ends in .json, .csv, .md or .html; may be given several times "
+        help="write the results to a file that ends in .json, .csv, .md, .html or .svg; may be given several times "
         f"(default: {' and '.join(_OUTPUT)})",
     )
     add(

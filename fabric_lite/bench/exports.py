@@ -1,4 +1,4 @@
-"""The results as files: JSON, CSV, Markdown and the page."""
+"""The results as files: JSON, CSV, Markdown, the page and a picture."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from typing import Any
 
 from fabric_lite.bench.columns import columns, notes
 from fabric_lite.bench.page import page
+from fabric_lite.bench.picture import picture
 from fabric_lite.bench.results import PHASES, Results
 from fabric_lite.bench.shown import Shown, about_line, one_line
 from fabric_lite.errors import FabricRuntimeError, FabricValueError
 
 __all__ = ["as_csv", "as_json", "as_markdown", "check_ending", "export", "read_json", "write_whole"]
 
-_ENDINGS = (".json", ".csv", ".md", ".html")
+_ENDINGS = (".json", ".csv", ".md", ".html", ".svg")
 
 
 def export(
     path: Path, results: Results, shown: Sequence[Shown], verdict: Sequence[str], *, command: str | None = None
 ) -> None:
-    """Write the results in the form that the name's ending asks for: .json, .csv, .md or .html.
+    """Write the results in the form that the name's ending asks for: .json, .csv, .md, .html or .svg.
 
     Raises FabricValueError for other endings, and FabricRuntimeError where the file can't be written; a file that was
     there before is then as it was.
@@ -37,6 +38,8 @@ def export(
         text = as_csv(shown)
     elif path.suffix == ".md":
         text = as_markdown(results, shown, verdict, command=command)
+    elif path.suffix == ".svg":
+        text = picture(shown)
     else:
         text = page(results, shown, verdict, command=command)
     write_whole(path, text)

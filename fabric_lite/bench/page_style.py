@@ -1,17 +1,20 @@
-"""How the page looks in light and in dark, and the few lines with which its tables are sorted."""
+"""How the page and its pictures look in light and in dark, and the few lines with which its tables are sorted."""
 
 from __future__ import annotations
 
-__all__ = ["SCRIPT", "STYLE"]
+__all__ = ["PICTURE_STYLE", "SCRIPT", "STYLE"]
 
 # The colours are those of Okabe and Ito, which people who can't tell red from green still tell apart; lighter in dark.
-STYLE = """
+_COLOURS = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --quiet: #59636e; --line: #d8dee4; --soft: #f4f6f8;
   --blue: #0072b2; --orange: #e69f00; --green: #009e73; --red: #d55e00; --purple: #cc79a7; --sky: #56b4e9;
   --grey: #8b949e; --wrong: #a84300; --good: #00684b; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e6e9ed; --quiet: #9aa4ae; --line: #343b43;
   --soft: #1e2329; --blue: #4a9fd8; --orange: #e9ad2e; --green: #2bb58d; --red: #f07c2d; --purple: #d992b9;
   --sky: #8accf2; --grey: #7d8790; --wrong: #ff9a57; --good: #4fd0a8; } }
+"""
+
+_PAGE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem; max-width: 72rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -44,6 +47,10 @@ th[aria-sort=descending] small::after { content: " \\25BC"; }
 .unsure .mark { color: var(--quiet); }
 figure { margin: 0; overflow-x: auto; }
 svg { display: block; width: 100%; min-width: 46rem; height: auto; }
+@media print { body { max-width: none; } .wide, figure { overflow: visible; } }
+"""
+
+_DRAWINGS = """
 svg text { fill: var(--ink); font-size: 12px; stroke: var(--paper); stroke-width: 3px; paint-order: stroke; }
 svg .quiet { fill: var(--quiet); }
 svg .small { font-size: 10px; }
@@ -59,8 +66,13 @@ svg .dashed { stroke: var(--quiet); stroke-dasharray: 5 4; fill: none; }
 svg .line { stroke: var(--colour); stroke-width: 2; fill: none; }
 svg .dots { stroke: var(--orange); stroke-width: 3.5; stroke-linecap: round; stroke-opacity: .55; }
 svg .median { stroke: var(--ink); stroke-width: 2; }
-@media print { body { max-width: none; } .wide, figure { overflow: visible; } }
 """
+
+STYLE = _COLOURS + _PAGE + _DRAWINGS
+# Of a picture by itself.
+PICTURE_STYLE = (
+    _COLOURS + 'svg { background: var(--paper); font-family: system-ui, "DejaVu Sans", sans-serif; }' + _DRAWINGS
+)
 
 SCRIPT = """
 for (const table of document.querySelectorAll("table")) {

@@ -7,11 +7,14 @@ import dataclasses
 import errno
 import io
 import os
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from fabric_lite.bench.exports import as_csv, as_json, as_markdown, export, read_json, write_whole
+from fabric_lite.bench.shown import Shown
 from fabric_lite.errors import FabricRuntimeError, FabricValueError
 from tests.unit.bench_rows import MIB, ran, results_of, several
 
@@ -110,13 +113,29 @@ def test_markdown_shows_hostile_words_as_they_are() -> None:
     assert "\n````bash\necho '```'\n````\n" in text
 
 
+@pytest.mark.parametrize("shown", [several(), [], several()[-1:]], ids=["several", "none", "a failure"])
+def test_a_picture_is_whole_by_itself(tmp_path: Path, shown: list[Shown]) -> None:
+    export(tmp_path / "a.svg", results_of(shown), shown, [])
+    root = ElementTree.parse(tmp_path / "a.svg").getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    style = root.find("{http://www.w3.org/2000/svg}style")
+    assert style is not None
+    known = set(re.findall(r"\.([a-z]+) ", style.text or ""))
+    used = {name for element in root.iter() for name in element.get("class", "").split()}
+    assert used <= known
+    words = "".join(root.itertext())
+    ran_some = any(one.row.failure is None for one in shown)
+    assert ("No combination ran." in words) == (not ran_some)
+    assert "http" not in (tmp_path / "a.svg").read_text().replace("http://www.w3.org/2000/svg", "")
+
+
 def test_other_endings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FabricValueError, match=r"not written to files of this kind[\s\S]*\.html"):
         export(tmp_path / "a.pdf", results_of([]), [], [])
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("ending", [".json", ".csv", ".md", ".html"])
+@pytest.mark.parametrize("ending", [".json", ".csv", ".md", ".html", ".svg"])
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
