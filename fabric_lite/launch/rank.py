@@ -60,16 +60,18 @@ def run_rank(script: ScriptCall, request: StartRank, server: Channel) -> None:
         run_to_end(lambda: exec(code, main_module.__dict__))
     except BaseException as error:
         if os.getpid() != rank:
-            _leave_fork(error)
+            _leave_at_once(error)
         # Now, because gloo's connections close when Python ends, and the others fail by that.
         if isinstance(error, SystemExit):
             _announce_exit(error, request, server)
+            if process_end.is_quick() and python_exit_code(error) == 0:
+                _leave_at_once(error)
             raise
         _report(error, request, server)
         sys.exit(python_exit_code(error))
     else:
         if os.getpid() != rank:
-            _leave_fork(None)
+            _leave_at_once(None)
         server.send(RankLeft(request.local_rank, time=time.monotonic()))
 
 
@@ -88,10 +90,11 @@ def run_to_end(program: Callable[[], Value]) -> Value:
     return value
 
 
-def _leave_fork(error: BaseException | None) -> NoReturn:
-    """End a process that the script has forked; what becomes of it is the script's business, not the rank's.
+def _leave_at_once(error: BaseException | None) -> NoReturn:
+    """End this process as Python does, but without taking torch apart.
 
-    As Python ends a process, but without taking torch apart: that waits for gloo's threads, which were not forked.
+    For a process that the script has forked, whose business it is and not the rank's: taking torch apart would wait for
+    gloo's threads, which were not forked. And for ranks that are to be quick.
     """
     if isinstance(error, SystemExit) and not isinstance(error.code, int) and error.code is not None:
         print(error.code, file=sys.stderr)

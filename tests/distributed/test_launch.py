@@ -19,6 +19,30 @@ def test_everything_after_the_script_is_the_scripts(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [f"2 {[str(script), '--devices', '9', '--precision', 'x', '-h']}"] * 2
 
 
+@pytest.mark.parametrize(("code", "said"), [(0, ["goodbye"]), (3, ["goodbye", "taken apart"])])
+def test_a_rank_that_is_to_be_quick_runs_its_exit_handlers_and_no_more_unless_it_fails(
+    tmp_path: Path, code: int, said: list[str]
+) -> None:
+    script = write(
+        tmp_path,
+        """
+        import atexit, os, sys
+        from fabric_lite import process_end
+
+        class Last:
+            def __del__(self, write=os.write):
+                write(1, b"taken apart\\n")
+
+        last = Last()
+        atexit.register(print, "goodbye")
+        process_end.be_quick()
+        sys.exit(int(sys.argv[1]))
+        """,
+    )
+    done = fabric_run("--devices", 1, script, code)
+    assert (done.returncode, done.stdout.splitlines()) == (code, said)
+
+
 def test_ranks_have_torchruns_variables_and_gloos_interface(tmp_path: Path) -> None:
     script = write(
         tmp_path,
