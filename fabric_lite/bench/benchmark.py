@@ -11,8 +11,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 
+from fabric_lite.bench.machine import memory_of_machine, processor
 from fabric_lite.bench.measuring import Course, Measured, Progress, measure
 from fabric_lite.bench.results import About, Combination, Results
 from fabric_lite.errors import FabricValueError, LaunchError
@@ -153,25 +153,11 @@ def _all_devices(script: ScriptCall, accelerator: str | None) -> list[int]:
 def _about(measured: Measured) -> About:
     return About(
         date=datetime.date.today().isoformat(),
-        processor=_processor(),
+        processor=processor(),
         cores=cores(),
         accelerator=measured.device_name,
         python=platform.python_version(),
         torch=metadata.version("torch"),
         command=shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-        memory=measured.device_memory or _memory_of_machine(),
+        memory=measured.device_memory or memory_of_machine(),
     )
-
-
-def _memory_of_machine() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):  # not everywhere
-        return None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -1,8 +1,12 @@
-"""Measuring all combinations, in rounds: each of them once, in turn, so that a machine that drifts hits all alike."""
+"""Measuring all combinations, in rounds: each of them once, in turn, so that a machine that drifts hits all alike.
+
+Where they can live side by side, they take turns within a round too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import tempfile
 import time
@@ -12,6 +16,7 @@ from statistics import mean, median
 from typing import Any
 
 from fabric_lite.bench import statistics
+from fabric_lite.bench.machine import available_memory
 from fabric_lite.bench.results import Combination, Communication, Comparison, Memory, Row
 from fabric_lite.bench.runs import Outcome, Runs
 from fabric_lite.launch.environment import cores
@@ -22,6 +27,10 @@ __all__ = ["Course", "Measured", "Progress", "measure"]
 # The reference computes in full precision, or better where a combination does.
 _REFERENCES = {"64-true": "64-true"}
 _REFERENCE_PRECISION = "32-true"
+# Of a turn, at least: after each the caches are another job's.
+_TURN_SECONDS = 0.05
+# That all jobs together may take of the memory that is free.
+_SHARE_OF_MEMORY = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +104,9 @@ class _Entry:
     combination: Combination
     is_repeat: bool = False
     failure: str | None = None
-    rounds: list[list[dict[str, Any]]] = dataclasses.field(default_factory=list)
+    first: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # the first run's figures, by rank
+    rounds: list[list[dict[str, Any]]] = dataclasses.field(default_factory=list)  # of those that are timed
+    starts: list[float] = dataclasses.field(default_factory=list)  # seconds of those that start by themselves
     record: Path | None = None
     comparison: Comparison | None = None
 
@@ -113,6 +124,9 @@ class _Measurement:
         self._references = len(kinds) * bool(course.check_steps)
         self._rounds = statistics.DEFAULT_ROUNDS if course.rounds is None else course.rounds
         self._done = 0
+        self._steps_of_a_turn: int | None = None  # None: one run after the other
+        self._next_look: int | None = statistics.PILOT_ROUNDS  # after how many rounds to ask how many it takes
+        self._trials = 0  # rounds that are not timed: the first one, where those after it are made in turns
 
     def run(self) -> Measured:
         number, is_complete = 0, True
@@ -124,8 +138,8 @@ class _Measurement:
                 raise
             is_complete = False
             for entry in self._entries:
-                del entry.rounds[number:]
-        figures = [own for entry in self._entries for of_ranks in entry.rounds for own in of_ranks]
+                del entry.rounds[number - self._trials :]
+        figures = [own for entry in self._entries for own in entry.first]
         device = figures[0] if figures else {"device_name": None, "device_memory": None}
         rows = [_row(entry) for entry in self._entries]
         return Measured(rows, device["device_name"], device["device_memory"], is_complete)
@@ -137,19 +151,46 @@ class _Measurement:
             start = time.monotonic()
             yield number
             now = time.monotonic()
-            if number == 0 and self._course.check_steps:
-                self._compare()
+            if number == 0:
+                if self._course.check_steps:
+                    self._compare()
+                self._choose_turns()
             number += 1
             runs_none = all(entry.failure is not None for entry in self._entries)
             if time.monotonic() - began + (now - start) > self._course.budget_seconds or runs_none:
                 return
-            if number == statistics.PILOT_ROUNDS and self._course.rounds is None:
+            if self._course.rounds is None and number == self._next_look:
                 rows = [_row(entry) for entry in self._entries]
-                wanted = statistics.rounds_needed(rows, self._course.baseline.name)
+                wanted = statistics.rounds_needed(rows, self._course.baseline.name) + self._trials
                 affordable = number + int((self._course.budget_seconds - (now - began)) / (now - start))
                 self._rounds = max(number, min(wanted, affordable))
+                is_first = number == statistics.PILOT_ROUNDS + self._trials
+                self._next_look = self._rounds if is_first else None
+
+    def _choose_turns(self) -> None:
+        """After the first round: let the jobs of the others live side by side, if they can and there are others.
+
+        That takes memory for all of them, which accelerators seldom have. A job that works on while it waits (the
+        workers of a loader, an asynchronous save) would have that for nothing, and hold the others up.
+        """
+        ran = [entry for entry in self._entries if entry.failure is None]
+        figures = [own for entry in ran for own in entry.first]
+        has_room = sum(own["resident"] for own in figures) < _SHARE_OF_MEMORY * available_memory()
+        is_on_cpu = all(own["device_name"] is None and own["blocked"] is not None for own in figures)
+        if self._rounds == 1 or not has_room or not is_on_cpu or any(own["works_beside"] for own in figures):
+            return
+        step_seconds = min((median(own["step_seconds"]) for own in figures), default=math.inf)
+        self._steps_of_a_turn = max(1, math.ceil(_TURN_SECONDS / step_seconds))
+        self._trials = 1
+        self._rounds += 1
+        self._next_look = statistics.PILOT_ROUNDS + 1
+        for entry in self._entries:
+            entry.rounds.clear()
 
     def _round(self, number: int) -> None:
+        if self._steps_of_a_turn is not None and self._round_in_turns(number):
+            return
+        self._steps_of_a_turn = None
         turn = number % len(self._entries)
         for entry in self._entries[turn:] + self._entries[:turn]:
             if entry.failure is not None:
@@ -169,14 +210,40 @@ class _Measurement:
             entry.failure = outcome.failure or _shortfall(outcome, self._course)
             if entry.failure is None:
                 entry.rounds.append(outcome.figures)
+                entry.first = entry.first or outcome.figures
+                entry.starts.append(max(own["startup_seconds"] for own in outcome.figures))
             if checks and entry.failure is None and self._course.check_steps:
                 entry.record = outcome.folder
             else:
                 shutil.rmtree(outcome.folder)
 
-    def _run(self, what: str, combination: Combination, **options: Any) -> Outcome:
+    def _round_in_turns(self, number: int) -> bool:
+        """Whether that went well; else nothing has been measured."""
+        assert self._steps_of_a_turn is not None
+        entries = [entry for entry in self._entries if entry.failure is None]
+        turn = number % len(entries)
+        entries = entries[turn:] + entries[:turn]
+        self._report(f"round {number + 1}: all in turns")
+        outcomes = self._runs.run_in_turns(
+            [entry.combination for entry in entries],
+            steps_of_a_turn=self._steps_of_a_turn,
+            warmup=self._course.warmup + self._course.check_steps,
+            steps=self._course.steps,
+        )
+        if outcomes is None:
+            return False
+        self._done += len(self._entries)
+        for entry, outcome in zip(entries, outcomes, strict=True):
+            entry.rounds.append(outcome.figures)
+            shutil.rmtree(outcome.folder)
+        return True
+
+    def _report(self, what: str) -> None:
         total = len(self._entries) * self._rounds + self._references
         self._progress(self._done, max(total, self._done + 1), what)
+
+    def _run(self, what: str, combination: Combination, **options: Any) -> Outcome:
+        self._report(what)
         self._done += 1
         return self._runs.run(combination, **options)
 
@@ -227,12 +294,12 @@ def _shortfall(outcome: Outcome, course: Course) -> str | None:
 
 
 def _row(entry: _Entry) -> Row:
-    if not entry.rounds:
+    if not entry.first:
         return Row(entry.combination, failure=entry.failure, is_repeat=entry.is_repeat)
-    slowest = [max(figures, key=lambda own: median(own["step_seconds"])) for figures in entry.rounds]
+    rounds = entry.rounds or [entry.first]
+    slowest = [max(figures, key=lambda own: median(own["step_seconds"])) for figures in rounds]
     # In the first round there are the checks, with what they keep in memory.
-    usual = entry.rounds[1:] or entry.rounds
-    starts = [max(own["startup_seconds"] for own in figures) for figures in usual]
+    usual = [figures for figures in rounds if figures is not entry.first] or rounds
     # With fewer cores than ranks these take turns: not to run is not to wait for a collective.
     shows_waits = 1 < entry.combination.devices <= cores() and all(own["blocked"] is not None for own in slowest)
     return Row(
@@ -240,16 +307,16 @@ def _row(entry: _Entry) -> Row:
         failure=entry.failure,
         step_seconds=[
             [max(of_ranks) for of_ranks in zip(*(own["step_seconds"] for own in figures), strict=True)]
-            for figures in entry.rounds
+            for figures in rounds
         ],
-        samples_per_step=_over_shares(entry.rounds, "samples"),
-        tokens_per_step=_over_shares(entry.rounds, "tokens"),
+        samples_per_step=_over_shares(rounds, "samples"),
+        tokens_per_step=_over_shares(rounds, "tokens"),
         phases={name: median(own["phases"][name] for own in slowest) for name in slowest[0]["phases"]},
         exposed_communication=median(own["blocked"] for own in slowest) if shows_waits else None,
-        memory=_memory([own for figures in usual for own in figures], [own["probe"] for own in entry.rounds[0]]),
-        communication=_communication(entry.rounds[0][0]["probe"]),
+        memory=_memory([own for figures in usual for own in figures], [own["probe"] for own in entry.first]),
+        communication=_communication(entry.first[0]["probe"]),
         comparison=entry.comparison,
-        startup_seconds=median(starts),
+        startup_seconds=median(entry.starts[1:] or entry.starts),
         is_repeat=entry.is_repeat,
     )
 

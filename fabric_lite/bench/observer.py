@@ -19,9 +19,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fabric_lite import process_end
 from fabric_lite.bench.files import figures_file
 from fabric_lite.bench.stopwatch import Stopwatch
 from fabric_lite.bench.tracking import Tracker
+from fabric_lite.bench.turns import Gate
 from fabric_lite.bench.witness import Witness
 from fabric_lite.data import put_around
 from fabric_lite.errors import FabricValueError
@@ -46,6 +48,7 @@ class StepObserver:
         feed: The folder of a run whose batches these steps are fed, those of all its ranks put together.
         batch_size: Of every loader; None leaves the script's own.
         probes: Whether one more step, that is not timed, is followed operator by operator.
+        takes_turns: Whether the timed steps are made in turns with other jobs.
     """
 
     _followed: StepObserver | None = None  # in this process, each Fabric of which has an observer
@@ -62,6 +65,7 @@ class StepObserver:
         feed: str | None = None,
         batch_size: int | None = None,
         probes: bool = False,
+        takes_turns: bool = False,
     ) -> None:
         self._folder, self._batch_size, self._started_at = Path(folder), batch_size, started_at
         self._first, self._last = check_steps + warmup, check_steps + warmup + steps
@@ -69,6 +73,9 @@ class StepObserver:
         self._probe: dict[str, Any] = {}
         self._watch = Stopwatch()
         self._witness = Witness(self._folder, check_steps, initial_weights, feed) if check_steps else None
+        self._takes_turns = takes_turns
+        self._gate: Gate | None = None
+        self._works_beside = False  # what goes on while other jobs have their turns would be had for nothing
         self._ends: list[Any] = []  # of steps on an accelerator: its own events
         self._loader_numbers = itertools.count()
         self._batch: Any = None  # the last one, until a backward
@@ -93,7 +100,9 @@ class StepObserver:
             _set_batch_size(loader, self._batch_size)
 
     def on_after_setup_dataloader(self, fabric: Any, loader: Any) -> None:
-        put_around(loader, functools.partial(self._batches, fabric, next(self._loader_numbers)))
+        self._works_beside |= getattr(loader, "num_workers", 0) > 0
+        batches = functools.partial(self._batches, fabric, next(self._loader_numbers))
+        put_around(loader, start=functools.partial(self._watch.timed, "data"), batches=batches)
 
     def on_after_setup(self, fabric: Any, module: nn.Module) -> None:
         if self._follows(fabric) and self._witness is not None:
@@ -125,12 +134,15 @@ class StepObserver:
         if StepObserver._followed is None:
             StepObserver._followed = self
             self._fabric, self._on_cpu = fabric, fabric.device.type == "cpu"
+            if self._takes_turns:
+                self._gate = Gate(self._folder, fabric.global_rank)
             if self._witness is not None:
                 self._witness.begin(fabric)
                 vars(fabric)["backward"] = self._witness.seeing_losses(fabric.backward)
             vars(fabric)["backward"] = self._counting(fabric.backward)
-            for name, phase in (("backward", "backward"), ("clip_gradients", "optimizer"), ("save", "save")):
+            for name, phase in (("backward", "backward"), ("clip_gradients", "optimizer")):
                 vars(fabric)[name] = self._watch.timed(phase, getattr(fabric, name))
+            vars(fabric)["save"] = self._seeing_handles(self._watch.timed("save", fabric.save))
         return StepObserver._followed is self
 
     def _counting(self, backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,6 +157,18 @@ class StepObserver:
             return backward(*args, **kwargs)
 
         return counting
+
+    def _seeing_handles(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        """``fabric.save``, after which to wait for an asynchronous save is saving too."""
+
+        def seeing(*args: Any, **kwargs: Any) -> Any:
+            handle = save(*args, **kwargs)
+            if handle is not None:
+                self._works_beside = True
+                handle.wait = self._watch.timed("save", handle.wait)
+            return handle
+
+        return seeing
 
     def _batches(self, fabric: Any, number: int, advance: Callable[[], Any]) -> Callable[[], Any]:
         if self._witness is not None:
@@ -163,6 +187,8 @@ class StepObserver:
         self._done += 1
         if self._startup_seconds is None:
             self._startup_seconds = time.monotonic() - self._started_at
+        if self._gate is not None and self._first <= self._done <= self._last:
+            self._gate.wait(self._done)
         if self._witness is not None:
             self._witness.after_step(self._done)
         if not self._on_cpu and self._first <= self._done <= self._last:
@@ -192,6 +218,7 @@ class StepObserver:
             step = self._tracker.steps[-1]
             self._probe = {"tensors": self._tracker.peak, "calls": dict(step.calls), "bytes": dict(step.bytes)}
         self.finish()
+        process_end.be_quick()
         raise SystemExit(0)
 
     def finish(self) -> None:
@@ -217,6 +244,7 @@ class StepObserver:
             "startup_seconds": self._startup_seconds,
             "resident": self._resident or _peak(),
             "probe": self._probe,
+            "works_beside": self._works_beside,
             **_device_figures(self._fabric.device),
         }
 

@@ -9,14 +9,16 @@ import os
 import selectors
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from fabric_lite.bench.files import OBSERVER, figures_file
 from fabric_lite.bench.results import THE_SCRIPTS, Combination
+from fabric_lite.bench.turns import Turns
 from fabric_lite.launch.environment import chosen_threads, rank_environment, server_environment
-from fabric_lite.launch.failure import summary
+from fabric_lite.launch.failure import line_of, summary
 from fabric_lite.launch.messages import Preload, StartRank
 from fabric_lite.launch.process_tree import adopt_orphans
 from fabric_lite.launch.rank import ScriptCall
@@ -84,13 +86,44 @@ class Runs:
 
     def run(self, combination: Combination, **options: Any) -> Outcome:
         """Run the script once, watched by a :class:`~fabric_lite.bench.observer.StepObserver` with these options."""
+        folder = self._new_folder()
+        requests = self._requests(combination, folder, 0, self._timeout, options)
+        is_late = self._run_to_end(requests, self._timeout)
+        return self._outcome(folder, combination.devices, is_late=is_late)
+
+    def run_in_turns(
+        self, combinations: Sequence[Combination], *, steps_of_a_turn: int, warmup: int, steps: int
+    ) -> list[Outcome] | None:
+        """Run the script in all combinations at once, which take turns after the warm-up.
+
+        None where anything has failed: which of them that was is seen when they run one after the other.
+        """
+        folders = [self._new_folder() for _ in combinations]
+        ranks = [combination.devices for combination in combinations]
+        options = {"warmup": warmup, "steps": steps, "takes_turns": True}
+        limit = self._timeout * len(combinations)  # each waits for all others
+        requests: list[StartRank] = []
+        for combination, folder in zip(combinations, folders, strict=True):
+            requests += self._requests(combination, folder, len(requests), limit, options)
+        turns = Turns(folders, ranks, first=warmup, last=warmup + steps, steps=steps_of_a_turn)
+        self._selector.register(turns.reports, selectors.EVENT_READ, turns.read)
+        try:
+            is_late = self._run_to_end(requests, limit, turns)
+        finally:
+            self._selector.unregister(turns.reports)
+            turns.close()
+        outcomes = [self._outcome(folder, count, is_late=is_late) for folder, count in zip(folders, ranks, strict=True)]
+        return None if any(outcome.failure is not None for outcome in outcomes) else outcomes
+
+    def _new_folder(self) -> Path:
         folder = self._folder / f"run_{self._count}"
         folder.mkdir()
         self._count += 1
-        options |= {"folder": str(folder), "batch_size": combination.batch_size, "started_at": time.monotonic()}
-        port = self._group.host_store(_ADDRESS, 0)
-        requests = [self._request(combination, rank, port, folder, options) for rank in range(combination.devices)]
-        deadline = time.monotonic() + self._timeout
+        return folder
+
+    def _run_to_end(self, requests: Sequence[StartRank], limit: float, turns: Turns | None = None) -> bool:
+        """Start these ranks and wait until nothing is left of them; whether they took longer than so many seconds."""
+        deadline = time.monotonic() + limit
         self._group.start(requests)
         while not self._group.has_ended:
             left = [deadline - time.monotonic()] if not self._group.is_stopping else []
@@ -99,17 +132,23 @@ class Runs:
                 key.data()
             if self._group.first_failure is not None:
                 self._group.stop_failed()
-            elif time.monotonic() > deadline:
+            elif time.monotonic() > deadline or self._is_turn_lost(turns, len(requests)):
                 self._group.stop(grace_seconds=0.0, number=signal.SIGKILL)
         is_late = time.monotonic() > deadline
         self._group.end_leftovers()
-        return self._outcome(folder, combination.devices, is_late=is_late)
+        return is_late
+
+    def _is_turn_lost(self, turns: Turns | None, ranks: int) -> bool:
+        """Whether some have left in the middle, which the others would wait for."""
+        return turns is not None and not turns.have_ended and len(self._group.running) < ranks
 
     def _outcome(self, folder: Path, ranks: int, *, is_late: bool) -> Outcome:
         failure = self._group.first_failure
         if failure is not None and not (is_late and failure.is_after_kill):
             hint = " (perhaps the machine ran out of memory)" * (failure.exit_code == -signal.SIGKILL)
-            return Outcome(folder, summary(failure) + hint, [])
+            line = line_of(failure)
+            place = f", at {line}" if line is not None else ""
+            return Outcome(folder, summary(failure) + place + hint, [])
         if is_late:
             return Outcome(folder, f"took longer than {self._timeout:g} s", [])
         files = [figures_file(folder, rank) for rank in range(ranks)]
@@ -117,9 +156,11 @@ class Runs:
             return Outcome(folder, "the script never set up an optimizer with fabric.setup()", [])
         return Outcome(folder, None, [json.loads(file.read_text()) for file in files])
 
-    def _request(
-        self, combination: Combination, rank: int, port: int, folder: Path, options: dict[str, Any]
-    ) -> StartRank:
+    def _requests(
+        self, combination: Combination, folder: Path, first: int, limit: float, options: dict[str, Any]
+    ) -> list[StartRank]:
+        """The ranks of a job of so many seconds, which the server knows by numbers from ``first`` on."""
+        port = self._group.host_store(_ADDRESS, 0)  # the first time it waits until the server has loaded torch
         ranks = combination.devices
         config = RunConfig(
             accelerator=self._accelerator,
@@ -127,30 +168,37 @@ class Runs:
             precision=_said(combination.precision),
             devices=str(ranks),
             threads_per_rank=chosen_threads(os.environ, ranks),
-            hang_timeout=self._timeout / 2,
+            hang_timeout=limit / 2,
             callback=OBSERVER,
-            callback_options=options,
+            callback_options=options
+            | {"folder": str(folder), "batch_size": combination.batch_size, "started_at": time.monotonic()},
             scratch_folder=str(folder / "scratch"),
         )
-        environment = rank_environment(
-            rank=rank,
-            world_size=ranks,
-            local_rank=rank,
-            local_world_size=ranks,
-            node_rank=0,
-            num_nodes=1,
-            main_address=_ADDRESS,
-            main_port=port,
-            error_file=str(folder / f"error_{rank}.json"),
-        )
-        return StartRank(
-            rank,
-            environment,
-            dataclasses.asdict(config),
-            stdout_fd=self._output,
-            stderr_fd=self._output,
-            error_log=str(folder / f"error_{rank}.txt"),
-        )
+        return [
+            StartRank(
+                first + rank,
+                _environment(rank, ranks, port, folder),
+                dataclasses.asdict(config),
+                stdout_fd=self._output,
+                stderr_fd=self._output,
+                error_log=str(folder / f"error_{rank}.txt"),
+            )
+            for rank in range(ranks)
+        ]
+
+
+def _environment(rank: int, ranks: int, port: int, folder: Path) -> dict[str, str]:
+    return rank_environment(
+        rank=rank,
+        world_size=ranks,
+        local_rank=rank,
+        local_world_size=ranks,
+        node_rank=0,
+        num_nodes=1,
+        main_address=_ADDRESS,
+        main_port=port,
+        error_file=str(folder / f"error_{rank}.json"),
+    )
 
 
 def _said(name: str) -> str | None:

@@ -23,8 +23,8 @@ __all__ = ["REPLACED", "Around", "ExtendedLoader", "Holder", "members", "origina
 REPLACED = ("sampler", "batch_sampler", "worker_init_fn")
 
 
-# Takes what returns the next batch, or raises StopIteration, and returns what is called instead of it.
-Around = Callable[[Callable[[], Any]], Callable[[], Any]]
+# Takes a function, and returns what is called instead of it.
+Around = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclasses.dataclass
@@ -36,7 +36,8 @@ class Holder:
     ends: Collectives | None
     originals: dict[str, Any]
     owner: Any = None
-    around: Around | None = None
+    around_start: Around | None = None
+    around_batches: Around | None = None
 
 
 class _Batches:
@@ -61,7 +62,7 @@ class _Batches:
         self._note_handed_out = holder.progress.note_handed_out
         self._move = holder.move
         advance = inner.__next__ if holder.ends is None else end_together(inner, holder.ends).__next__
-        self._advance = advance if holder.around is None else holder.around(advance)
+        self._advance = advance if holder.around_batches is None else holder.around_batches(advance)
         self._is_new = True
         self._must_deal = holder.progress.must_deal(current)
         self._kind = kind
@@ -142,9 +143,10 @@ def members(kind: type) -> dict[str, Any]:
         apart = holder.progress.reading_again(current, self.dataset)
         pin()
         start = current.start
+        begin = plain_iter if holder.around_start is None else holder.around_start(plain_iter)
         has_ended = start.stream is not None and start.stream["has_ended"] and start.seen > 0
         with apart:
-            inner = iter(()) if has_ended else iter(plain_iter(self))
+            inner = iter(()) if has_ended else iter(begin(self))
         current.rewind()
         return _Batches(holder, current, inner, pin, apart, kind.__name__)
 

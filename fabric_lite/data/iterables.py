@@ -51,7 +51,8 @@ class MovedIterable:
             )
         self.iterable = iterable
         self.owner = owner
-        self.around: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
+        self.around_start: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+        self.around_batches: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
         self._move = move
         self._together = together
         self._window = Window() if window is None else window
@@ -62,7 +63,8 @@ class MovedIterable:
         self._goes_on_itself = False
 
     def __iter__(self) -> Iterator[Any]:
-        inner = iter(self.iterable)
+        begin = iter if self.around_start is None else self.around_start(iter)
+        inner = begin(self.iterable)
         before, self._next_seen = self._next_seen, 0
         self._seen = self._stepped = before
         return self._run(inner, before)
@@ -73,8 +75,8 @@ class MovedIterable:
         self._goes_on_itself = False
         if self._together is not None:
             inner = end_together(inner, self._together)
-        if self.around is not None:
-            inner = _calls(self.around(inner.__next__))
+        if self.around_batches is not None:
+            inner = _calls(self.around_batches(inner.__next__))
         for batch in inner:
             if not self._window.waiting:
                 self._stepped = self._seen

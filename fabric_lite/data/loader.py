@@ -184,10 +184,16 @@ def place_of(loader: Any) -> Place:
     return place
 
 
-def put_around(loader: Any, around: Around) -> None:
-    """Let the iterators of a set-up loader that begin from now on get their batches through ``around``."""
+def put_around(loader: Any, *, start: Around, batches: Around) -> None:
+    """Let the iterators of a set-up loader that begin from now on do so through others' functions.
+
+    Args:
+        loader: Any that :func:`extend_loader` has returned.
+        start: Takes what starts an iterator, workers and all, and returns what is called instead.
+        batches: Takes what returns the next batch, or raises StopIteration, and returns what is called instead.
+    """
     own: Any = loader if isinstance(loader, MovedIterable) else adopt.extension_of(loader)
-    own.around = around
+    own.around_start, own.around_batches = start, batches
 
 
 def release_loader(loader: Any) -> Any:

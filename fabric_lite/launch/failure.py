@@ -20,6 +20,7 @@ __all__ = [
     "describe_exception",
     "ending",
     "exit_status",
+    "line_of",
     "python_exit_code",
     "report",
     "summary",
@@ -119,10 +120,7 @@ def report(failure: Failure) -> str:
         lines = [line[:_MAX_LINE_CHARACTERS] for line in failure.hang[: _MAX_LINES - 1]]
         return "\n".join([*lines, _where_logs_are(failure)]) + "\n"
     lines = []
-    location = (
-        _crash_location(failure) if failure.details is None else failure.details["message"]["extraInfo"].get("location")
-    )
-    if location:
+    if location := _location(failure):
         lines.append(f"  at {_place(location)}")
         if location["text"]:
             lines.append(f"    {location['text'][:_MAX_LINE_CHARACTERS]}")
@@ -145,6 +143,12 @@ def summary(failure: Failure) -> str:
     return f"rank {failure.rank} failed: {_cause(failure, _MAX_LINES)[0]}"
 
 
+def line_of(failure: Failure) -> str | None:
+    """Return the name of the file and the number of the user's line, ``train.py:12``; None where it is not known."""
+    location = _location(failure)
+    return None if location is None else f"{os.path.basename(location['file'])}:{location['line']}"
+
+
 def _cause(failure: Failure, most: int) -> list[str]:
     """What the rank died of, in at most ``most`` lines."""
     if failure.details is None:
@@ -164,6 +168,13 @@ def _where_logs_are(failure: Failure) -> str:
     if os.path.exists(failure.log) and os.path.getsize(failure.log):
         return f"  The full traceback is in {failure.log}, those of other ranks beside it."
     return f"  The tracebacks of other ranks are in {os.path.dirname(failure.log)}"
+
+
+def _location(failure: Failure) -> dict[str, Any] | None:
+    if failure.details is None:
+        return _crash_location(failure)
+    location: dict[str, Any] | None = failure.details["message"]["extraInfo"].get("location")
+    return location
 
 
 def _crash_location(failure: Failure) -> dict[str, Any] | None:

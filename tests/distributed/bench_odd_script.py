@@ -1,6 +1,8 @@
 """A script that does one thing out of the ordinary, and nothing wrong: bench_odd_script.py WHAT."""
 
+import pathlib
 import sys
+import time
 
 import numpy
 import torch
@@ -10,6 +12,34 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Tensor
 from fabric_lite import Checkpoints, Fabric
 
 what = sys.argv[1]
+SLOW_SECONDS = 0.05
+
+
+def work_long():
+    end = time.perf_counter() + SLOW_SECONDS
+    while time.perf_counter() < end:
+        pass
+
+
+def leaves_early():
+    """In the third run of all: the first two come one after the other, the next two take turns."""
+    runs = pathlib.Path("runs.txt")
+    with runs.open("a") as file:
+        file.write(".")
+    return runs.stat().st_size == 3
+
+
+class SlowToStart:
+    """Three batches an epoch, which takes long to begin."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        work_long()
+        return iter(self.batches)
+
+
 fabric = Fabric(accelerator="cpu")
 fabric.launch()
 if what == "another fabric":
@@ -31,6 +61,8 @@ if what == "batch sampler":
     loader = DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 16, True))
 elif what == "numpy batches":
     loader = [(part.numpy(), part.sum(1, keepdim=True).numpy()) for part in inputs.split(16)]
+elif what == "slow to start":
+    loader = SlowToStart([(part, part.sum(1, keepdim=True)) for part in inputs[:48].split(16)])
 else:
     loader = DataLoader(data, batch_size=16, shuffle=True)
 loader = fabric.setup_dataloaders(loader)
@@ -61,6 +93,12 @@ def step(inputs, targets):
                 model(batch)
     if what == "checkpoints":
         checkpoints.step(state)
+    if what == "leaves in the middle" and fabric.steps == 4 and leaves_early():
+        sys.exit()
+    if what == "waits for saves":
+        handle = fabric.save("model.ckpt", state, async_=True)
+        handle.then(work_long)
+        handle.result()
 
 
 while True:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fabric_lite import bench
-from fabric_lite.bench import Row
+from fabric_lite.bench import Row, measuring
 from fabric_lite.bench.cli import main
 from fabric_lite.errors import FabricValueError, LaunchError
 
@@ -44,6 +44,29 @@ def test_every_combination_is_measured_in_every_round_and_the_baseline_twice() -
         assert (row.exposed_communication is None) == (row.combination.devices == 1)
         assert row.is_repeat == (row.comparison is None)
         assert row.is_repeat or (row.comparison is not None and row.comparison.verdict == "same"), row.comparison
+
+
+@pytest.mark.parametrize("what", ["works beside", "no room", "leaves in the middle"])
+def test_one_run_follows_the_other_where_they_cannot_take_turns(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    if what == "no room":
+        monkeypatch.setattr(measuring, "available_memory", lambda: 1 << 20)
+    rows = rows_of(
+        "waits for saves" if what == "works beside" else what,
+        script=ODD_SCRIPT,
+        devices=[1],
+        rounds=2,
+        steps=6,
+        check_steps=0,
+        progress=lambda *now: said.append(now[-1]),
+    )
+    assert [row.failure for row in rows] == [None, None]
+    assert [[len(steps) for steps in row.step_seconds] for row in rows] == [[6, 6]] * 2
+    in_turns = [words for words in said if "in turns" in words]
+    assert len(in_turns) == (what == "leaves in the middle")
 
 
 MISTAKES = [
@@ -97,7 +120,7 @@ def test_what_can_be_compared(script: str, verdict: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("script", "options", "failure"),
     [
-        ("raises", {}, "failed: ValueError: a bad batch"),
+        ("raises", {}, "failed: ValueError: a bad batch, at bench_script.py:"),
         ("short", {}, "the script ended after 4 steps of the 7 that are needed"),
         ("none", {"strategies": ["nonsense"]}, "This strategy does not exist"),
     ],
@@ -132,6 +155,20 @@ def test_what_is_out_of_the_ordinary_is_measured_all_the_same(
         assert row.samples_per_step == 32  # those of batches that are trained on
         assert row.is_repeat or (row.comparison is not None and row.comparison.verdict == "same"), row.comparison
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "phase", "least_seconds"),
+    [("slow to start", "data", 0.04 / 3), ("waits for saves", "save", 0.04)],
+)
+def test_the_start_of_an_epoch_is_waiting_for_data_and_waiting_for_a_save_is_saving(
+    what: str, phase: str, least_seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row, _ = rows_of(what, script=ODD_SCRIPT, devices=[1], steps=6, check_steps=0)
+    assert row.failure is None
+    assert row.phases[phase] > least_seconds
+    assert row.phases[phase] > 0.5 * sum(row.phases.values())
 
 
 def test_steps_that_the_loss_scaler_skips_are_not_compared() -> None:

@@ -256,16 +256,19 @@ def test_the_fastest_of_six_is_the_best_or_within_2_percent_in_19_of_20(name: st
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_rounds_asked_for_after_the_pilot_find_5_percent_and_keep_the_error_rate(name: str) -> None:
+def test_rounds_that_are_asked_for_find_5_percent_and_keep_the_error_rate(name: str) -> None:
     found = wrong = 0
     for seed in range(100):
         times = {BASELINE: 0.05, EQUAL: 0.05, SLOWER: 0.05 / 0.95}
         rows = rows_of(MODELS[name], times, seed=4000 + seed, rounds=60)
-        rows = first_rounds(rows, rounds_needed(first_rounds(rows, PILOT_ROUNDS), BASELINE.name))
+        count = PILOT_ROUNDS
+        for _ in range(2):
+            count = max(count, rounds_needed(first_rounds(rows, count), BASELINE.name))
+        rows = first_rounds(rows, count)
         noise = noise_of(rows, BASELINE.name)
         wrong += compare(rows[0], rows[1], noise).is_told_apart
         found += compare(rows[0], rows[2], noise).is_told_apart
-    assert found >= 90  # the pilot's own luck costs a little of the 95
+    assert found >= 95
     assert wrong <= 5
 
 

@@ -225,8 +225,18 @@ def test_what_stands_around_a_loader_sees_each_batch_of_both_kinds() -> None:
             return noting
 
         plain = [batch.tolist() for batch in loader]
-        put_around(loader, around)
+        started = []
+
+        def start(begin: Callable[..., Any], started: list[Any] = started) -> Callable[..., Any]:
+            def noting(source: Any) -> Any:
+                started.append(source)
+                return begin(source)
+
+            return noting
+
+        put_around(loader, start=start, batches=around)
         assert [batch.tolist() for batch in loader] == plain == [batch.tolist() for batch in seen]
+        assert len(started) == 1
     fabric.close()
 
 

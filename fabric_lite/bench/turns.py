@@ -1,0 +1,106 @@
+"""Jobs that live side by side and take turns of a few steps: what the machine does for a second, it does to all.
+
+A shared machine changes its speed for seconds at a time. Two runs one after the other then differ by 10 or 20 %,
+however long each of them is; side by side, in turns of 50 ms, by 3 to 4 % (20 steps of 18 ms; benchmarks/trust.py).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+__all__ = ["Gate", "Turns"]
+
+_NUMBER_BYTES = 8
+_REPORTS = "reports"
+
+
+def _gate_file(folder: Path, rank: int) -> Path:
+    return folder / f"gate_{rank}"
+
+
+class Gate:
+    """A rank's end: it waits here until its job's turn has come.
+
+    Args:
+        folder: Of the job.
+        rank: Which one of it.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        # The other end has both open, so neither call waits.
+        self._reports = os.open(folder / _REPORTS, os.O_WRONLY)
+        self._gate = os.open(_gate_file(folder, rank), os.O_RDONLY)
+        self._until = 0
+
+    def wait(self, done: int) -> None:
+        """After so many steps; returns at once within a turn."""
+        if done >= self._until:
+            os.write(self._reports, b".")
+            self._until = int.from_bytes(os.read(self._gate, _NUMBER_BYTES), "little")
+
+
+class Turns:
+    """The other end: hands out turns until all jobs have made their steps, and lets them end together.
+
+    All of them make the steps before the first turn at once, since these are not timed.
+
+    Args:
+        folders: Of the jobs.
+        ranks: How many ranks each job has.
+        first: The step after which they wait for their first turn.
+        last: The step after which they wait for the end.
+        steps: Of a turn.
+    """
+
+    def __init__(self, folders: Sequence[Path], ranks: Sequence[int], *, first: int, last: int, steps: int) -> None:
+        self._first, self._last, self._steps = first, last, steps
+        self._gates: list[list[int]] = []
+        # One for all: only those that have the turn report.
+        reports = folders[0] / _REPORTS
+        os.mkfifo(reports)
+        self.reports = os.open(reports, os.O_RDWR)
+        for folder, count in zip(folders, ranks, strict=True):
+            if folder is not folders[0]:
+                os.symlink(reports, folder / _REPORTS)
+            for rank in range(count):
+                os.mkfifo(_gate_file(folder, rank))
+            self._gates.append([os.open(_gate_file(folder, rank), os.O_RDWR) for rank in range(count)])
+        self._missing = sum(ranks)
+        self._schedule = self._turns()
+        self.have_ended = False  # whether all jobs have made their steps
+
+    def read(self) -> None:
+        """Take in that ranks wait; hand on the turn once all of its job do."""
+        self._missing -= len(os.read(self.reports, 1 << 12))
+        if self._missing == 0:
+            job, until = next(self._schedule, (None, 0))
+            if job is None:
+                self.have_ended = True
+                for each in range(len(self._gates)):
+                    self._release(each, self._last + 1)
+            else:
+                self._missing = len(self._gates[job])
+                self._release(job, until)
+
+    def close(self) -> None:
+        """Close all ends."""
+        for end in [self.reports, *(gate for gates in self._gates for gate in gates)]:
+            os.close(end)
+
+    def _turns(self) -> Iterator[tuple[int, int]]:
+        """The job, and the step up to which it goes.
+
+        The order is drawn anew each time, since a job feels which one was before it (caches, a processor that is hot).
+        """
+        jobs = range(len(self._gates))
+        draw = random.Random(0)
+        for until in range(self._first + self._steps, self._last + self._steps, self._steps):
+            for job in draw.sample(jobs, len(jobs)):
+                yield job, min(until, self._last)
+
+    def _release(self, job: int, until: int) -> None:
+        for gate in self._gates[job]:
+            os.write(gate, until.to_bytes(_NUMBER_BYTES, "little"))

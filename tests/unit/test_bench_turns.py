@@ -1,0 +1,73 @@
+"""Jobs take turns: threads play their ranks, through the real pipes."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from pathlib import Path
+
+import pytest
+
+from fabric_lite.bench.turns import Gate, Turns
+
+FIRST = 2
+
+
+def run_jobs(folder: Path, ranks: list[int], *, last: int, steps: int) -> list[tuple[int, int]]:
+    """The job and the step's number, in the order in which the ranks made those that are timed."""
+    folders = [folder / str(job) for job in range(len(ranks))]
+    for each in folders:
+        each.mkdir()
+    made: list[tuple[int, int]] = []
+
+    def rank(job: int, number: int) -> None:
+        gate = Gate(folders[job], number)
+        for done in range(1, last + 1):
+            if done > FIRST:
+                made.append((job, done))
+            if done >= FIRST:
+                gate.wait(done)
+
+    turns = Turns(folders, ranks, first=FIRST, last=last, steps=steps)
+    threads = [
+        threading.Thread(target=rank, args=(job, number)) for job, count in enumerate(ranks) for number in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    while not turns.have_ended:
+        turns.read()
+    for thread in threads:
+        thread.join()
+    turns.close()
+    return made
+
+
+def test_each_job_makes_so_many_steps_and_the_order_is_drawn_anew_each_time(tmp_path: Path) -> None:
+    made = run_jobs(tmp_path, [1, 1, 1], last=FIRST + 20, steps=2)
+    turns = [made[place : place + 2] for place in range(0, len(made), 2)]
+    orders = []
+    for number in range(10):
+        steps = (FIRST + 2 * number + 1, FIRST + 2 * number + 2)
+        of_all = turns[3 * number : 3 * number + 3]
+        orders.append(tuple(job for [(job, _), _] in of_all))
+        assert sorted(of_all) == [[(job, step) for step in steps] for job in range(3)]
+    assert len(set(orders)) > 2
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 100])
+def test_all_ranks_of_a_job_have_its_turn_and_all_steps_are_made(tmp_path: Path, steps: int) -> None:
+    ranks, last = [1, 2, 4], FIRST + 5
+    made = run_jobs(tmp_path, ranks, last=last, steps=steps)
+    expected = [
+        (job, step) for job, count in enumerate(ranks) for step in range(FIRST + 1, last + 1) for _ in range(count)
+    ]
+    assert sorted(made) == expected
+    # Nobody else makes a step within a turn.
+    blocks = [(job, len(list(block))) for job, block in itertools.groupby(made, key=lambda one: one[0])]
+    longest = {job: max(length for other, length in blocks if other == job) for job in range(len(ranks))}
+    assert all(length <= 2 * min(steps, 5) * ranks[job] for job, length in longest.items())
+    assert len(blocks) >= len(ranks)
+
+
+def test_a_single_job_has_all_turns(tmp_path: Path) -> None:
+    assert run_jobs(tmp_path, [1], last=FIRST + 3, steps=1) == [(0, 3), (0, 4), (0, 5)]
