@@ -12,11 +12,11 @@ from typing import Any
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def figures(script: str, folder: Path) -> dict[str, Any]:
+def figures(script: str, folder: Path, option: str = "--quick") -> dict[str, Any]:
     """What a script writes in its smallest setting."""
     path = folder / "figures.json"
     finished = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), "--quick", "--json", str(path)],
+        [sys.executable, str(BENCHMARKS / script), option, "--json", str(path)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"},
         capture_output=True,
         text=True,
@@ -48,3 +48,19 @@ def test_every_way_to_save_and_load_is_measured(tmp_path: Path) -> None:
         for way in ("full state dict, torch.save", "fabric_lite, full file")
     )
     assert streaming < gathering  # a tensor of 4 MiB at a time, and all 24 MiB at once
+
+
+def test_benchmarks_replayed_from_recordings_tell_the_truth(tmp_path: Path) -> None:
+    replayed = figures("trust.py", tmp_path, "--replay-only")["replayed"]
+    assert replayed["benchmarks"] == 100
+    assert replayed["alike"] <= 5
+    assert replayed["slower"] >= 95
+    assert replayed["winners"] == 16
+    assert replayed["winners_good"] >= 15
+
+
+def test_benchmarks_of_known_speed_run(tmp_path: Path) -> None:
+    planted, seeded = figures("trust.py", tmp_path)["quick"]["each"]
+    assert planted["rounds"] == seeded["rounds"] == 2
+    assert 0.3 < planted["ratio"] < 3
+    assert 0 < seeded["kept"] <= 1
