@@ -5,7 +5,8 @@
     OMP_NUM_THREADS=1 python benchmarks/trust.py --quick
 
 Real benchmarks with the default budget; and long recordings, in which many such benchmarks are replayed: from a random
-round on, over as many rounds as a benchmark would have asked for. What is best is what a long recording says, without
+round on, over as many rounds as a benchmark would have asked for, but half of the recording at most. They overlap: they
+are far fewer independent cases. What is best is what a long recording says, without
 the rounds of the benchmark that is judged by it.
 """
 

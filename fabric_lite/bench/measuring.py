@@ -124,9 +124,9 @@ class _Measurement:
         self._references = len(kinds) * bool(course.check_steps)
         self._rounds = statistics.DEFAULT_ROUNDS if course.rounds is None else course.rounds
         self._done = 0
-        self._steps_of_a_turn: int | None = None  # None: one run after the other
+        self._takes_turns = False  # else one run follows the other
         self._next_look: int | None = statistics.PILOT_ROUNDS  # after how many rounds to ask how many it takes
-        self._trials = 0  # rounds that are not timed: the first one, where those after it are made in turns
+        self._trials = 0  # rounds that are not timed, since those after them go otherwise
 
     def run(self) -> Measured:
         number, is_complete = 0, True
@@ -168,7 +168,7 @@ class _Measurement:
                 self._next_look = self._rounds if is_first else None
 
     def _choose_turns(self) -> None:
-        """After the first round: let the jobs of the others live side by side, if they can and there are others.
+        """After the first round: let the jobs live side by side in those to come, if there are any and they can.
 
         That takes memory for all of them, which accelerators seldom have. A job that works on while it waits (the
         workers of a loader, an asynchronous save) would have that for nothing, and hold the others up.
@@ -177,20 +177,28 @@ class _Measurement:
         figures = [own for entry in ran for own in entry.first]
         has_room = sum(own["resident"] for own in figures) < _SHARE_OF_MEMORY * available_memory()
         is_on_cpu = all(own["device_name"] is None and own["blocked"] is not None for own in figures)
-        if self._rounds == 1 or not has_room or not is_on_cpu or any(own["works_beside"] for own in figures):
+        has_warmup = self._course.warmup + self._course.check_steps > 0  # a job's first turn comes after it
+        if self._rounds == 1 or not has_warmup or not has_room or not is_on_cpu:
             return
-        step_seconds = min((median(own["step_seconds"]) for own in figures), default=math.inf)
-        self._steps_of_a_turn = max(1, math.ceil(_TURN_SECONDS / step_seconds))
-        self._trials = 1
-        self._rounds += 1
-        self._next_look = statistics.PILOT_ROUNDS + 1
+        if any(own["works_beside"] for own in figures):
+            return
+        self._takes_turns = True
+        self._begin_anew(1)
+
+    def _begin_anew(self, rounds: int) -> None:
+        """Count the rounds from here on: those so far, which went otherwise, are not timed."""
+        self._rounds += rounds - self._trials
+        self._trials = rounds
+        self._next_look = statistics.PILOT_ROUNDS + rounds
         for entry in self._entries:
             entry.rounds.clear()
 
     def _round(self, number: int) -> None:
-        if self._steps_of_a_turn is not None and self._round_in_turns(number):
+        if self._takes_turns and self._round_in_turns(number):
             return
-        self._steps_of_a_turn = None
+        if self._takes_turns:
+            self._takes_turns = False
+            self._begin_anew(number)
         turn = number % len(self._entries)
         for entry in self._entries[turn:] + self._entries[:turn]:
             if entry.failure is not None:
@@ -219,14 +227,13 @@ class _Measurement:
 
     def _round_in_turns(self, number: int) -> bool:
         """Whether that went well; else nothing has been measured."""
-        assert self._steps_of_a_turn is not None
         entries = [entry for entry in self._entries if entry.failure is None]
         turn = number % len(entries)
         entries = entries[turn:] + entries[:turn]
         self._report(f"round {number + 1}: all in turns")
         outcomes = self._runs.run_in_turns(
             [entry.combination for entry in entries],
-            steps_of_a_turn=self._steps_of_a_turn,
+            steps_of_turns=[_steps_of_a_turn(entry) for entry in entries],
             warmup=self._course.warmup + self._course.check_steps,
             steps=self._course.steps,
         )
@@ -257,7 +264,7 @@ class _Measurement:
             combination = entry.combination
             exact = _REFERENCES.get(combination.precision, _REFERENCE_PRECISION)
             fed = fed_to(entry.record, combination.devices)
-            for precision in {exact, combination.precision}:
+            for precision in dict.fromkeys((exact, combination.precision)):
                 if (fed, precision) not in references:
                     references[fed, precision] = self._run_reference(combination, precision, entry.record)
             reference, rounded = references[fed, exact], references[fed, combination.precision]
@@ -284,6 +291,11 @@ class _Measurement:
             initial_weights=str(self._folder / "initial"),
             feed=str(record),
         )
+
+
+def _steps_of_a_turn(entry: _Entry) -> int:
+    step_seconds = max(median(own["step_seconds"]) for own in entry.first)
+    return max(1, math.ceil(_TURN_SECONDS / step_seconds))
 
 
 def _shortfall(outcome: Outcome, course: Course) -> str | None:

@@ -92,7 +92,7 @@ class Runs:
         return self._outcome(folder, combination.devices, is_late=is_late)
 
     def run_in_turns(
-        self, combinations: Sequence[Combination], *, steps_of_a_turn: int, warmup: int, steps: int
+        self, combinations: Sequence[Combination], *, steps_of_turns: Sequence[int], warmup: int, steps: int
     ) -> list[Outcome] | None:
         """Run the script in all combinations at once, which take turns after the warm-up.
 
@@ -105,7 +105,7 @@ class Runs:
         requests: list[StartRank] = []
         for combination, folder in zip(combinations, folders, strict=True):
             requests += self._requests(combination, folder, len(requests), limit, options)
-        turns = Turns(folders, ranks, first=warmup, last=warmup + steps, steps=steps_of_a_turn)
+        turns = Turns(folders, ranks, first=warmup, last=warmup + steps, steps=steps_of_turns)
         self._selector.register(turns.reports, selectors.EVENT_READ, turns.read)
         try:
             is_late = self._run_to_end(requests, limit, turns)

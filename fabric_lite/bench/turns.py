@@ -1,11 +1,12 @@
 """Jobs that live side by side and take turns of a few steps: what the machine does for a second, it does to all.
 
 A shared machine changes its speed for seconds at a time. Two runs one after the other then differ by 10 or 20 %,
-however long each of them is; side by side, in turns of 50 ms, by 3 to 4 % (20 steps of 18 ms; benchmarks/trust.py).
+however long each of them is; side by side, in turns of 50 ms or a step, by 2 to 5 % (benchmarks/trust.py).
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -52,10 +53,12 @@ class Turns:
         ranks: How many ranks each job has.
         first: The step after which they wait for their first turn.
         last: The step after which they wait for the end.
-        steps: Of a turn.
+        steps: Of a turn of each job.
     """
 
-    def __init__(self, folders: Sequence[Path], ranks: Sequence[int], *, first: int, last: int, steps: int) -> None:
+    def __init__(
+        self, folders: Sequence[Path], ranks: Sequence[int], *, first: int, last: int, steps: Sequence[int]
+    ) -> None:
         self._first, self._last, self._steps = first, last, steps
         self._gates: list[list[int]] = []
         # One for all: only those that have the turn report.
@@ -93,13 +96,18 @@ class Turns:
     def _turns(self) -> Iterator[tuple[int, int]]:
         """The job, and the step up to which it goes.
 
-        The order is drawn anew each time, since a job feels which one was before it (caches, a processor that is hot).
+        All begin and end together: those with fewer turns have them spread evenly. The order is drawn anew each time,
+        since a job feels which one was before it (caches, a processor that is hot).
         """
-        jobs = range(len(self._gates))
         draw = random.Random(0)
-        for until in range(self._first + self._steps, self._last + self._steps, self._steps):
-            for job in draw.sample(jobs, len(jobs)):
-                yield job, min(until, self._last)
+        counts = [math.ceil((self._last - self._first) / steps) for steps in self._steps]
+        most = max(counts)
+        made = [0] * len(counts)
+        for number in range(1, most + 1):
+            due = [job for job, count in enumerate(counts) if number * count // most > made[job]]
+            for job in draw.sample(due, len(due)):
+                made[job] += 1
+                yield job, min(self._first + made[job] * self._steps[job], self._last)
 
     def _release(self, job: int, until: int) -> None:
         for gate in self._gates[job]:

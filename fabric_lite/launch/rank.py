@@ -101,9 +101,8 @@ def _leave_at_once(error: BaseException | None) -> NoReturn:
     elif error is not None and not isinstance(error, SystemExit):
         error.__traceback__ = user_traceback(error.__traceback__)
         sys.excepthook(type(error), error, error.__traceback__)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    # As multiprocessing's processes do: it wakes the workers of executors, which a join alone would wait for for ever.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

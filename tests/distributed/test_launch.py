@@ -26,8 +26,11 @@ def test_a_rank_that_is_to_be_quick_runs_its_exit_handlers_and_no_more_unless_it
     script = write(
         tmp_path,
         """
-        import atexit, os, sys
+        import atexit, concurrent.futures, os, sys
         from fabric_lite import process_end
+
+        executor = concurrent.futures.ThreadPoolExecutor()  # its worker ends by a handler of Python's own
+        executor.submit(int).result()
 
         class Last:
             def __del__(self, write=os.write):

@@ -13,7 +13,7 @@ from fabric_lite.bench.turns import Gate, Turns
 FIRST = 2
 
 
-def run_jobs(folder: Path, ranks: list[int], *, last: int, steps: int) -> list[tuple[int, int]]:
+def run_jobs(folder: Path, ranks: list[int], *, last: int, steps: list[int]) -> list[tuple[int, int]]:
     """The job and the step's number, in the order in which the ranks made those that are timed."""
     folders = [folder / str(job) for job in range(len(ranks))]
     for each in folders:
@@ -43,7 +43,7 @@ def run_jobs(folder: Path, ranks: list[int], *, last: int, steps: int) -> list[t
 
 
 def test_each_job_makes_so_many_steps_and_the_order_is_drawn_anew_each_time(tmp_path: Path) -> None:
-    made = run_jobs(tmp_path, [1, 1, 1], last=FIRST + 20, steps=2)
+    made = run_jobs(tmp_path, [1, 1, 1], last=FIRST + 20, steps=[2] * 3)
     turns = [made[place : place + 2] for place in range(0, len(made), 2)]
     orders = []
     for number in range(10):
@@ -57,7 +57,7 @@ def test_each_job_makes_so_many_steps_and_the_order_is_drawn_anew_each_time(tmp_
 @pytest.mark.parametrize("steps", [1, 2, 3, 100])
 def test_all_ranks_of_a_job_have_its_turn_and_all_steps_are_made(tmp_path: Path, steps: int) -> None:
     ranks, last = [1, 2, 4], FIRST + 5
-    made = run_jobs(tmp_path, ranks, last=last, steps=steps)
+    made = run_jobs(tmp_path, ranks, last=last, steps=[steps] * 3)
     expected = [
         (job, step) for job, count in enumerate(ranks) for step in range(FIRST + 1, last + 1) for _ in range(count)
     ]
@@ -70,4 +70,12 @@ def test_all_ranks_of_a_job_have_its_turn_and_all_steps_are_made(tmp_path: Path,
 
 
 def test_a_single_job_has_all_turns(tmp_path: Path) -> None:
-    assert run_jobs(tmp_path, [1], last=FIRST + 3, steps=1) == [(0, 3), (0, 4), (0, 5)]
+    assert run_jobs(tmp_path, [1], last=FIRST + 3, steps=[1]) == [(0, 3), (0, 4), (0, 5)]
+
+
+def test_turns_of_a_job_whose_steps_are_short_are_spread_among_those_of_the_others(tmp_path: Path) -> None:
+    made = run_jobs(tmp_path, [1, 1], last=FIRST + 12, steps=[4, 1])
+    assert sorted(made) == [(job, step) for job in (0, 1) for step in range(FIRST + 1, FIRST + 13)]
+    turns = [(job, len(list(steps))) for job, steps in itertools.groupby(made, key=lambda one: one[0])]
+    assert [steps for job, steps in turns if job == 0] == [4, 4, 4]
+    assert all(steps <= 8 for job, steps in turns if job == 1)
