@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import selectors
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -105,7 +106,7 @@ class Runs:
         requests: list[StartRank] = []
         for combination, folder in zip(combinations, folders, strict=True):
             requests += self._requests(combination, folder, len(requests), limit, options)
-        turns = Turns(folders, ranks, first=warmup, last=warmup + steps, steps=steps_of_turns)
+        turns = Turns(folders, ranks, first=warmup, last=warmup + steps, steps=steps_of_turns, seed=self._count)
         self._selector.register(turns.reports, selectors.EVENT_READ, turns.read)
         try:
             is_late = self._run_to_end(requests, limit, turns)
@@ -113,7 +114,11 @@ class Runs:
             self._selector.unregister(turns.reports)
             turns.close()
         outcomes = [self._outcome(folder, count, is_late=is_late) for folder, count in zip(folders, ranks, strict=True)]
-        return None if any(outcome.failure is not None for outcome in outcomes) else outcomes
+        if turns.have_ended and all(outcome.failure is None for outcome in outcomes):
+            return outcomes
+        for folder in folders:
+            shutil.rmtree(folder)
+        return None
 
     def _new_folder(self) -> Path:
         folder = self._folder / f"run_{self._count}"

@@ -54,12 +54,14 @@ class Turns:
         first: The step after which they wait for their first turn.
         last: The step after which they wait for the end.
         steps: Of a turn of each job.
+        seed: Of the order.
     """
 
     def __init__(
-        self, folders: Sequence[Path], ranks: Sequence[int], *, first: int, last: int, steps: Sequence[int]
+        self, folders: Sequence[Path], ranks: Sequence[int], *, first: int, last: int, steps: Sequence[int], seed: int
     ) -> None:
         self._first, self._last, self._steps = first, last, steps
+        self._seed = seed
         self._gates: list[list[int]] = []
         # One for all: only those that have the turn report.
         reports = folders[0] / _REPORTS
@@ -96,15 +98,15 @@ class Turns:
     def _turns(self) -> Iterator[tuple[int, int]]:
         """The job, and the step up to which it goes.
 
-        All begin and end together: those with fewer turns have them spread evenly. The order is drawn anew each time,
+        Those with fewer turns have them spread evenly. The order is drawn anew each time,
         since a job feels which one was before it (caches, a processor that is hot).
         """
-        draw = random.Random(0)
+        draw = random.Random(self._seed)
         counts = [math.ceil((self._last - self._first) / steps) for steps in self._steps]
         most = max(counts)
         made = [0] * len(counts)
         for number in range(1, most + 1):
-            due = [job for job, count in enumerate(counts) if number * count // most > made[job]]
+            due = [job for job, count in enumerate(counts) if (number * count + most // 2) // most > made[job]]
             for job in draw.sample(due, len(due)):
                 made[job] += 1
                 yield job, min(self._first + made[job] * self._steps[job], self._last)

@@ -13,7 +13,7 @@ from fabric_lite.bench.turns import Gate, Turns
 FIRST = 2
 
 
-def run_jobs(folder: Path, ranks: list[int], *, last: int, steps: list[int]) -> list[tuple[int, int]]:
+def run_jobs(folder: Path, ranks: list[int], *, last: int, steps: list[int], seed: int = 0) -> list[tuple[int, int]]:
     """The job and the step's number, in the order in which the ranks made those that are timed."""
     folders = [folder / str(job) for job in range(len(ranks))]
     for each in folders:
@@ -28,7 +28,7 @@ def run_jobs(folder: Path, ranks: list[int], *, last: int, steps: list[int]) -> 
             if done >= FIRST:
                 gate.wait(done)
 
-    turns = Turns(folders, ranks, first=FIRST, last=last, steps=steps)
+    turns = Turns(folders, ranks, first=FIRST, last=last, steps=steps, seed=seed)
     threads = [
         threading.Thread(target=rank, args=(job, number)) for job, count in enumerate(ranks) for number in range(count)
     ]
@@ -78,4 +78,13 @@ def test_turns_of_a_job_whose_steps_are_short_are_spread_among_those_of_the_othe
     assert sorted(made) == [(job, step) for job in (0, 1) for step in range(FIRST + 1, FIRST + 13)]
     turns = [(job, len(list(steps))) for job, steps in itertools.groupby(made, key=lambda one: one[0])]
     assert [steps for job, steps in turns if job == 0] == [4, 4, 4]
-    assert all(steps <= 8 for job, steps in turns if job == 1)
+    before = [[job for job, _ in made[: made.index((0, first))]].count(1) for first in (3, 7, 11)]
+    assert [count // 4 for count in before] == [0, 1, 2]  # one in each third of the other's
+
+
+def test_another_round_has_another_order(tmp_path: Path) -> None:
+    orders = set()
+    for seed in range(4):
+        (tmp_path / str(seed)).mkdir()
+        orders.add(tuple(run_jobs(tmp_path / str(seed), [1] * 4, last=FIRST + 2, steps=[1] * 4, seed=seed)))
+    assert len(orders) == 4
