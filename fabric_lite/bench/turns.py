@@ -1,7 +1,8 @@
 """Jobs that live side by side and take turns of a few steps: what the machine does for a second, it does to all.
 
 A shared machine changes its speed for seconds at a time. Two runs one after the other then differ by 10 or 20 %,
-however long each of them is; side by side, in turns of 50 ms or a step, by 2 to 5 % (benchmarks/trust.py).
+however long each of them is; side by side, in turns of 50 ms or a step, by 2 to 5 %. The latter is what
+benchmarks/trust.py shows; the former was seen before there were turns.
 """
 
 from __future__ import annotations

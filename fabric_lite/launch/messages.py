@@ -59,7 +59,7 @@ class StartRank:
     """Fork one rank.
 
     Args:
-        local_rank: Which one.
+        local_rank: Which one of all that run at once; with several jobs side by side, not the rank's own LOCAL_RANK.
         environment: The variables to add to the server's own.
         run_config: The fields of :class:`fabric_lite.run_config.RunConfig`.
         error_log: The file that gets its traceback, and what it writes to stderr after that.

@@ -102,7 +102,7 @@ def _leave_at_once(error: BaseException | None) -> NoReturn:
         error.__traceback__ = user_traceback(error.__traceback__)
         sys.excepthook(type(error), error, error.__traceback__)
     # As multiprocessing's processes do: it wakes the workers of executors, which a join alone would wait for for ever.
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()  # type: ignore[attr-defined]  # it has no public name
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
