@@ -76,10 +76,20 @@ def test_quantiles_of_student_t_are_those_of_the_tables(chance: float, degrees: 
     assert student.p_value(-student.quantile(chance, degrees), degrees) == pytest.approx(chance, rel=1e-9)
 
 
-def test_a_round_counts_its_fastest_four_fifths() -> None:
-    assert round_seconds([1.0, 2.0, 3.0, 4.0, 100.0]) == 2.5
-    assert round_seconds([5.0]) == 5.0
-    assert round_seconds([1.0, 9.0]) == 1.0
+def test_a_round_counts_the_fastest_four_fifths_of_its_steps_by_what_each_takes_in_the_others() -> None:
+    steps = [1.0, 2.0, 3.0, 4.0, 5.0]
+    held_up = [1.0, 2.0, 3.0, 4.0, 100.0]
+    assert round_seconds([steps, held_up, steps]) == pytest.approx([3.0, 3.0, 3.0])
+    assert round_seconds([[5.0], [], [6.0]]) == [5.0, None, 6.0]
+    assert round_seconds([steps]) == [3.0]
+    assert round_seconds([]) == []
+
+
+def test_a_save_in_every_round_counts_in_full() -> None:
+    plain, saving = [[1.0] * 10] * 5, [[1.0] * 9 + [3.0]] * 5
+    ratio = compare(Row(BASELINE, step_seconds=plain), Row(EQUAL, step_seconds=saving), None)
+    assert ratio.value == pytest.approx(1.2)
+    assert ratio.is_told_apart
 
 
 def test_throughput_and_its_interval_by_hand() -> None:
