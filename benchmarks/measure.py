@@ -13,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,16 @@ def added(times: dict[str, list[float]], baseline: str) -> dict[str, tuple[float
 
 
 def ratio(times: Mapping[str, list[float]], name: str, baseline: str) -> tuple[float, float, float]:
-    """Return the median of the ratios of blocks that stand side by side, and its 95 % interval.
+    """Return the median of the ratios of blocks that stand side by side, and its 95 % interval."""
+    return interval([mine / other for mine, other in zip(times[name], times[baseline], strict=True)])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median and its 95 % interval; of fewer than 6 values that is their range, and holds for less.
 
     The interval is the one of the sign test: it takes no view of how the noise is distributed.
     """
-    values = sorted(mine / other for mine, other in zip(times[name], times[baseline], strict=True))
+    values = sorted(values)
     count, outside, tail = len(values), 0, 0.0
     while outside < count // 2 and tail + math.comb(count, outside) / 2**count <= 0.025:
         tail += math.comb(count, outside) / 2**count

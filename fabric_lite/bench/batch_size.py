@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
+from fabric_lite.bench.machine import available_memory
 from fabric_lite.bench.results import Combination
 from fabric_lite.bench.runs import Outcome, Runs
 from fabric_lite.errors import FabricRuntimeError
@@ -105,7 +105,7 @@ class _Search:
     def __init__(self, runs: Runs, combination: Combination, progress: Callable[[str], None]) -> None:
         self._runs, self._combination, self._progress = runs, combination, progress
         self._fitting: list[Trial] = []
-        self._room = _available_memory()
+        self._room = _USABLE * available_memory() or None  # None where it is not known
 
     def trials(self) -> Iterator[Trial]:
         first = self._trial(self._combination.batch_size)
@@ -155,11 +155,3 @@ def _trial_of(outcome: Outcome, batch_size: int | None) -> Trial:
     seconds = median(max(steps) for steps in zip(*(own["step_seconds"] for own in figures), strict=True))
     memory = max(own["device_reserved"] or own["resident"] for own in figures)
     return Trial(batch_size or each, None, samples / seconds, memory)
-
-
-def _available_memory() -> int | None:
-    """Bytes that may be asked for on this machine; None where they are not known."""
-    try:
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") * _USABLE)
-    except (ValueError, OSError, AttributeError):
-        return None

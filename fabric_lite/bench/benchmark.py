@@ -70,10 +70,11 @@ def run(
         steps: Timed steps of each run.
         warmup: Steps before them.
         check_steps: Steps that are compared with a single process that is fed the batches of all ranks; 0: none.
-        rounds: How often each combination is run, at most; None: as often as it takes to see differences of 5 %,
-            which the first rounds tell.
+        rounds: How often each combination is timed, at most, besides a first run that only checks and tries out where
+            they take turns; None: as often as it takes to see differences of 5 %, which the first rounds tell.
         budget_seconds: No round begins that would probably end later.
-        timeout_seconds: A run that takes longer has failed.
+        timeout_seconds: A run that takes longer has failed. A round in turns that takes longer than this and the first
+            round together is given up, and then one run follows the other.
         progress: Called before each run with the number of runs done, of how many, and what runs now.
 
     Ctrl-C ends it after what was done so far, once there is a round of all combinations.
@@ -124,6 +125,7 @@ def run(
         steps=steps,
         warmup=warmup,
         is_complete=measured.is_complete,
+        in_turns=measured.in_turns,
     )
 
 

@@ -213,7 +213,7 @@ def _add_course(add: Callable[..., Any]) -> None:
         help="steps whose mathematics is compared with one process that gets the batches of all ranks; "
         f"0: none (default {DEFAULTS.CHECK_STEPS})",
     )
-    add("--rounds", type=int, help="runs of each combination; default: as many as differences of 5 %% need here")
+    add("--rounds", type=int, help="timed runs of each combination; default: as many as differences of 5 %% need here")
     add(
         "--budget",
         type=float,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from fabric_lite.bench.results import Memory
-from fabric_lite.bench.shown import FLAGS, Interval, Shown, figure
+from fabric_lite.bench.shown import FLAGS, UNITS, Interval, Shown, figure
 
 __all__ = ["Column", "columns", "memory_scale", "notes"]
 
@@ -57,7 +57,7 @@ def columns(shown: Sequence[Shown]) -> list[Column]:
     every = [
         *(
             _Throughput(unit, "± 95 %", SPEED, lambda one, unit=unit: _value(_throughput(one, unit)))  # type: ignore[misc]
-            for unit in ("samples/s", "steps/s")
+            for unit in UNITS
         ),
         Column("tokens/s", "", SPEED, lambda one: one.tokens_per_second),
         Column("p50", "ms", SPEED, lambda one: _times(one.step_p50_seconds, 1e3)),

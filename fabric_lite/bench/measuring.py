@@ -10,15 +10,15 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from fabric_lite.bench import statistics
 from fabric_lite.bench.machine import available_memory
 from fabric_lite.bench.results import Combination, Communication, Comparison, Memory, Row
 from fabric_lite.bench.runs import Outcome, Runs
+from fabric_lite.bench.schedule import Schedule
 from fabric_lite.launch.environment import cores
 from fabric_lite.launch.rank import ScriptCall
 
@@ -31,6 +31,8 @@ _REFERENCE_PRECISION = "32-true"
 _TURN_SECONDS = 0.05
 # That all jobs together may take of the memory that is free.
 _SHARE_OF_MEMORY = 0.5
+# Of its steps' time, what a rank may compute while it waits for its turn: to wake up and to fall asleep.
+_SHARE_OF_WORK = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Course:
         steps: Timed steps of each run.
         warmup: Steps before them.
         check_steps: Steps before those, in the first round, that are compared with the reference; 0: none.
-        rounds: How often each combination is run, at most; None: as often as it takes to see differences of 5 %,
-            which the first rounds tell.
+        rounds: How often each combination is timed, at most, besides a first run that only checks and tries out where
+            they take turns; None: as often as it takes to see differences of 5 %, which the first rounds tell.
         budget_seconds: No round begins that would probably end later; the first always runs.
         timeout_seconds: A run that takes longer has failed.
         accelerator: As in ``Fabric(accelerator=)``; None is the script's own choice.
@@ -76,12 +78,14 @@ class Measured:
         device_name: The accelerator's; None on a CPU.
         device_memory: Its bytes; None on a CPU.
         is_complete: Whether no Ctrl-C has ended it early.
+        in_turns: Whether the combinations lived side by side in the timed rounds; else one run followed the other.
     """
 
     rows: list[Row]
     device_name: str | None
     device_memory: int | None
     is_complete: bool
+    in_turns: bool
 
 
 def measure(course: Course, progress: Progress = lambda *_: None) -> Measured:
@@ -122,83 +126,72 @@ class _Measurement:
             for precision in (combination.precision, _REFERENCE_PRECISION)
         }
         self._references = len(kinds) * bool(course.check_steps)
-        self._rounds = statistics.DEFAULT_ROUNDS if course.rounds is None else course.rounds
-        self._done = 0
+        self._schedule = Schedule(course.rounds, course.budget_seconds, course.baseline.name)
+        self._done = 0  # runs
         self._takes_turns = False  # else one run follows the other
-        self._next_look: int | None = statistics.PILOT_ROUNDS  # after how many rounds to ask how many it takes
-        self._trials = 0  # rounds that are not timed, since those after them go otherwise
+        self._first_round_seconds = 0.0
 
     def run(self) -> Measured:
-        number, is_complete = 0, True
+        began, is_complete = time.monotonic(), True
         try:
-            for number in self._numbers():
-                self._round(number)
+            while not self._schedule.has_ended:
+                self._whole_round(began)
         except KeyboardInterrupt:
-            if number == 0:
+            if self._schedule.done == 0:
                 raise
             is_complete = False
             for entry in self._entries:
-                del entry.rounds[number - self._trials :]
+                del entry.rounds[self._schedule.done - self._schedule.trials :]
         figures = [own for entry in self._entries for own in entry.first]
         device = figures[0] if figures else {"device_name": None, "device_memory": None}
-        rows = [_row(entry) for entry in self._entries]
-        return Measured(rows, device["device_name"], device["device_memory"], is_complete)
+        return Measured(self._rows(), device["device_name"], device["device_memory"], is_complete, self._takes_turns)
 
-    def _numbers(self) -> Iterator[int]:
-        """The numbers of the rounds, as long as there is time for another one."""
-        began, number = time.monotonic(), 0
-        while number < self._rounds:
-            start = time.monotonic()
-            yield number
-            now = time.monotonic()
-            if number == 0:
-                if self._course.check_steps:
-                    self._compare()
-                self._choose_turns()
-            number += 1
-            runs_none = all(entry.failure is not None for entry in self._entries)
-            if time.monotonic() - began + (now - start) > self._course.budget_seconds or runs_none:
-                return
-            if self._course.rounds is None and number == self._next_look:
-                rows = [_row(entry) for entry in self._entries]
-                wanted = statistics.rounds_needed(rows, self._course.baseline.name) + self._trials
-                affordable = number + int((self._course.budget_seconds - (now - began)) / (now - start))
-                self._rounds = max(number, min(wanted, affordable))
-                is_first = number == statistics.PILOT_ROUNDS + self._trials
-                self._next_look = self._rounds if is_first else None
+    def _whole_round(self, began: float) -> None:
+        """A round, and what is decided after it."""
+        start = time.monotonic()
+        self._round(self._schedule.done)
+        seconds = time.monotonic() - start
+        is_first = self._schedule.done == 0
+        if is_first:
+            self._first_round_seconds = seconds
+            if self._course.check_steps:
+                self._compare()
+        self._schedule.end_round(time.monotonic() - began, seconds, self._rows)
+        if all(entry.failure is not None for entry in self._entries):
+            self._schedule.end()
+        if is_first and not self._schedule.has_ended and self._can_take_turns():
+            self._takes_turns = True
+            self._begin_anew()
 
-    def _choose_turns(self) -> None:
-        """After the first round: let the jobs live side by side in those to come, if there are any and they can.
+    def _rows(self) -> list[Row]:
+        return [_row(entry) for entry in self._entries]
+
+    def _can_take_turns(self) -> bool:
+        """Whether the jobs can live side by side, by what the first round has shown.
 
         That takes memory for all of them, which accelerators seldom have. A job that works on while it waits (the
         workers of a loader, an asynchronous save) would have that for nothing, and hold the others up.
         """
-        ran = [entry for entry in self._entries if entry.failure is None]
-        figures = [own for entry in ran for own in entry.first]
+        figures = [own for entry in self._entries if entry.failure is None for own in entry.first]
         has_room = sum(own["resident"] for own in figures) < _SHARE_OF_MEMORY * available_memory()
         is_on_cpu = all(own["device_name"] is None and own["blocked"] is not None for own in figures)
         has_warmup = self._course.warmup + self._course.check_steps > 0  # a job's first turn comes after it
-        if self._rounds == 1 or not has_warmup or not has_room or not is_on_cpu:
-            return
-        if any(own["works_beside"] for own in figures):
-            return
-        self._takes_turns = True
-        self._begin_anew(1)
+        works_beside = any(own["works_beside"] for own in figures)
+        return has_warmup and has_room and is_on_cpu and not works_beside
 
-    def _begin_anew(self, rounds: int) -> None:
-        """Count the rounds from here on: those so far, which went otherwise, are not timed."""
-        self._rounds += rounds - self._trials
-        self._trials = rounds
-        self._next_look = statistics.PILOT_ROUNDS + rounds
+    def _begin_anew(self) -> None:
+        """Do not count the rounds so far, which went otherwise than those to come."""
+        self._schedule.begin_anew()
         for entry in self._entries:
             entry.rounds.clear()
 
     def _round(self, number: int) -> None:
-        if self._takes_turns and self._round_in_turns(number):
-            return
         if self._takes_turns:
+            # A second time, since what failed once, late, need not cost all rounds before it.
+            if self._round_in_turns(number) or self._round_in_turns(number):
+                return
             self._takes_turns = False
-            self._begin_anew(number)
+            self._begin_anew()
         turn = number % len(self._entries)
         for entry in self._entries[turn:] + self._entries[:turn]:
             if entry.failure is not None:
@@ -226,7 +219,7 @@ class _Measurement:
                 shutil.rmtree(outcome.folder)
 
     def _round_in_turns(self, number: int) -> bool:
-        """Whether that went well; else nothing has been measured."""
+        """Whether all has gone well, and none has worked while it waited; else nothing has been measured."""
         entries = [entry for entry in self._entries if entry.failure is None]
         turn = number % len(entries)
         entries = entries[turn:] + entries[:turn]
@@ -236,8 +229,9 @@ class _Measurement:
             steps_of_turns=[_steps_of_a_turn(entry) for entry in entries],
             warmup=self._course.warmup + self._course.check_steps,
             steps=self._course.steps,
+            timeout_seconds=self._course.timeout_seconds + self._first_round_seconds,
         )
-        if outcomes is None:
+        if outcomes is None or any(_works_while_waiting(own) for outcome in outcomes for own in outcome.figures):
             return False
         self._done += len(self._entries)
         for entry, outcome in zip(entries, outcomes, strict=True):
@@ -246,7 +240,7 @@ class _Measurement:
         return True
 
     def _report(self, what: str) -> None:
-        total = len(self._entries) * self._rounds + self._references
+        total = len(self._entries) * self._schedule.total + self._references
         self._progress(self._done, max(total, self._done + 1), what)
 
     def _run(self, what: str, combination: Combination, **options: Any) -> Outcome:
@@ -296,6 +290,11 @@ class _Measurement:
 def _steps_of_a_turn(entry: _Entry) -> int:
     step_seconds = max(median(own["step_seconds"]) for own in entry.first)
     return max(1, math.ceil(_TURN_SECONDS / step_seconds))
+
+
+def _works_while_waiting(own: dict[str, Any]) -> bool:
+    """Whether a rank has had much of its work done while other jobs had their turns: by a thread of its own, say."""
+    return bool(own["worked_while_waiting"] > _SHARE_OF_WORK * sum(own["step_seconds"]))
 
 
 def _shortfall(outcome: Outcome, course: Course) -> str | None:

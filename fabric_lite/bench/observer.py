@@ -245,6 +245,7 @@ class StepObserver:
             "resident": self._resident or _peak(),
             "probe": self._probe,
             "works_beside": self._works_beside,
+            "worked_while_waiting": 0.0 if self._gate is None else self._gate.worked_seconds,
             **_device_figures(self._fabric.device),
         }
 

@@ -12,7 +12,7 @@ from fabric_lite.bench.line_plots import rounds_plot, scaling_plot
 from fabric_lite.bench.page_style import SCRIPT, STYLE
 from fabric_lite.bench.plots import memory_plot, phases_plot, throughput_plot
 from fabric_lite.bench.results import Results
-from fabric_lite.bench.shown import Shown, about_line, one_line
+from fabric_lite.bench.shown import UNITS, Shown, about_line, one_line
 
 __all__ = ["page"]
 
@@ -41,7 +41,7 @@ def page(results: Results, shown: Sequence[Shown], verdict: Sequence[str], *, co
     """
     title = escape(one_line(f"fabric-bench: {' '.join(results.script)}"))
     plots = {
-        "Throughput": [throughput_plot(shown, unit) for unit in ("samples/s", "steps/s")],
+        "Throughput": [throughput_plot(shown, unit) for unit in UNITS],
         "Phases of a step": [phases_plot(shown)],
         "Memory": [memory_plot(shown)],
         "Step times over the rounds": [rounds_plot(shown)],

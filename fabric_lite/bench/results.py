@@ -161,6 +161,7 @@ class Results:
         steps: Measured steps of each round.
         warmup: Steps before them, of each round.
         is_complete: Whether no signal has ended the benchmark before all rounds were done.
+        in_turns: Whether the combinations lived side by side and took turns; else one run followed the other.
     """
 
     script: Sequence[str]
@@ -170,6 +171,7 @@ class Results:
     steps: int
     warmup: int
     is_complete: bool = True
+    in_turns: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """As plain data for ``json.dumps``."""

@@ -93,23 +93,29 @@ class Runs:
         return self._outcome(folder, combination.devices, is_late=is_late)
 
     def run_in_turns(
-        self, combinations: Sequence[Combination], *, steps_of_turns: Sequence[int], warmup: int, steps: int
+        self,
+        combinations: Sequence[Combination],
+        *,
+        steps_of_turns: Sequence[int],
+        warmup: int,
+        steps: int,
+        timeout_seconds: float,
     ) -> list[Outcome] | None:
         """Run the script in all combinations at once, which take turns after the warm-up.
 
-        None where anything has failed: which of them that was is seen when they run one after the other.
+        None where anything has failed or all of it takes longer than the timeout: which of them that was is seen when
+        they run one after the other.
         """
         folders = [self._new_folder() for _ in combinations]
         ranks = [combination.devices for combination in combinations]
         options = {"warmup": warmup, "steps": steps, "takes_turns": True}
-        limit = self._timeout * len(combinations)  # each waits for all others
         requests: list[StartRank] = []
         for combination, folder in zip(combinations, folders, strict=True):
-            requests += self._requests(combination, folder, len(requests), limit, options)
+            requests += self._requests(combination, folder, len(requests), timeout_seconds, options)
         turns = Turns(folders, ranks, first=warmup, last=warmup + steps, steps=steps_of_turns, seed=self._count)
         self._selector.register(turns.reports, selectors.EVENT_READ, turns.read)
         try:
-            is_late = self._run_to_end(requests, limit, turns)
+            is_late = self._run_to_end(requests, timeout_seconds, turns)
         finally:
             self._selector.unregister(turns.reports)
             turns.close()

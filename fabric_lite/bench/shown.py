@@ -7,8 +7,10 @@ import math
 
 from fabric_lite.bench.results import Results, Row
 
-__all__ = ["FLAGS", "Interval", "Shown", "about_line", "figure", "one_line"]
+__all__ = ["FLAGS", "UNITS", "Interval", "Shown", "about_line", "figure", "one_line"]
 
+# Of throughput: the second where no batch shows how many samples a step has.
+UNITS = ("samples/s", "steps/s")
 # By the verdict of a comparison, what a reader sees.
 FLAGS = {"same": "ok", "not comparable": "not comparable", "differs": "WRONG"}
 
@@ -42,7 +44,7 @@ class Shown:
         name: That of its combination; for the repeat of the baseline, one that says so.
         row: What was found.
         throughput: In ``throughput_unit``, over all ranks; None where the row failed.
-        throughput_unit: ``"samples/s"``, or ``"steps/s"`` where no batch shows how many samples a step has.
+        throughput_unit: One of ``UNITS``.
         step_p50_seconds: The median step.
         step_p95_seconds: The step that 95 % of the others are faster than.
         scaling: Throughput over that of one device times the number of devices; 1 is ideal.
@@ -53,7 +55,7 @@ class Shown:
     name: str
     row: Row
     throughput: Interval | None = None
-    throughput_unit: str = "samples/s"
+    throughput_unit: str = UNITS[0]
     step_p50_seconds: float | None = None
     step_p95_seconds: float | None = None
     scaling: float | None = None
@@ -100,7 +102,8 @@ def about_line(results: Results) -> str:
     """When, on what and how the figures were taken."""
     about = results.about
     hardware = [about.processor, f"{about.cores} core{'s' * (about.cores != 1)}", *filter(None, [about.accelerator])]
-    steps = f"{results.steps} steps a round after {results.warmup} to warm up"
+    way = "in turns" if results.in_turns else "one run at a time"
+    steps = f"{results.steps} steps a round after {results.warmup} to warm up, {way}"
     return ", ".join([about.date, *hardware, f"Python {about.python}", f"torch {about.torch}", steps])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -36,12 +37,15 @@ class Gate:
         self._reports = os.open(folder / _REPORTS, os.O_WRONLY)
         self._gate = os.open(_gate_file(folder, rank), os.O_RDONLY)
         self._until = 0
+        self.worked_seconds = 0.0  # that processors were at work for this process while it waited
 
     def wait(self, done: int) -> None:
         """After so many steps; returns at once within a turn."""
         if done >= self._until:
+            start = time.process_time()
             os.write(self._reports, b".")
             self._until = int.from_bytes(os.read(self._gate, _NUMBER_BYTES), "little")
+            self.worked_seconds += time.process_time() - start
 
 
 class Turns:

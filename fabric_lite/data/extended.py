@@ -11,20 +11,16 @@ from torch.utils.data import DataLoader
 
 from fabric_lite import adopt
 from fabric_lite.collectives import Collectives
-from fabric_lite.data.iterables import end_together
+from fabric_lite.data.iterables import Around, end_together
 from fabric_lite.data.progress import Progress
 from fabric_lite.data.samplers import Pass
 from fabric_lite.data.workers import WorkerSeed
 from fabric_lite.errors import FabricRuntimeError
 
-__all__ = ["REPLACED", "Around", "ExtendedLoader", "Holder", "members", "originals_of", "own_samplers"]
+__all__ = ["REPLACED", "ExtendedLoader", "Holder", "members", "originals_of", "own_samplers"]
 
 # DataLoader guards these against assignment, so they are written through its __dict__.
 REPLACED = ("sampler", "batch_sampler", "worker_init_fn")
-
-
-# Takes a function, and returns what is called instead of it.
-Around = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclasses.dataclass

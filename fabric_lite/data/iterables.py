@@ -13,7 +13,10 @@ from fabric_lite.data.place import Place
 from fabric_lite.data.window import Window
 from fabric_lite.errors import FabricRuntimeError, FabricValueError
 
-__all__ = ["MovedIterable", "end_together"]
+__all__ = ["Around", "MovedIterable", "end_together"]
+
+# Takes a function, and returns what is called instead of it.
+Around = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _STREAMS = "streams"
 
@@ -51,8 +54,8 @@ class MovedIterable:
             )
         self.iterable = iterable
         self.owner = owner
-        self.around_start: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
-        self.around_batches: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+        self.around_start: Around | None = None
+        self.around_batches: Around | None = None
         self._move = move
         self._together = together
         self._window = Window() if window is None else window

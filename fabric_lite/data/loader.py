@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from fabric_lite import adopt
 from fabric_lite.collectives import Collectives, is_distributed
-from fabric_lite.data.extended import REPLACED, Around, ExtendedLoader, Holder, members, originals_of, own_samplers
-from fabric_lite.data.iterables import MovedIterable
+from fabric_lite.data.extended import REPLACED, ExtendedLoader, Holder, members, originals_of, own_samplers
+from fabric_lite.data.iterables import Around, MovedIterable
 from fabric_lite.data.move import mover
 from fabric_lite.data.place import Place
 from fabric_lite.data.progress import Progress

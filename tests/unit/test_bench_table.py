@@ -13,7 +13,7 @@ from tests.unit.bench_rows import ran, results_of, several
 
 TWO_ROWS = """\
 train.py --steps 9
-2026-01-02, A processor, 2 cores, Python 3.11.2, torch 2.9.0, 2 steps a round after 1 to warm up
+2026-01-02, A processor, 2 cores, Python 3.11.2, torch 2.9.0, 2 steps a round after 1 to warm up, one run at a time
 
 Speed, share of a step
                                   samples/s  tokens/s   p50   p95  data  forward  backward  exposed  optimizer

@@ -1,0 +1,96 @@
+"""Combinations live side by side where they can; else, and wherever that fails, one run follows the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fabric_lite import bench
+from fabric_lite.bench import Results, measuring
+
+ODD_SCRIPT = str(Path(__file__).with_name("bench_odd_script.py"))
+ROUNDS, STEPS = 2, 6
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def benchmark(what: str, said: list[str], **options: Any) -> Results:
+    """On one device: the baseline and its repeat. ``said`` gets what its progress says."""
+    given: dict[str, Any] = {"rounds": ROUNDS, "steps": STEPS, "check_steps": 0}
+    return bench.run(
+        ODD_SCRIPT,
+        what,
+        devices=[1],
+        strategies=["ddp"],
+        precisions=["32-true"],
+        progress=options.pop("progress", lambda *now: said.append(now[-1])),
+        **(given | options),
+    )
+
+
+@pytest.mark.parametrize(
+    ("what", "in_turns", "rounds_in_turns"),
+    [
+        ("nothing", True, ROUNDS),
+        ("leaves once", True, ROUNDS + 1),  # the first one again
+        pytest.param("leaves twice", False, 2, marks=pytest.mark.full),
+        ("computes beside", False, 2),
+        ("waits for saves", False, 0),
+        pytest.param("no room", False, 0, marks=pytest.mark.full),
+    ],
+)
+def test_combinations_take_turns_where_nothing_forbids_it(
+    what: str, in_turns: bool, rounds_in_turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if what == "no room":
+        monkeypatch.setattr(measuring, "available_memory", lambda: 1 << 20)
+    said: list[str] = []
+    results = benchmark(what, said)
+    assert [row.failure for row in results.rows] == [None, None]
+    assert [[len(steps) for steps in row.step_seconds] for row in results.rows] == [[STEPS] * ROUNDS] * 2
+    assert results.in_turns == in_turns
+    assert sum("in turns" in words for words in said) == rounds_in_turns
+
+
+@pytest.mark.full
+def test_a_round_in_turns_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_in_turns = measuring.Runs.run_in_turns
+
+    def at_once_late(self: measuring.Runs, *args: Any, **options: Any) -> Any:
+        return run_in_turns(self, *args, **(options | {"timeout_seconds": 0.01}))
+
+    monkeypatch.setattr(measuring.Runs, "run_in_turns", at_once_late)
+    results = benchmark("nothing", [])
+    assert not results.in_turns
+    assert [[len(steps) for steps in row.step_seconds] for row in results.rows] == [[STEPS] * ROUNDS] * 2
+
+
+@pytest.mark.parametrize(
+    "rounds_done", [pytest.param(1, marks=pytest.mark.full), 2, pytest.param(3, marks=pytest.mark.full)]
+)
+def test_an_interrupt_leaves_what_whole_rounds_have_found(rounds_done: int) -> None:
+    def interrupt(*now: Any) -> None:
+        if now[-1].startswith(f"round {rounds_done + 1}"):
+            raise KeyboardInterrupt
+
+    results = benchmark("nothing", [], progress=interrupt, rounds=4)
+    assert not results.is_complete
+    # After the first round, which is only timed where no other follows, there are those in turns.
+    assert [[len(steps) for steps in row.step_seconds] for row in results.rows] == [
+        [STEPS] * max(1, rounds_done - 1)
+    ] * 2
+
+
+def test_an_interrupt_in_the_first_round_leaves_nothing() -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        benchmark("nothing", [], progress=interrupt)
