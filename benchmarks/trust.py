@@ -1,13 +1,13 @@
 """Whether what ``fabric-bench`` says is true: of two that are alike, of one that is 5 % slower, and of the winner.
 
-    OMP_NUM_THREADS=1 python benchmarks/trust.py                # about 25 minutes, for a quiet machine
+    OMP_NUM_THREADS=1 python benchmarks/trust.py                # about 40 minutes, for a quiet machine
     OMP_NUM_THREADS=1 python benchmarks/trust.py --replay-only  # seconds: from the recordings in results/
     OMP_NUM_THREADS=1 python benchmarks/trust.py --quick
 
-Real benchmarks with the default budget; and long recordings, in which many such benchmarks are replayed: from a random
-round on, over as many rounds as a benchmark would have asked for, but half of the recording at most. They overlap: they
-are far fewer independent cases. What is best is what a long recording says, without
-the rounds of the benchmark that is judged by it.
+Real benchmarks with the default budget; and long recordings, in which such benchmarks are replayed: from some round on,
+over as many rounds as a benchmark would have asked for, but half of the recording at most. A hundred of them are in one
+recording, so they overlap and are far fewer independent cases; the winners are looked for in a recording each. What is
+best is what all other rounds of the recording say, by all their steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,16 @@ from measure import parser, show, write
 from fabric_lite import bench
 from fabric_lite.bench.benchmark import DEFAULTS
 from fabric_lite.bench.results import Results, Row
-from fabric_lite.bench.statistics import PILOT_ROUNDS, compare, noise_of, rounds_needed
+from fabric_lite.bench.schedule import LOOKS, Schedule
+from fabric_lite.bench.statistics import noise_of
 from fabric_lite.bench.verdict import judge
 
 HERE = Path(__file__).parent
 RECORDINGS = HERE / "results" / "trust_recordings.json"
-SEEDS = (1, 2, 3, 4)  # of the models whose winner is looked for
-REAL_PLANTED, REPLAYS, REPLAYED_WINNERS = 5, 100, 16
+REAL_PLANTED, REPLAYS, PLANTED_ROUNDS = 5, 100, 120
+# Of the models whose winner is looked for: those that are benchmarked, and those whose benchmark is replayed.
+REAL_SEEDS, REPLAYED_SEEDS = range(1, 5), range(5, 21)
+SEEDED_ROUNDS = 40
 CLOSE_ENOUGH = 0.98
 PLANTED: dict[str, Any] = {"devices": [1], "strategies": ["ddp"], "batch_sizes": [1, 2, 3], "precisions": ["32-true"]}
 SEEDED: dict[str, Any] = {"devices": [1, 2], "strategies": ["ddp", "fsdp"], "precisions": ["32-true"]}
@@ -58,19 +61,28 @@ class Recording:
         ]
         return dataclasses.replace(self.results, rows=rows)
 
-    def benchmark(self, seed: int) -> tuple[Results, Results]:
-        """What one with the default budget would have found from a random round on, and all other rounds.
-
-        After the last round comes the first; half of them at least are left for the others.
-        """
-        first = random.Random(seed).randrange(self.rounds)
+    def benchmark(self, first: int, looks: int = LOOKS) -> tuple[Results, Results]:
+        """What one would have found from this round on, and all other rounds; after the last one comes the first."""
         order = [(first + number) % self.rounds for number in range(self.rounds)]
-        most = min(int(DEFAULTS.BUDGET_SECONDS / self.round_seconds), self.rounds // 2)
-        count = PILOT_ROUNDS
-        for _ in range(2):  # as the benchmark asks
-            wanted = rounds_needed(self.part(order[:count]).rows, self.results.baseline)
-            count = max(count, min(wanted, most))
-        return self.part(order[:count]), self.part(order[count:])
+        budget = min(DEFAULTS.BUDGET_SECONDS, self.rounds // 2 * self.round_seconds)
+        plan = Schedule(None, budget, self.results.baseline, looks)
+        while not plan.has_ended:
+            passed = (plan.done + 1) * self.round_seconds
+            plan.end_round(passed, self.round_seconds, lambda: self.part(order[: plan.done]).rows)
+        return self.part(order[: plan.done]), self.part(order[plan.done :])
+
+    def as_json(self) -> dict[str, Any]:
+        """With whole microseconds, which take less room."""
+        data = self.results.as_json()
+        for row in data["rows"]:
+            row["step_seconds"] = [[round(seconds * 1e6) for seconds in steps] for steps in row["step_seconds"]]
+        return {"results": data, "round_seconds": self.round_seconds}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Recording:
+        for row in data["results"]["rows"]:
+            row["step_seconds"] = [[microseconds / 1e6 for microseconds in steps] for steps in row["step_seconds"]]
+        return Recording(Results.from_json(data["results"]), data["round_seconds"])
 
 
 def main() -> None:
@@ -99,31 +111,37 @@ def quick() -> dict[str, Any]:
 
 
 def replay() -> dict[str, Any]:
-    """Benchmarks from the recordings."""
+    """Benchmarks from the recordings: starts in that of known speeds, and one in each of the models that are left."""
     stored = json.loads(RECORDINGS.read_text())["recordings"]
-    planted, *seeded = [Recording(Results.from_json(one["results"]), one["round_seconds"]) for one in stored]
-    benchmarks = replayed(planted, REPLAYS, lambda part, _: told_apart(part))
-    show_planted("Replayed benchmarks", benchmarks)
-    count = REPLAYED_WINNERS // len(seeded)
-    winners = [winner for recording in seeded for winner in replayed(recording, count, kept_by_winner)]
+    planted, *seeded = map(Recording.from_json, stored)
+    starts = random.Random(0).sample(range(planted.rounds), REPLAYS)
+    of_looks = {
+        looks: [told_apart(planted.benchmark(first, looks)[0]) for first in starts] for looks in range(1, LOOKS + 1)
+    }
+    for looks, benchmarks in of_looks.items():
+        show_planted(f"Replayed benchmarks that ask {looks} times how many rounds it takes", benchmarks)
+    winners = [
+        kept_by_winner(*one.benchmark(random.Random(number).randrange(one.rounds)))
+        for number, one in enumerate(seeded[len(REAL_SEEDS) :])
+    ]
     show_winners("Winners of replayed benchmarks", winners)
-    return summary(benchmarks, winners)
+    with_one_look = summary(of_looks[1], [])
+    return {**summary(of_looks[LOOKS], winners), "slower_with_one_look": with_one_look["slower"]}
 
 
 def measure() -> dict[str, Any]:
-    """Real benchmarks and recordings; the latter go to a file."""
+    """Real benchmarks and recordings; the latter go to a file, each as soon as it is there."""
     planted = [told_apart(run("trust_planted.py", **PLANTED)) for _ in range(REAL_PLANTED)]
     show_planted("Real benchmarks", planted)
-    recordings = [record("trust_planted.py", rounds=120, check_steps=0, **PLANTED)]
+    recordings = [record("trust_planted.py", rounds=PLANTED_ROUNDS, **PLANTED)]
     winners = []
-    for seed in SEEDS:
-        short = run("trust_seeded.py", str(seed), **SEEDED)
-        recordings.append(record("trust_seeded.py", str(seed), rounds=100, check_steps=0, **SEEDED))
-        winners.append(kept_by_winner(short, recordings[-1].results))
+    for seed in (*REAL_SEEDS, *REPLAYED_SEEDS):
+        short = run("trust_seeded.py", str(seed), **SEEDED) if seed in REAL_SEEDS else None
+        recordings.append(record("trust_seeded.py", str(seed), rounds=SEEDED_ROUNDS, **SEEDED))
+        winners += [] if short is None else [kept_by_winner(short, recordings[-1].results)]
+        data = {"recordings": [one.as_json() for one in recordings]}
+        RECORDINGS.write_text(json.dumps(data, separators=(",", ":")) + "\n")
     show_winners("Winners of real benchmarks", winners)
-    RECORDINGS.write_text(
-        json.dumps({"recordings": [as_json(one) for one in recordings]}, separators=(",", ":")) + "\n"
-    )
     return summary(planted, winners)
 
 
@@ -136,43 +154,37 @@ def run(script: str, *arguments: str, **options: Any) -> Results:
 
 def record(script: str, *arguments: str, **options: Any) -> Recording:
     start = time.monotonic()
-    results = run(script, *arguments, budget_seconds=3600.0, **options)
+    results = run(script, *arguments, budget_seconds=3600.0, check_steps=0, **options)
     return Recording(results, (time.monotonic() - start) / len(results.rows[0].step_seconds))
 
 
-def as_json(recording: Recording) -> dict[str, Any]:
-    data = recording.results.as_json()
-    for row in data["rows"]:
-        row["step_seconds"] = [[round(seconds, 6) for seconds in steps] for steps in row["step_seconds"]]
-    return {"results": data, "round_seconds": recording.round_seconds}
-
-
-def replayed(recording: Recording, count: int, figure: Callable[[Results, Results], Any]) -> list[Any]:
-    """``figure(benchmark, all other rounds)`` of so many replays."""
-    return [figure(*recording.benchmark(seed)) for seed in range(count)]
-
-
 def told_apart(results: Results) -> dict[str, Any]:
-    """What the benchmark says of the planted script's three speeds, the first of which was run twice."""
-    baseline, alike, slower, _ = results.rows
+    """What the verdict says of the planted script's three speeds, the first of which was run twice."""
+    baseline, alike, slower, _ = (row.combination.name for row in results.rows)
+    winners = judge(results).winners
     noise = noise_of(results.rows, results.baseline)
-    with_slower = compare(baseline, slower, noise)
     return {
-        "rounds": len(baseline.step_seconds),
+        "rounds": len(results.rows[0].step_seconds),
         "noise": None if noise is None else noise.spread,
         "repeat": noise is not None and noise.ratio is not None and noise.ratio.is_told_apart,
-        "alike": compare(baseline, alike, noise).is_told_apart,
-        "slower": with_slower.is_told_apart and with_slower.value > 1,
-        "ratio": with_slower.value,
+        "alike": not {baseline, alike} <= set(winners),
+        "slower": slower not in winners,
     }
 
 
 def kept_by_winner(results: Results, long: Results) -> dict[str, Any]:
-    """The throughput of the winner over that of the best, both as a long run has them."""
+    """The throughput of the winner over that of the best, both as a long run has them; no winner has none."""
     speeds = {row.combination.name: speed_of(row) for row in long.rows if not row.is_repeat}
-    winner, best = judge(results).winners[0], max(speeds, key=speeds.__getitem__)
-    rounds = len(results.rows[0].step_seconds)
-    return {"winner": winner, "best": best, "kept": speeds[winner] / speeds[best], "rounds": rounds}
+    winner, best = next(iter(judge(results).winners), None), max(speeds, key=speeds.__getitem__)
+    second = max(speed for name, speed in speeds.items() if name != best)
+    return {
+        "model": " ".join(results.script[1:]),
+        "winner": winner,
+        "best": best,
+        "kept": 0.0 if winner is None else speeds[winner] / speeds[best],
+        "second_best": second / speeds[best],
+        "rounds": len(results.rows[0].step_seconds),
+    }
 
 
 def speed_of(row: Row) -> float:
@@ -199,7 +211,7 @@ def show_planted(title: str, planted: Sequence[dict[str, Any]]) -> None:
         ["", "times", "bar"],
         [
             ["two that are alike", str(sum(one["alike"] for one in planted)), f"at most {count * 5 // 100}"],
-            ["the baseline and its repeat", str(sum(one["repeat"] for one in planted)), ""],
+            ["the baseline and its repeat", str(sum(one["repeat"] for one in planted)), f"at most {count * 5 // 100}"],
             ["one that is 5 % slower", str(sum(one["slower"] for one in planted)), f"at least {-(-count * 95 // 100)}"],
         ],
     )
@@ -209,9 +221,21 @@ def show_planted(title: str, planted: Sequence[dict[str, Any]]) -> None:
 
 
 def show_winners(title: str, winners: Sequence[dict[str, Any]]) -> None:
-    lines = [[one["winner"], one["best"], f"{one['kept']:.3f}", str(one["rounds"])] for one in winners]
+    good = sum(one["kept"] >= CLOSE_ENOUGH for one in winners)
     show(
-        f"{title} (bar: {CLOSE_ENOUGH} of the best)", ["winner", "best in a long run", "of its speed", "rounds"], lines
+        f"{title}: {good} of {len(winners)} have {CLOSE_ENOUGH} of the best one's speed in a long run (bar 19 of 20)",
+        ["model", "winner", "best in a long run", "of its speed", "second best there", "rounds"],
+        [
+            [
+                one["model"],
+                str(one["winner"]),
+                one["best"],
+                f"{one['kept']:.3f}",
+                f"{one['second_best']:.3f}",
+                str(one["rounds"]),
+            ]
+            for one in winners
+        ],
     )
 
 

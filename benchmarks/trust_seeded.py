@@ -16,7 +16,7 @@ CLASSES = 10
 
 
 def perceptron(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
-    width, depth = draw.choice([64, 256, 512]), draw.randint(1, 5)
+    width, depth = draw.choice([64, 256, 512, 1024]), draw.randint(1, 5)
     hidden = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.GELU())]
     return nn.Sequential(*hidden, nn.Linear(width, CLASSES)), (width,)
 
@@ -43,7 +43,7 @@ fabric = Fabric(accelerator="cpu")
 fabric.launch()
 torch.manual_seed(0)
 model, shape = draw.choice([perceptron, convolutions, transformer])(draw)
-batch_size = draw.choice([16, 32, 64])
+batch_size = draw.choice([8, 32, 64])
 model(torch.zeros(2, *shape))  # gives lazy layers their sizes
 model, optimizer = fabric.setup(model, draw.choice([torch.optim.SGD, torch.optim.AdamW])(model.parameters(), lr=1e-3))
 data = TensorDataset(torch.randn(1024, *shape), torch.randint(0, CLASSES, (1024,)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,41 +16,55 @@ from fabric_lite.bench.results import Comparison
 __all__ = ["compared", "fed_to"]
 
 # What rounding makes of a gradient, relative to its norm: some ten times the machine's epsilon of the dtype that the
-# products are in, since errors add up over layers. The first steps of Adam divide by the gradient, so that what is next
-# to nothing in it decides over the sign of a change: a small transformer in 32 bit is 4e-4 off where nothing is wrong.
+# products are in, since errors add up over layers.
 _TOLERANCES = {"64-true": 1e-9, "32-true": 1e-4, "16-true": 5e-2, "16-mixed": 5e-2, "bf16-true": 0.1, "bf16-mixed": 0.1}
-_CHANGES, _LARGEST_CHANGE = 100, 0.5
-# So many times what one process in the same precision is off: several ranks round more often.
+# Some models round more. So many times what one process in the same precision is off is allowed, since several ranks
+# round more often. Not past a quarter, which is the mean where one of four ranks' gradients are lost, or half of a
+# change, as where every second step is lost: where rounding does as much, it would hide mistakes.
 _ROUNDING = 2
+_LARGEST_GRADIENT, _LARGEST_CHANGE = 0.25, 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class _Off:
+    """How far a record is off a reference: relative differences, of norms over all parameters, largest of all steps."""
+
+    loss: float
+    gradient: float
+    change: float
 
 
 def compared(folder: Path, ranks: int, reference: Path, precision: str, rounded: Path | None = None) -> Comparison:
     """Compare the records of the ranks in ``folder`` with the one of the reference.
 
-    Relative differences are of norms over all parameters, the largest over the recorded steps.
+    Each difference is the one to the nearer of the references. The loss may be off by what the precision's rounding
+    does to any model, gradients and changes by what it does to this one.
 
     Args:
         folder: Of the ranks' records.
         ranks: How many there are.
         reference: Of the reference's.
         precision: Of the ranks, which says what rounding allows.
-        rounded: Of a reference in that precision: how far that one is off shows what rounding does to this model.
+        rounded: Of a reference in that precision: how far that one is off shows what rounding does to this model. It
+            is left aside where it is not comparable itself.
     """
     own = [_read(folder, rank) for rank in range(ranks)]
     other = _read(reference, 0)
     reasons = [reason for record in (*own, other) for reason in record["reasons"]]
+    if not _is_finite(other):
+        reasons.append("what one process computes is not finite")
     if reasons:
         return Comparison("not comparable", reason=reasons[0])
-    loss = max(map(_loss_difference, _means([record["losses"] for record in own]), _means([other["losses"]])))
-    pairs = list(zip(own[0]["gradients"], other["gradients"], strict=False))
-    gradient = max((_difference(mine, theirs) for mine, theirs in pairs), default=0.0)
-    change = _difference(own[0]["changes"], other["changes"])
-    tolerance = _TOLERANCES.get(precision, 0.1)
-    if rounded is not None:
-        pairs = list(zip(_read(rounded, 0)["gradients"], other["gradients"], strict=False))
-        tolerance = max(tolerance, _ROUNDING * max((_difference(mine, theirs) for mine, theirs in pairs), default=0.0))
-    reason = _reason(own, other, loss, gradient, change, tolerance)
-    return Comparison("differs" if reason else "same", loss, gradient, change, tolerance, reason)
+    off, rounding = _off(own, other), _Off(0.0, 0.0, 0.0)
+    usable = None if rounded is None else _usable(_read(rounded, 0), other)
+    if usable is not None:
+        off, rounding = _nearer(off, _off(own, usable)), _off([usable], other)
+    table = _TOLERANCES.get(precision, 0.1)
+    if different := _different_ranks_or_steps(own, other):
+        verdict, reason = "differs", different
+    else:
+        verdict, reason = _judged(off, rounding, table)
+    return Comparison(verdict, off.loss, off.gradient, off.change, max(table, _ROUNDING * rounding.gradient), reason)
 
 
 def fed_to(folder: Path, ranks: int) -> tuple[str, ...]:
@@ -56,28 +72,65 @@ def fed_to(folder: Path, ranks: int) -> tuple[str, ...]:
     return tuple(str(_read(folder, rank)["fed"]) for rank in range(ranks))
 
 
-def _reason(
-    own: Sequence[Mapping[str, Any]],
-    other: Mapping[str, Any],
-    loss: float,
-    gradient: float,
-    change: float,
-    tolerance: float,
-) -> str:
-    """What differs, in words; empty where nothing does."""
+def _judged(off: _Off, rounding: _Off, table: float) -> tuple[str, str]:
+    """The verdict, with its reason in words. Written so that a value that is not a number differs."""
+    # The first steps of Adam change each weight by the sign of its gradient. Where gradients are off by some share of
+    # their norm, about that share of the signs is the other one, and a norm is the root of that.
+    table_of_changes = math.sqrt(table)
+    gradient, change = max(table, _ROUNDING * rounding.gradient), max(table_of_changes, _ROUNDING * rounding.change)
+    if not off.gradient <= gradient:
+        return "differs", f"gradients are {off.gradient:.2g} of their norm off, where rounding allows {gradient:.2g}"
+    if not off.loss <= table:
+        return "differs", f"the loss is {off.loss:.2g} of itself off, where rounding allows {table:.2g}"
+    if not off.change <= change:
+        return (
+            "differs",
+            f"the steps' change is {off.change:.2g} of its norm off, where rounding allows {change:.2g}",
+        )
+    if off.gradient > table and gradient > _LARGEST_GRADIENT:
+        moved = f"the gradients by {rounding.gradient:.2g} of their norm"
+    elif off.change > table_of_changes and change > _LARGEST_CHANGE:
+        moved = f"what the steps change by {rounding.change:.2g} of its norm"
+    else:
+        return "same", ""
+    return "not comparable", f"rounding alone moves {moved} in this precision"
+
+
+def _off(own: Sequence[Mapping[str, Any]], other: Mapping[str, Any]) -> _Off:
+    """How far the ranks' records are off that of one process."""
+    losses = zip(_means([record["losses"] for record in own]), _means([other["losses"]]), strict=False)
+    gradients = zip(own[0]["gradients"], other["gradients"], strict=False)
+    return _Off(
+        loss=_worst(_loss_difference(mine, theirs) for mine, theirs in losses),
+        gradient=_worst(_difference(mine, theirs) for mine, theirs in gradients),
+        change=_difference(own[0]["changes"], other["changes"]),
+    )
+
+
+def _nearer(one: _Off, two: _Off) -> _Off:
+    return _Off(min(one.loss, two.loss), min(one.gradient, two.gradient), min(one.change, two.change))
+
+
+def _usable(rounded: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The rounded reference, unless its steps are others or its numbers are none, which says nothing of rounding."""
+    is_comparable = not rounded["reasons"] and len(rounded["gradients"]) == len(other["gradients"])
+    return rounded if is_comparable and _is_finite(rounded) else None
+
+
+def _is_finite(record: Mapping[str, Any]) -> bool:
+    numbers = [loss for losses in record["losses"] for loss in losses]
+    tensors = [tensor for named in (*record["gradients"], record["changes"]) for tensor in named.values()]
+    return all(map(math.isfinite, numbers)) and all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _different_ranks_or_steps(own: Sequence[Mapping[str, Any]], other: Mapping[str, Any]) -> str:
+    """What differs that rounding has no part in, in words; empty where nothing does."""
     first, *others = [record["sums"] for record in own]
     apart = next((number for number, sums in enumerate(others, 1) if sums != first), None)
     if apart is not None:
         return f"rank {apart} has other weights than rank 0"
     if len(own[0]["gradients"]) != len(other["gradients"]):
         return f"{len(own[0]['gradients'])} optimizer steps where the reference makes {len(other['gradients'])}"
-    # Written so that a value that is not a number differs.
-    if not gradient <= tolerance:
-        return f"gradients are {gradient:.2g} off, relative to their norm"
-    if not loss <= tolerance:
-        return f"the loss is {loss:.2g} off"
-    if not change <= min(_CHANGES * tolerance, _LARGEST_CHANGE):
-        return f"the steps change the weights by {change:.2g} more or less than they should"
     return ""
 
 
@@ -95,6 +148,12 @@ def _means(of_ranks: Sequence[Sequence[Sequence[float]]]) -> list[float]:
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return sum(found) / len(found) if found else 0.0
+
+
+def _worst(differences: Iterable[float]) -> float:
+    """The largest; not a number where one of them is none, which ``max`` would pass over."""
+    found = list(differences)
+    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
 
 
 def _loss_difference(mine: float, theirs: float) -> float:

@@ -75,10 +75,11 @@ class Comparison:
 
     Args:
         verdict: ``"same"``, ``"differs"`` or ``"not comparable"``.
-        loss: Largest relative difference of the loss; None where there is none.
+        loss: Largest relative difference of the loss; None where there is none. All three are differences to one
+            process in full precision, or in the row's own, whichever is nearer.
         gradient: Largest relative difference (of norms) of the gradients that the steps use.
         parameters: Relative difference of what the steps have changed.
-        tolerance: What rounding in this precision allows.
+        tolerance: What rounding in this precision allows of the gradient's.
         reason: In words, where the verdict is not "same".
     """
 

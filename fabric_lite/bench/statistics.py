@@ -9,9 +9,9 @@ then a round is a third slower because of something else on the machine). A test
 noise, but cannot do here: with 9 rounds one disturbed round of the wrong sign leaves it at p = 0.04 at best.
 
 Replayed 500 times and more over 2 % of noise in the ratio of a round, with 9 rounds (``LEVEL`` is 1 %): two that are
-alike are told apart in 0.3 % of the cases, or 2 % without the floor that the baseline's repeat gives, since leaving out
+alike are told apart in 0.4 % of the cases, or 2 % without the floor that the baseline's repeat gives, since leaving out
 rounds makes the rest look a little too quiet. A difference of 5 % is found in 99 %; in 97 % if every twentieth pair of
-rounds has one that is 30 % slower, in 94 % if every tenth has. With 7 rounds those are 94, 89 and 81 %: hence 9.
+rounds has one that is 30 % slower, in 94 % if every tenth has. With 7 rounds those are 95, 87 and 81 %: hence 9.
 """
 
 from __future__ import annotations
@@ -233,10 +233,10 @@ def rounds_needed(rows: Sequence[Row], baseline: str, *, difference: float = 0.0
     """How many rounds, those of the pilot included, find such a difference in 95 of 100 cases.
 
     Ask after ``PILOT_ROUNDS``, once more after as many as that says, and then keep to the answer: five rounds that look
-    quiet by luck cost a tenth of the finds otherwise (85 of 100 rather than 96, in replays of recorded step times). It
-    looks at the noise alone, not at who leads: an internal pilot (Wittes and Brittain, Statistics in Medicine 9, 1990).
-    That raises the error rate a little, in those replays to 3 of 100 between equals. To test after every round and stop
-    at the first difference would find one between equals several times as often.
+    quiet by luck cost a tenth of the finds otherwise (``benchmarks/trust.py`` shows both). It looks at the noise alone,
+    not at who leads: an internal pilot (Wittes and Brittain, Statistics in Medicine 9, 1990), which hardly raises the
+    error rate. To test after every round and stop at the first difference would find one between equals several times
+    as often.
 
     The noise is the median over all pairs with the baseline, so that one disturbed pair does not double the work, at
     the upper end of its one-sided interval of 80 %, since five rounds are few (taken as if the pairs had nothing in

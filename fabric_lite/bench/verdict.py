@@ -200,19 +200,13 @@ def _said_of_mathematics(first: Row) -> list[str]:
 def _said_of_wrong(row: Row, first: Row | None = None) -> str:
     comparison = row.comparison
     assert comparison is not None  # it has the verdict "differs"
-    figures = {"loss": comparison.loss, "gradient": comparison.gradient, "parameters": comparison.parameters}
-    worst = max(((value, name) for name, value in figures.items() if value is not None), default=None)
-    how = "" if worst is None else f": {worst[1]} off by {worst[0]:.2g}"
-    if worst is not None and comparison.tolerance is not None:
-        how += f" where rounding allows {comparison.tolerance:.2g}"
-    why = f" ({comparison.reason})" if comparison.reason else ""
     ratio = None if first is None else statistics.compare(row, first, None).value
     if ratio is not None and ratio > 1 and first is not None:
         return (
             f"Fast but wrong: {row.combination.name} has {ratio:.3g} times the throughput of {first.combination.name}, "
-            f"but does not compute what one process would{how}{why}."
+            f"but does not compute what one process would: {comparison.reason}."
         )
-    return f"Wrong: {row.combination.name} does not compute what one process would{how}{why}."
+    return f"Wrong: {row.combination.name} does not compute what one process would: {comparison.reason}."
 
 
 def _said_of_command(row: Row, command: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fabric_lite import bench
-from fabric_lite.bench import Row, measuring
+from fabric_lite.bench import Row
 from fabric_lite.bench.cli import main
 from fabric_lite.errors import FabricValueError, LaunchError
 
@@ -46,29 +46,6 @@ def test_every_combination_is_measured_in_every_round_and_the_baseline_twice() -
         assert row.is_repeat or (row.comparison is not None and row.comparison.verdict == "same"), row.comparison
 
 
-@pytest.mark.parametrize("what", ["works beside", "no room", "leaves in the middle"])
-def test_one_run_follows_the_other_where_they_cannot_take_turns(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    said: list[str] = []
-    if what == "no room":
-        monkeypatch.setattr(measuring, "available_memory", lambda: 1 << 20)
-    rows = rows_of(
-        "waits for saves" if what == "works beside" else what,
-        script=ODD_SCRIPT,
-        devices=[1],
-        rounds=2,
-        steps=6,
-        check_steps=0,
-        progress=lambda *now: said.append(now[-1]),
-    )
-    assert [row.failure for row in rows] == [None, None]
-    assert [[len(steps) for steps in row.step_seconds] for row in rows] == [[6, 6]] * 2
-    in_turns = [words for words in said if "in turns" in words]
-    assert len(in_turns) == (what == "leaves in the middle")
-
-
 MISTAKES = [
     "no sync",
     "sum",
@@ -81,6 +58,9 @@ MISTAKES = [
     "kept gradients",
     "learning rate",
 ]
+# By less than rounding does. Gradients rounded to bfloat16 are what this precision computes; and those that are kept
+# are scaled to one norm by the script's clipping, where they are 8 % off: a right char_gpt under fsdp is 5 %.
+HIDDEN_BY_ROUNDING = ["rounded gradients", "kept gradients"]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +72,14 @@ def test_wrong_mathematics_is_found(mistake: str) -> None:
     assert row.comparison is not None
     assert row.comparison.verdict == "differs", row.comparison
     assert row.comparison.reason
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_wrong_mathematics_is_found_in_bf16_where_it_is_more_than_rounding(mistake: str) -> None:
+    [row, _] = rows_of(mistake, precisions=["bf16-mixed"], steps=2, warmup=0)
+    assert row.comparison is not None
+    assert row.comparison.verdict == ("same" if mistake in HIDDEN_BY_ROUNDING else "differs"), row.comparison
 
 
 @pytest.mark.full
@@ -159,7 +147,7 @@ def test_what_is_out_of_the_ordinary_is_measured_all_the_same(
 
 @pytest.mark.parametrize(
     ("what", "phase", "least_seconds"),
-    [("slow to start", "data", 0.04 / 3), ("waits for saves", "save", 0.04)],
+    [("slow to start", "data", 0.04 / 3), ("waits for saves", "save", 0.01)],
 )
 def test_the_start_of_an_epoch_is_waiting_for_data_and_waiting_for_a_save_is_saving(
     what: str, phase: str, least_seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -168,7 +156,8 @@ def test_the_start_of_an_epoch_is_waiting_for_data_and_waiting_for_a_save_is_sav
     row, _ = rows_of(what, script=ODD_SCRIPT, devices=[1], steps=6, check_steps=0)
     assert row.failure is None
     assert row.phases[phase] > least_seconds
-    assert row.phases[phase] > 0.5 * sum(row.phases.values())
+    [steps] = row.step_seconds
+    assert sum(row.phases.values()) == pytest.approx(sum(steps) / len(steps))
 
 
 def test_steps_that_the_loss_scaler_skips_are_not_compared() -> None:
