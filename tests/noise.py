@@ -30,11 +30,14 @@ def gaussian(spread: float) -> Model:
 
 
 def heavy_tailed(spread: float, share: float = 0.05, factor: float = 1.3) -> Model:
-    """In this share of the pairs one run is slower by the factor; and every thirtieth step takes twice as long."""
+    """In this share of the pairs one run is slower by the factor; and every hundredth step takes twice as long.
+
+    Where one process has a core to itself, as many were seen to; of two ranks that have two cores, ten times as many.
+    """
 
     def model(generator: numpy.random.Generator, slots: int, steps: int) -> numpy.ndarray:
         slow = numpy.where(generator.random((slots, 1)) < share / 2, factor, 1.0)
-        late = numpy.where(generator.random((slots, steps)) < 1 / 30, 2.0, 1.0)
+        late = numpy.where(generator.random((slots, steps)) < 1 / 100, 2.0, 1.0)
         return gaussian(spread)(generator, slots, steps) * slow * late
 
     return model

@@ -105,7 +105,8 @@ class _Search:
     def __init__(self, runs: Runs, combination: Combination, progress: Callable[[str], None]) -> None:
         self._runs, self._combination, self._progress = runs, combination, progress
         self._fitting: list[Trial] = []
-        self._room = _USABLE * available_memory() or None  # None where it is not known
+        room = available_memory()
+        self._room = None if room is None else _USABLE * room
 
     def trials(self) -> Iterator[Trial]:
         first = self._trial(self._combination.batch_size)

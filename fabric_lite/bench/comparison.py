@@ -19,8 +19,8 @@ __all__ = ["compared", "fed_to"]
 # products are in, since errors add up over layers.
 _TOLERANCES = {"64-true": 1e-9, "32-true": 1e-4, "16-true": 5e-2, "16-mixed": 5e-2, "bf16-true": 0.1, "bf16-mixed": 0.1}
 # Some models round more. So many times what one process in the same precision is off is allowed, since several ranks
-# round more often. Not past a quarter, which is the mean where one of four ranks' gradients are lost, or half of a
-# change, as where every second step is lost: where rounding does as much, it would hide mistakes.
+# round more often. Where that is more than a quarter of the gradients (what one of four ranks' make)
+# or half of the changes (every second step), what is allowed is not said to be the same: a mistake could hide there.
 _ROUNDING = 2
 _LARGEST_GRADIENT, _LARGEST_CHANGE = 0.25, 0.5
 
@@ -38,7 +38,7 @@ def compared(folder: Path, ranks: int, reference: Path, precision: str, rounded:
     """Compare the records of the ranks in ``folder`` with the one of the reference.
 
     Each difference is the one to the nearer of the references. The loss may be off by what the precision's rounding
-    does to any model, gradients and changes by what it does to this one.
+    does to any model, gradients and changes by twice what it does to this one if that is known and more.
 
     Args:
         folder: Of the ranks' records.
@@ -50,6 +50,9 @@ def compared(folder: Path, ranks: int, reference: Path, precision: str, rounded:
     """
     own = [_read(folder, rank) for rank in range(ranks)]
     other = _read(reference, 0)
+    # Needs no reference, so it is seen where nothing else can be compared.
+    if apart := _apart(own):
+        return Comparison("differs", reason=apart)
     reasons = [reason for record in (*own, other) for reason in record["reasons"]]
     if not _is_finite(other):
         reasons.append("what one process computes is not finite")
@@ -60,8 +63,9 @@ def compared(folder: Path, ranks: int, reference: Path, precision: str, rounded:
     if usable is not None:
         off, rounding = _nearer(off, _off(own, usable)), _off([usable], other)
     table = _TOLERANCES.get(precision, 0.1)
-    if different := _different_ranks_or_steps(own, other):
-        verdict, reason = "differs", different
+    steps, theirs = len(own[0]["gradients"]), len(other["gradients"])
+    if steps != theirs:
+        verdict, reason = "differs", f"{steps} optimizer steps where the reference makes {theirs}"
     else:
         verdict, reason = _judged(off, rounding, table)
     return Comparison(verdict, off.loss, off.gradient, off.change, max(table, _ROUNDING * rounding.gradient), reason)
@@ -123,15 +127,12 @@ def _is_finite(record: Mapping[str, Any]) -> bool:
     return all(map(math.isfinite, numbers)) and all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def _different_ranks_or_steps(own: Sequence[Mapping[str, Any]], other: Mapping[str, Any]) -> str:
-    """What differs that rounding has no part in, in words; empty where nothing does."""
-    first, *others = [record["sums"] for record in own]
+def _apart(own: Sequence[Mapping[str, Any]]) -> str:
+    """Which rank has other weights than the first, in words; empty where none has. Rounding has no part in that."""
+    # As text, in which what is not a number equals itself.
+    first, *others = [{name: repr(total) for name, total in record["sums"].items()} for record in own]
     apart = next((number for number, sums in enumerate(others, 1) if sums != first), None)
-    if apart is not None:
-        return f"rank {apart} has other weights than rank 0"
-    if len(own[0]["gradients"]) != len(other["gradients"]):
-        return f"{len(own[0]['gradients'])} optimizer steps where the reference makes {len(other['gradients'])}"
-    return ""
+    return "" if apart is None else f"rank {apart} has other weights than rank 0"
 
 
 def _read(folder: Path, rank: int) -> dict[str, Any]:

@@ -25,20 +25,20 @@ def memory_of_machine() -> int | None:
         return None
 
 
-def available_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that can be had without swapping, by the container's limit where that is less; 0 where nobody tells.
+def available_memory(groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that can be had without swapping, by the container's limit where that is less; None where nobody tells.
 
     Args:
         groups: Where control groups are mounted, of version 2 or 1.
     """
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
     rooms = [
+        next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None),
         _room(groups, "memory.max", "memory.current", "inactive_file"),
         _room(groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ]
-    return min([free, *(room for room in rooms if room is not None)])
+    return min((room for room in rooms if room is not None), default=None)
 
 
 def _room(group: Path, limit: str, used: str, cache: str) -> int | None:

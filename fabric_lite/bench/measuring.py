@@ -10,16 +10,17 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
+from fabric_lite.bench.entry import Entry, row_of
 from fabric_lite.bench.machine import available_memory
-from fabric_lite.bench.results import Combination, Communication, Comparison, Memory, Row
+from fabric_lite.bench.results import Combination, Comparison, Row
 from fabric_lite.bench.runs import Outcome, Runs
 from fabric_lite.bench.schedule import Schedule
-from fabric_lite.launch.environment import cores
+from fabric_lite.bench.statistics import PILOT_ROUNDS
 from fabric_lite.launch.rank import ScriptCall
 
 __all__ = ["Course", "Measured", "Progress", "measure"]
@@ -27,8 +28,12 @@ __all__ = ["Course", "Measured", "Progress", "measure"]
 # The reference computes in full precision, or better where a combination does.
 _REFERENCES = {"64-true": "64-true"}
 _REFERENCE_PRECISION = "32-true"
-# Of a turn, at least: after each the caches are another job's.
+# Of a turn, at least: after each the caches are another job's, which costs some 2 ms. The first one's timed steps come
+# after as many of the warm-up as take so long.
 _TURN_SECONDS = 0.05
+_LEAD_SECONDS = 0.01
+# How often a round in turns is tried: what failed once, late, need not cost all rounds before it.
+_TRIES = 2
 # That all jobs together may take of the memory that is free.
 _SHARE_OF_MEMORY = 0.5
 # Of its steps' time, what a rank may compute while it waits for its turn: to wake up and to fall asleep.
@@ -77,7 +82,7 @@ class Measured:
         rows: Of all combinations, in order, and of the baseline once more.
         device_name: The accelerator's; None on a CPU.
         device_memory: Its bytes; None on a CPU.
-        is_complete: Whether no Ctrl-C has ended it early.
+        is_complete: Whether nothing has ended it early: no Ctrl-C, no round in turns that failed after enough of them.
         in_turns: Whether the combinations lived side by side in the timed rounds; else one run followed the other.
     """
 
@@ -101,25 +106,11 @@ def measure(course: Course, progress: Progress = lambda *_: None) -> Measured:
             return _Measurement(course, runs, folder, progress).run()
 
 
-@dataclasses.dataclass
-class _Entry:
-    """What is known so far of one combination."""
-
-    combination: Combination
-    is_repeat: bool = False
-    failure: str | None = None
-    first: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # the first run's figures, by rank
-    rounds: list[list[dict[str, Any]]] = dataclasses.field(default_factory=list)  # of those that are timed
-    starts: list[float] = dataclasses.field(default_factory=list)  # seconds of those that start by themselves
-    record: Path | None = None
-    comparison: Comparison | None = None
-
-
 class _Measurement:
     def __init__(self, course: Course, runs: Runs, folder: Path, progress: Progress) -> None:
         self._course, self._runs, self._folder, self._progress = course, runs, folder, progress
-        self._entries = [_Entry(combination) for combination in course.combinations]
-        self._entries.append(_Entry(course.baseline, is_repeat=True))
+        self._entries = [Entry(combination) for combination in course.combinations]
+        self._entries.append(Entry(course.baseline, is_repeat=True))
         kinds = {
             (combination.devices, combination.batch_size, precision)
             for combination in course.combinations
@@ -130,41 +121,56 @@ class _Measurement:
         self._done = 0  # runs
         self._takes_turns = False  # else one run follows the other
         self._first_round_seconds = 0.0
+        self._began = 0.0
+        self._is_complete = True
 
     def run(self) -> Measured:
-        began, is_complete = time.monotonic(), True
+        self._began = time.monotonic()
         try:
             while not self._schedule.has_ended:
-                self._whole_round(began)
+                self._whole_round()
         except KeyboardInterrupt:
             if self._schedule.done == 0:
                 raise
-            is_complete = False
-            for entry in self._entries:
-                del entry.rounds[self._schedule.done - self._schedule.trials :]
+            self._is_complete = False
+        timed = self._schedule.done - self._schedule.trials
+        for entry in self._entries:
+            del entry.rounds[timed:]
         figures = [own for entry in self._entries for own in entry.first]
         device = figures[0] if figures else {"device_name": None, "device_memory": None}
-        return Measured(self._rows(), device["device_name"], device["device_memory"], is_complete, self._takes_turns)
+        return Measured(
+            self._rows(),
+            device["device_name"],
+            device["device_memory"],
+            self._is_complete,
+            # Without any in turns there is the first round, in which one run followed the other.
+            in_turns=self._takes_turns and timed > 0,
+        )
 
-    def _whole_round(self, began: float) -> None:
+    def _whole_round(self) -> None:
         """A round, and what is decided after it."""
-        start = time.monotonic()
-        self._round(self._schedule.done)
-        seconds = time.monotonic() - start
         is_first = self._schedule.done == 0
+        seconds = self._round(self._schedule.done)
+        if seconds is None:
+            self._is_complete = False
+            self._schedule.end()
+            return
         if is_first:
             self._first_round_seconds = seconds
             if self._course.check_steps:
                 self._compare()
-        self._schedule.end_round(time.monotonic() - began, seconds, self._rows)
+        self._schedule.end_round(self._passed(), seconds, self._rows)
         if all(entry.failure is not None for entry in self._entries):
             self._schedule.end()
         if is_first and not self._schedule.has_ended and self._can_take_turns():
             self._takes_turns = True
             self._begin_anew()
 
+    def _passed(self) -> float:
+        return time.monotonic() - self._began
+
     def _rows(self) -> list[Row]:
-        return [_row(entry) for entry in self._entries]
+        return [row_of(entry) for entry in self._entries]
 
     def _can_take_turns(self) -> bool:
         """Whether the jobs can live side by side, by what the first round has shown.
@@ -173,7 +179,8 @@ class _Measurement:
         workers of a loader, an asynchronous save) would have that for nothing, and hold the others up.
         """
         figures = [own for entry in self._entries if entry.failure is None for own in entry.first]
-        has_room = sum(own["resident"] for own in figures) < _SHARE_OF_MEMORY * available_memory()
+        room = available_memory()
+        has_room = room is not None and sum(own["resident"] for own in figures) < _SHARE_OF_MEMORY * room
         is_on_cpu = all(own["device_name"] is None and own["blocked"] is not None for own in figures)
         has_warmup = self._course.warmup + self._course.check_steps > 0  # a job's first turn comes after it
         works_beside = any(own["works_beside"] for own in figures)
@@ -185,13 +192,27 @@ class _Measurement:
         for entry in self._entries:
             entry.rounds.clear()
 
-    def _round(self, number: int) -> None:
+    def _round(self, number: int) -> float | None:
+        """Seconds that it took; None where it failed and there are enough rounds before it."""
+        for _ in range(_TRIES if self._takes_turns else 0):
+            start = time.monotonic()
+            outcomes = self._run_in_turns(number)
+            if outcomes is not None:
+                if self._take(outcomes):
+                    return time.monotonic() - start
+                break  # since it would compute while it waits the next time too
+            if self._passed() > self._course.budget_seconds:
+                break
+        if self._takes_turns and self._schedule.done - self._schedule.trials >= PILOT_ROUNDS:
+            return None
         if self._takes_turns:
-            # A second time, since what failed once, late, need not cost all rounds before it.
-            if self._round_in_turns(number) or self._round_in_turns(number):
-                return
             self._takes_turns = False
             self._begin_anew()
+        start = time.monotonic()
+        self._round_one_by_one(number)
+        return time.monotonic() - start
+
+    def _round_one_by_one(self, number: int) -> None:
         turn = number % len(self._entries)
         for entry in self._entries[turn:] + self._entries[:turn]:
             if entry.failure is not None:
@@ -218,26 +239,39 @@ class _Measurement:
             else:
                 shutil.rmtree(outcome.folder)
 
-    def _round_in_turns(self, number: int) -> bool:
-        """Whether all has gone well, and none has worked while it waited; else nothing has been measured."""
-        entries = [entry for entry in self._entries if entry.failure is None]
-        turn = number % len(entries)
-        entries = entries[turn:] + entries[:turn]
+    def _run_in_turns(self, number: int) -> dict[int, Outcome] | None:
+        """What the entries that have not failed have come to, by their numbers; None where anything went wrong."""
+        entries = {place: entry for place, entry in enumerate(self._entries) if entry.failure is None}
         self._report(f"round {number + 1}: all in turns")
+        step_seconds = [self._step_seconds(entry.combination) for entry in entries.values()]
+        warmup = self._course.warmup + self._course.check_steps
         outcomes = self._runs.run_in_turns(
-            [entry.combination for entry in entries],
-            steps_of_turns=[_steps_of_a_turn(entry) for entry in entries],
-            warmup=self._course.warmup + self._course.check_steps,
+            [entry.combination for entry in entries.values()],
+            steps_of_turns=[math.ceil(_TURN_SECONDS / seconds) for seconds in step_seconds],
+            leads=[min(round(_LEAD_SECONDS / seconds), warmup - 1) for seconds in step_seconds],
+            warmup=warmup,
             steps=self._course.steps,
             timeout_seconds=self._course.timeout_seconds + self._first_round_seconds,
         )
-        if outcomes is None or any(_works_while_waiting(own) for outcome in outcomes for own in outcome.figures):
-            return False
-        self._done += len(self._entries)
-        for entry, outcome in zip(entries, outcomes, strict=True):
-            entry.rounds.append(outcome.figures)
+        return None if outcomes is None else dict(zip(entries, outcomes, strict=True))
+
+    def _take(self, outcomes: Mapping[int, Outcome]) -> bool:
+        """Keep the figures, unless a rank has computed while it waited."""
+        figures = [own for outcome in outcomes.values() for own in outcome.figures]
+        is_fair = not any(map(_works_while_waiting, figures))
+        for place, outcome in outcomes.items():
             shutil.rmtree(outcome.folder)
-        return True
+            if is_fair:
+                self._entries[place].rounds.append(outcome.figures)
+        if is_fair:
+            self._done += len(self._entries)
+        return is_fair
+
+    def _step_seconds(self, combination: Combination) -> float:
+        """As far as is known now: the same for the baseline and its repeat, whose turns are to be equally long."""
+        entries = [entry for entry in self._entries if entry.combination == combination and entry.failure is None]
+        rounds = [figures for entry in entries for figures in entry.rounds or [entry.first]]
+        return median(max(median(own["step_seconds"]) for own in figures) for figures in rounds)
 
     def _report(self, what: str) -> None:
         total = len(self._entries) * self._schedule.total + self._references
@@ -287,11 +321,6 @@ class _Measurement:
         )
 
 
-def _steps_of_a_turn(entry: _Entry) -> int:
-    step_seconds = max(median(own["step_seconds"]) for own in entry.first)
-    return max(1, math.ceil(_TURN_SECONDS / step_seconds))
-
-
 def _works_while_waiting(own: dict[str, Any]) -> bool:
     """Whether a rank has had much of its work done while other jobs had their turns: by a thread of its own, say."""
     return bool(own["worked_while_waiting"] > _SHARE_OF_WORK * sum(own["step_seconds"]))
@@ -302,56 +331,3 @@ def _shortfall(outcome: Outcome, course: Course) -> str | None:
     wanted = course.check_steps + course.warmup + course.steps
     done = min(figures["done"] for figures in outcome.figures)
     return None if done >= wanted else f"the script ended after {done} steps of the {wanted} that are needed"
-
-
-def _row(entry: _Entry) -> Row:
-    if not entry.first:
-        return Row(entry.combination, failure=entry.failure, is_repeat=entry.is_repeat)
-    rounds = entry.rounds or [entry.first]
-    slowest = [max(figures, key=lambda own: median(own["step_seconds"])) for figures in rounds]
-    # In the first round there are the checks, with what they keep in memory.
-    usual = [figures for figures in rounds if figures is not entry.first] or rounds
-    # With fewer cores than ranks these take turns: not to run is not to wait for a collective.
-    shows_waits = 1 < entry.combination.devices <= cores() and all(own["blocked"] is not None for own in slowest)
-    return Row(
-        entry.combination,
-        failure=entry.failure,
-        step_seconds=[
-            [max(of_ranks) for of_ranks in zip(*(own["step_seconds"] for own in figures), strict=True)]
-            for figures in rounds
-        ],
-        samples_per_step=_over_shares(rounds, "samples"),
-        tokens_per_step=_over_shares(rounds, "tokens"),
-        phases={name: median(own["phases"][name] for own in slowest) for name in slowest[0]["phases"]},
-        exposed_communication=median(own["blocked"] for own in slowest) if shows_waits else None,
-        memory=_memory([own for figures in usual for own in figures], [own["probe"] for own in entry.first]),
-        communication=_communication(entry.first[0]["probe"]),
-        comparison=entry.comparison,
-        startup_seconds=median(entry.starts[1:] or entry.starts),
-        is_repeat=entry.is_repeat,
-    )
-
-
-def _over_shares(rounds: Sequence[Sequence[dict[str, Any]]], name: str) -> float | None:
-    """The mean over rounds of the sum over ranks, those with the same share of the data once."""
-    sums = []
-    for figures in rounds:
-        shares = {own["data_rank"]: own[name] for own in figures}
-        if any(value is None for value in shares.values()):
-            return None
-        sums.append(sum(shares.values()))
-    return mean(sums) or None
-
-
-def _communication(probe: dict[str, Any]) -> Communication | None:
-    return Communication(probe["calls"], probe["bytes"]) if probe else None
-
-
-def _memory(figures: Sequence[dict[str, Any]], probes: Sequence[dict[str, Any]]) -> Memory:
-    on_device = [own for own in figures if own["device_allocated"] is not None]
-    return Memory(
-        resident=max(own["resident"] for own in figures),
-        tensors=max((probe["tensors"] for probe in probes if probe), default=None),
-        device_allocated=max((own["device_allocated"] for own in on_device), default=None),
-        device_reserved=max((own["device_reserved"] for own in on_device), default=None),
-    )

@@ -98,8 +98,8 @@ class Row:
     Args:
         combination: Which one.
         failure: In one line, why it did not run; None if it did. Then the other fields may be empty.
-        step_seconds: By round, the seconds of each measured step of the slowest rank. The rounds of all combinations
-            were taken in turn: round ``i`` of one stands beside round ``i`` of another.
+        step_seconds: By round, the seconds of each measured step, by the clock of the rank that takes longest for the
+            round. The rounds of all combinations were taken in turn: round ``i`` of one stands beside that of another.
         samples_per_step: Over all ranks; None where no batch shows it.
         tokens_per_step: Over all ranks; None where no batch shows it.
         phases: Seconds of a step by phase (``PHASES``) on the slowest rank: means of a round, medians over rounds.
@@ -123,6 +123,11 @@ class Row:
     comparison: Comparison | None = None
     startup_seconds: float | None = None
     is_repeat: bool = False
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether it ran, and computes something else than one process does."""
+        return self.comparison is not None and self.comparison.verdict == "differs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +166,7 @@ class Results:
         about: Date and hardware.
         steps: Measured steps of each round.
         warmup: Steps before them, of each round.
-        is_complete: Whether no signal has ended the benchmark before all rounds were done.
+        is_complete: Whether nothing has ended the benchmark before all rounds were done, such as Ctrl-C.
         in_turns: Whether the combinations lived side by side and took turns; else one run followed the other.
     """
 

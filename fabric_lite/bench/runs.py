@@ -97,21 +97,22 @@ class Runs:
         combinations: Sequence[Combination],
         *,
         steps_of_turns: Sequence[int],
+        leads: Sequence[int],
         warmup: int,
         steps: int,
         timeout_seconds: float,
     ) -> list[Outcome] | None:
         """Run the script in all combinations at once, which take turns after the warm-up.
 
-        None where anything has failed or all of it takes longer than the timeout: which of them that was is seen when
-        they run one after the other.
+        The first turn of each begins with so many steps of the warm-up. None where anything has failed or all of it
+        takes longer than the timeout: which of them that was is seen when they run one after the other.
         """
         folders = [self._new_folder() for _ in combinations]
         ranks = [combination.devices for combination in combinations]
         options = {"warmup": warmup, "steps": steps, "takes_turns": True}
         requests: list[StartRank] = []
-        for combination, folder in zip(combinations, folders, strict=True):
-            requests += self._requests(combination, folder, len(requests), timeout_seconds, options)
+        for combination, folder, lead in zip(combinations, folders, leads, strict=True):
+            requests += self._requests(combination, folder, len(requests), timeout_seconds, options | {"lead": lead})
         turns = Turns(folders, ranks, first=warmup, last=warmup + steps, steps=steps_of_turns, seed=self._count)
         self._selector.register(turns.reports, selectors.EVENT_READ, turns.read)
         try:

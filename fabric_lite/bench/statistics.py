@@ -2,16 +2,19 @@
 
 What counts is the variation between rounds. The steps of a round share one process and one state of the machine, so
 they are not independent: a hundred of them say little more than ten. Each round of a row therefore becomes one figure,
-and two rows are compared by the ratios of rounds that stand side by side, which a drifting machine leaves alone.
+and two rows are compared by the ratios of rounds that stand side by side, which a drifting machine leaves alone. That
+figure is the mean of all steps. To leave out late ones would take half of the rounds, but they are what training pays:
+saves, and above all ranks that wait for another, which with two ranks on two cores made 10 % of a round.
 
 Ratios are judged by Student's t on their logarithms, after rounds that lie far from the others were left out (now and
 then a round is a third slower because of something else on the machine). A test of signs or ranks takes no view of the
 noise, but cannot do here: with 9 rounds one disturbed round of the wrong sign leaves it at p = 0.04 at best.
 
 Replayed 500 times and more over 2 % of noise in the ratio of a round, with 9 rounds (``LEVEL`` is 1 %): two that are
-alike are told apart in 0.4 % of the cases, or 2 % without the floor that the baseline's repeat gives, since leaving out
-rounds makes the rest look a little too quiet. A difference of 5 % is found in 99 %; in 97 % if every twentieth pair of
-rounds has one that is 30 % slower, in 94 % if every tenth has. With 7 rounds those are 95, 87 and 81 %: hence 9.
+alike are told apart in 0.4 % of the cases, or 3 % without the floor that the baseline's repeat gives, since leaving out
+rounds makes the rest look a little too quiet. A difference of 5 % is found in 99 %, with 7 rounds in 94 %: hence 9. If
+every twentieth pair of rounds has one that is 30 % slower, and every hundredth step takes twice as long, it is found in
+57 %: that takes some 20 rounds, which :func:`rounds_needed` asks for, and then finds it in 95 %.
 """
 
 from __future__ import annotations
@@ -39,7 +42,6 @@ __all__ = [
     "kept_efficiency",
     "noise_of",
     "ranked",
-    "round_seconds",
     "rounds_needed",
     "scaling_efficiency",
     "smallest_difference",
@@ -109,27 +111,6 @@ class Ratio:
     def is_told_apart(self) -> bool:
         """Whether the difference is more than noise."""
         return self.p_value <= LEVEL
-
-
-def round_seconds(rounds: Sequence[Sequence[float]]) -> list[float | None]:
-    """Seconds of a step in each round, without what held up single steps of it; None for a round without steps.
-
-    Each step is held against the same step of the other rounds (their median), and the fastest four fifths of these
-    ratios make the round's figure. So a step that the machine held up does not move it, and one that takes long in
-    every round, since it saves or evaluates, counts in full.
-
-    Not a plain mean, which takes a quarter more rounds to find as much. Not the median ratio: it has a quarter more
-    noise where nothing holds steps up. Not nine tenths: where every thirtieth step takes twice as long, now and then
-    three of twenty do, and a difference of 5 % is found in 90 of 100 cases rather than in 98.
-    """
-    longest = max(map(len, rounds), default=0)
-    usual = [statistics.median([steps[place] for steps in rounds if len(steps) > place]) for place in range(longest)]
-    figures: list[float | None] = []
-    for steps in rounds:
-        ratios = sorted(seconds / expected for seconds, expected in zip(steps, usual, strict=False))
-        fastest = ratios[: max(1, len(ratios) * 4 // 5)]
-        figures.append(statistics.fmean(usual[: len(steps)]) * statistics.fmean(fastest) if steps else None)
-    return figures
 
 
 def throughput(row: Row) -> Estimate:
@@ -356,7 +337,7 @@ def _estimate(ratio: Ratio, parts: int) -> Estimate:
 def _log_rates(row: Row, in_samples: bool) -> list[float | None]:
     """By round, the logarithm of samples or steps per second; None for a round without steps."""
     work = row.samples_per_step if in_samples and row.samples_per_step is not None else 1.0
-    return [None if seconds is None else math.log(work / seconds) for seconds in round_seconds(row.step_seconds)]
+    return [math.log(work / statistics.fmean(steps)) if steps else None for steps in row.step_seconds]
 
 
 def _log_ratios(row: Row, other: Row) -> list[float]:
@@ -371,10 +352,14 @@ def _named(rows: Sequence[Row], name: str, is_repeat: bool) -> Row | None:
 
 
 def _alike(row: Row, rows: Sequence[Row]) -> list[Row]:
+    """Those of the same precision that ran and compute the right thing."""
     return [
         other
         for other in rows
-        if other.failure is None and not other.is_repeat and other.combination.precision == row.combination.precision
+        if other.failure is None
+        and not other.is_repeat
+        and not other.is_wrong
+        and other.combination.precision == row.combination.precision
     ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import select
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ __all__ = ["Gate", "Turns"]
 
 _NUMBER_BYTES = 8
 _REPORTS = "reports"
+# Threads of OpenMP wait so long for more work before they sleep, at most; and what it takes to fall asleep and wake up.
+_SPIN_SECONDS = 0.03
+_WAKING_SECONDS = 0.001
 
 
 def _gate_file(folder: Path, rank: int) -> Path:
@@ -30,9 +34,11 @@ class Gate:
     Args:
         folder: Of the job.
         rank: Which one of it.
+        spins: Whether the rank computes in several threads, which spin for some milliseconds after their last work.
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, folder: Path, rank: int, *, spins: bool = False) -> None:
+        self._forgiven = _SPIN_SECONDS if spins else 0.0
         # The other end has both open, so neither call waits.
         self._reports = os.open(folder / _REPORTS, os.O_WRONLY)
         self._gate = os.open(_gate_file(folder, rank), os.O_RDONLY)
@@ -42,21 +48,23 @@ class Gate:
     def wait(self, done: int) -> None:
         """After so many steps; returns at once within a turn."""
         if done >= self._until:
-            start = time.process_time()
             os.write(self._reports, b".")
+            select.select([self._gate], [], [], self._forgiven)
+            start = time.process_time()
             self._until = int.from_bytes(os.read(self._gate, _NUMBER_BYTES), "little")
-            self.worked_seconds += time.process_time() - start
+            self.worked_seconds += max(time.process_time() - start - _WAKING_SECONDS, 0.0)
 
 
 class Turns:
     """The other end: hands out turns until all jobs have made their steps, and lets them end together.
 
-    All of them make the steps before the first turn at once, since these are not timed.
+    All of them make the steps before their first turn at once, since these are not timed. Where a turn begins with
+    steps that are not timed either, these find what the job before has left in the caches.
 
     Args:
         folders: Of the jobs.
         ranks: How many ranks each job has.
-        first: The step after which they wait for their first turn.
+        first: The step after which those begin that are timed; each job waits for its first turn then or before.
         last: The step after which they wait for the end.
         steps: Of a turn of each job.
         seed: Of the order.

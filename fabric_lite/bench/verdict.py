@@ -46,8 +46,8 @@ def judge(results: Results, *, memory_limit: int | None = None) -> Verdict:
     rows = [row for row in results.rows if not row.is_repeat]
     failed = [row for row in rows if row.failure is not None]
     ran = statistics.ranked(rows)
-    wrong = [row for row in ran if _differs(row)]
-    right = [row for row in ran if not _differs(row)]
+    wrong = [row for row in ran if row.is_wrong]
+    right = [row for row in ran if not row.is_wrong]
     names = [row.combination.name for row in wrong]
     if not right:
         return Verdict(
@@ -88,7 +88,7 @@ def fail_below(results: Results, stored: Results, threshold: float) -> tuple[lis
         stored: Of then.
         threshold: Of throughput now over then: 0.98.
     """
-    sentences = _said_of_machines(results.about, stored.about)
+    sentences = [*_said_of_machines(results.about, stored.about), *_said_of_turns(results, stored)]
     before = {row.combination: row for row in stored.rows if row.failure is None and not row.is_repeat}
     now = {row.combination: row for row in results.rows if not row.is_repeat}
     noises = [statistics.noise_of(either.rows, either.baseline) for either in (results, stored)]
@@ -101,8 +101,8 @@ def fail_below(results: Results, stored: Results, threshold: float) -> tuple[lis
         elif row.failure is not None:
             sentences.append(f"Fails: {combination.name} ran in the stored result, and now does not: {row.failure}")
             fails = True
-        elif _differs(row) and not _differs(before[combination]):
-            sentences.append(f"Fails: {_said_of_wrong(row)} It did in the stored result.")
+        elif row.is_wrong and not before[combination].is_wrong:
+            sentences.append(f"Fails: {_said_of_wrong(row)} {_said_of_then(before[combination])}")
             fails = True
         else:
             ratio = statistics.compare_apart(row, before[combination], noises[0], noises[1])
@@ -114,10 +114,6 @@ def fail_below(results: Results, stored: Results, threshold: float) -> tuple[lis
             )
     sentences += [f"{combination.name} was not run now." for combination in before if combination not in now]
     return sentences, fails
-
-
-def _differs(row: Row) -> bool:
-    return row.comparison is not None and row.comparison.verdict == "differs"
 
 
 def _said_of_none(ran: Sequence[Row]) -> list[str]:
@@ -145,7 +141,8 @@ def _said_of_first(row: Row, results: Results, noise: statistics.Noise | None) -
         return f"{row.combination.name} is the fastest: {figures}{'; it is the baseline' * (baseline is row)}."
     ratio = statistics.compare(row, baseline, noise)
     return (
-        f"{row.combination.name} is the fastest: {figures}, {_of_ratio(ratio)} times the baseline, {results.baseline}."
+        f"{row.combination.name} is the fastest: {figures}, {_of_ratio(ratio)} times the baseline, {results.baseline}"
+        f"{', which is wrong' * baseline.is_wrong}."
     )
 
 
@@ -209,6 +206,11 @@ def _said_of_wrong(row: Row, first: Row | None = None) -> str:
     return f"Wrong: {row.combination.name} does not compute what one process would: {comparison.reason}."
 
 
+def _said_of_then(row: Row) -> str:
+    is_known = row.comparison is not None and row.comparison.verdict == "same"
+    return "It did in the stored result." if is_known else "The stored result does not say whether it did."
+
+
 def _said_of_command(row: Row, command: str) -> str:
     batch = row.combination.batch_size
     return f"Run it: {command}" + ("" if batch is None else f"  (with batch_size={batch} in the script's loaders)")
@@ -228,6 +230,13 @@ def _said_of_machines(now: About, stored: About) -> list[str]:
         for field, words in fields.items()
         if getattr(now, field) != getattr(stored, field)
     ]
+
+
+def _said_of_turns(now: Results, stored: Results) -> list[str]:
+    if now.in_turns == stored.in_turns:
+        return []
+    ways = [("in turns" if either.in_turns else "one run at a time") for either in (stored, now)]
+    return [f"The stored result was taken {ways[0]} and this one {ways[1]}, so its ratios are not of the code alone."]
 
 
 def _of_ratio(ratio: statistics.Ratio) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from fabric_lite import bench
 from fabric_lite.bench import Results, measuring
+from fabric_lite.bench.statistics import PILOT_ROUNDS
 
 ODD_SCRIPT = str(Path(__file__).with_name("bench_odd_script.py"))
 ROUNDS, STEPS = 2, 6
@@ -41,7 +42,7 @@ def benchmark(what: str, said: list[str], **options: Any) -> Results:
         ("nothing", True, ROUNDS),
         ("leaves once", True, ROUNDS + 1),  # the first one again
         pytest.param("leaves twice", False, 2, marks=pytest.mark.full),
-        ("computes beside", False, 2),
+        ("computes beside", False, 1),
         ("waits for saves", False, 0),
         pytest.param("no room", False, 0, marks=pytest.mark.full),
     ],
@@ -72,6 +73,26 @@ def test_a_round_in_turns_that_takes_too_long_is_given_up(monkeypatch: pytest.Mo
     assert [[len(steps) for steps in row.step_seconds] for row in results.rows] == [[STEPS] * ROUNDS] * 2
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(("good", "in_turns"), [(PILOT_ROUNDS, True), (PILOT_ROUNDS - 1, False)])
+def test_rounds_in_turns_are_kept_if_there_are_enough_when_a_later_one_fails(
+    good: int, in_turns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_in_turns = measuring.Runs.run_in_turns
+    made: list[None] = []
+
+    def failing_after_some(self: measuring.Runs, *args: Any, **options: Any) -> Any:
+        made.append(None)
+        return run_in_turns(self, *args, **options) if len(made) <= good else None
+
+    monkeypatch.setattr(measuring.Runs, "run_in_turns", failing_after_some)
+    results = benchmark("nothing", [], rounds=PILOT_ROUNDS + 1)
+    assert len(made) == good + 2
+    assert (results.in_turns, results.is_complete) == (in_turns, not in_turns)
+    rounds = good if in_turns else PILOT_ROUNDS + 1
+    assert [[len(steps) for steps in row.step_seconds] for row in results.rows] == [[STEPS] * rounds] * 2
+
+
 @pytest.mark.parametrize(
     "rounds_done", [pytest.param(1, marks=pytest.mark.full), 2, pytest.param(3, marks=pytest.mark.full)]
 )
@@ -82,6 +103,7 @@ def test_an_interrupt_leaves_what_whole_rounds_have_found(rounds_done: int) -> N
 
     results = benchmark("nothing", [], progress=interrupt, rounds=4)
     assert not results.is_complete
+    assert results.in_turns == (rounds_done > 1)
     # After the first round, which is only timed where no other follows, there are those in turns.
     assert [[len(steps) for steps in row.step_seconds] for row in results.rows] == [
         [STEPS] * max(1, rounds_done - 1)

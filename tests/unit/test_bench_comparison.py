@@ -136,3 +136,15 @@ def test_ranks_with_other_weights_and_another_loss_are_found(tmp_path: Path) -> 
     finite = recorded(tmp_path / "finite", gradient_off=(0.0, 0.0))
     assert compared(finite, 1, later, "32-true").reason == "what one process computes is not finite"
     assert compared(later, 1, recorded(reference, gradient_off=(0.0, 0.0)), "32-true").verdict == "differs"
+
+
+def test_ranks_that_have_drifted_apart_are_found_where_nothing_else_can_be_compared(tmp_path: Path) -> None:
+    own = recorded(tmp_path / "own", reasons=("the steps draw random numbers",))
+    reference = recorded(tmp_path / "reference")
+    recorded(own, rank=1)
+    assert compared(own, 2, reference, "32-true").verdict == "not comparable"
+    recorded(own, rank=1, weights=4.5)
+    assert compared(own, 2, reference, "32-true").reason == "rank 1 has other weights than rank 0"
+    recorded(own, weights=float("nan"))
+    recorded(own, rank=1, weights=float("nan"))
+    assert compared(own, 2, reference, "32-true").verdict == "same"  # what is not a number is the same on both

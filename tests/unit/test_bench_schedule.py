@@ -64,4 +64,9 @@ def test_what_is_asked_for_counts_from_where_it_began_anew_and_ends_with_the_bud
     wanted += [8, 8]
     assert rounds_of(Schedule(None, 100.0, "baseline"), anew_after=1) == 9
     wanted += [8]
-    assert rounds_of(Schedule(None, PILOT_ROUNDS + 2.0, "baseline")) == PILOT_ROUNDS + 2
+    assert rounds_of(Schedule(None, PILOT_ROUNDS + 3.0, "baseline"), anew_after=1) == PILOT_ROUNDS + 3
+
+
+def test_it_is_asked_twice_again_after_it_began_anew(wanted: list[int]) -> None:
+    wanted += [10, 7, 9]
+    assert rounds_of(Schedule(None, 100.0, "baseline"), anew_after=6) == 6 + 9

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy
 import pytest
 
 from fabric_lite.bench import student
@@ -22,7 +23,6 @@ from fabric_lite.bench.statistics import (
     kept_efficiency,
     noise_of,
     ranked,
-    round_seconds,
     rounds_needed,
     scaling_efficiency,
     smallest_difference,
@@ -76,20 +76,22 @@ def test_quantiles_of_student_t_are_those_of_the_tables(chance: float, degrees: 
     assert student.p_value(-student.quantile(chance, degrees), degrees) == pytest.approx(chance, rel=1e-9)
 
 
-def test_a_round_counts_the_fastest_four_fifths_of_its_steps_by_what_each_takes_in_the_others() -> None:
-    steps = [1.0, 2.0, 3.0, 4.0, 5.0]
-    held_up = [1.0, 2.0, 3.0, 4.0, 100.0]
-    assert round_seconds([steps, held_up, steps]) == pytest.approx([3.0, 3.0, 3.0])
-    assert round_seconds([[5.0], [], [6.0]]) == [5.0, None, 6.0]
-    assert round_seconds([steps]) == [3.0]
-    assert round_seconds([]) == []
-
-
-def test_a_save_in_every_round_counts_in_full() -> None:
+def test_all_steps_of_a_round_count_late_ones_too() -> None:
     plain, saving = [[1.0] * 10] * 5, [[1.0] * 9 + [3.0]] * 5
     ratio = compare(Row(BASELINE, step_seconds=plain), Row(EQUAL, step_seconds=saving), None)
     assert ratio.value == pytest.approx(1.2)
     assert ratio.is_told_apart
+
+
+def test_saves_that_take_differently_long_tell_equals_apart_no_more_often() -> None:
+    told_apart = 0
+    for seed in range(100):
+        generator = numpy.random.default_rng(seed)
+        steps = generator.normal(1.0, 0.02, (2, DEFAULT_ROUNDS, 20))
+        steps[:, :, 9] += generator.lognormal(2.0, 0.3, (2, DEFAULT_ROUNDS))
+        one, other = (Row(BASELINE, step_seconds=rounds.tolist()) for rounds in steps)
+        told_apart += compare(one, other, None).is_told_apart
+    assert told_apart <= 5
 
 
 def test_throughput_and_its_interval_by_hand() -> None:
@@ -244,7 +246,8 @@ def test_two_that_are_alike_are_told_apart_in_at_most_5_of_100_replays(name: str
     assert max(wrong.values()) <= 5, wrong
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "gaussian 3 %"])
+# With more noise it takes more rounds: see the test of those that are asked for.
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("gaussian 3 %", "heavy-tailed 2 %")])
 def test_a_slow_down_of_5_percent_is_found_in_at_least_95_of_100_replays(name: str) -> None:
     found = 0
     for seed in range(100):
@@ -295,7 +298,7 @@ def test_more_rounds_are_asked_for_where_there_is_more_noise_or_the_difference_i
 
 
 def test_recorded_step_times_are_replayed_in_their_order(tmp_path: Path) -> None:
-    rows = rows_of(heavy_tailed(0.02), {BASELINE: 0.05}, seed=7, rounds=40)
+    rows = rows_of(drifting(0.02), {BASELINE: 0.05}, seed=7, rounds=40)
     path = tmp_path / "recorded.json"
     results = Results(["train.py"], rows, BASELINE.name, ABOUT, steps=20, warmup=5)
     path.write_text(json.dumps(results.as_json()))

@@ -8,9 +8,37 @@ from pathlib import Path
 
 import pytest
 
-from fabric_lite.bench.turns import Gate, Turns
+from fabric_lite.bench.turns import _SPIN_SECONDS, Gate, Turns
 
 FIRST = 2
+
+
+def test_work_of_other_threads_counts_while_a_rank_waits_but_not_what_waking_takes(tmp_path: Path) -> None:
+    ends = threading.Event()
+
+    def compute() -> None:
+        while not ends.is_set():
+            sum(range(1000))
+
+    def waited_with(name: str, **options: bool) -> float:
+        (tmp_path / name).mkdir()
+        turns = Turns([tmp_path / name], [1], first=0, last=0, steps=[1], seed=0)
+        gate = Gate(tmp_path / name, 0, **options)
+        opener = threading.Timer(2 * _SPIN_SECONDS, turns.read)
+        opener.start()
+        gate.wait(0)
+        opener.join()
+        turns.close()
+        return gate.worked_seconds
+
+    assert waited_with("alone") == 0
+    worker = threading.Thread(target=compute)
+    worker.start()
+    try:
+        assert waited_with("beside") > waited_with("forgiven", spins=True) > 0
+    finally:
+        ends.set()
+        worker.join()
 
 
 def run_jobs(folder: Path, ranks: list[int], *, last: int, steps: list[int], seed: int = 0) -> list[tuple[int, int]]:

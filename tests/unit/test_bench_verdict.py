@@ -276,3 +276,24 @@ def test_the_verdict_and_its_statistics_load_no_torch() -> None:
     code = "import sys, fabric_lite.bench.verdict; print('torch' in sys.modules, 'scipy' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.split() == ["False", "False"]
+
+
+def test_what_is_wrong_now_fails_and_what_is_known_of_then_is_said() -> None:
+    now = results_of(row(DDP, 0.1, comparison=WRONG))
+    sentences, fails = fail_below(now, results_of(row(DDP, 0.1)), 0.5)
+    assert fails
+    assert sentences[0].endswith("The stored result does not say whether it did.")
+    sentences, _ = fail_below(now, results_of(row(DDP, 0.1, comparison=Comparison("same"))), 0.5)
+    assert sentences[0].endswith("It did in the stored result.")
+
+
+def test_results_that_were_taken_in_another_way_are_named() -> None:
+    now, stored = results_of(row(DDP, 0.1)), results_of(row(DDP, 0.1))
+    sentences, _ = fail_below(dataclasses.replace(now, in_turns=True), stored, 0.5)
+    assert sentences[0].startswith("The stored result was taken one run at a time and this one in turns")
+
+
+def test_a_wrong_baseline_is_named_and_efficiencies_are_not_taken_from_it() -> None:
+    verdict = judge(results_of(row(SINGLE, 0.1, comparison=WRONG), row(DDP, 0.05)))
+    assert "times the baseline, single_device, 32-true, 1 device, which is wrong." in verdict.sentences[0]
+    assert not any("of the throughput of" in sentence for sentence in verdict.sentences)
