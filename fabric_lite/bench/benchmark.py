@@ -124,7 +124,8 @@ def run(
         _about(measured),
         steps=steps,
         warmup=warmup,
-        is_complete=measured.is_complete,
+        is_complete=not measured.stopped_by,
+        stopped_by=measured.stopped_by,
         in_turns=measured.in_turns,
     )
 

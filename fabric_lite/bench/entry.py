@@ -11,7 +11,7 @@ from typing import Any
 from fabric_lite.bench.results import Combination, Communication, Comparison, Memory, Row
 from fabric_lite.launch.environment import cores
 
-__all__ = ["Entry", "row_of"]
+__all__ = ["Entry", "blocked_seconds", "row_of"]
 
 
 @dataclasses.dataclass
@@ -28,13 +28,17 @@ class Entry:
     comparison: Comparison | None = None
 
 
-def row_of(entry: Entry) -> Row:
-    """The entry's row, as far as it was measured."""
+def row_of(entry: Entry, idle_seconds: float = 0.0) -> Row:
+    """The entry's row, as far as it was measured.
+
+    Args:
+        entry: Of the combination.
+        idle_seconds: Of a step, what one device waits too, with no other to wait for.
+    """
     if not entry.first:
         return Row(entry.combination, failure=entry.failure, is_repeat=entry.is_repeat)
     rounds = entry.rounds or [entry.first]
-    # One rank's clock for all steps: which rank is late changes from step to step, and is made good in the next.
-    slowest = [max(figures, key=lambda own: sum(own["step_seconds"])) for figures in rounds]
+    slowest = [_slowest(figures) for figures in rounds]
     # In the first round there are the checks, with what they keep in memory.
     usual = [figures for figures in rounds if figures is not entry.first] or rounds
     # With fewer cores than ranks these take turns: not to run is not to wait for a collective.
@@ -46,13 +50,18 @@ def row_of(entry: Entry) -> Row:
         samples_per_step=_over_shares(rounds, "samples"),
         tokens_per_step=_over_shares(rounds, "tokens"),
         phases={name: median(own["phases"][name] for own in slowest) for name in slowest[0]["phases"]},
-        exposed_communication=median(own["blocked"] for own in slowest) if shows_waits else None,
+        exposed_communication=max(blocked_seconds(rounds) - idle_seconds, 0.0) if shows_waits else None,
         memory=_memory([own for figures in usual for own in figures], [own["probe"] for own in entry.first]),
         communication=_communication(entry.first[0]["probe"]),
         comparison=entry.comparison,
         startup_seconds=median(entry.starts[1:] or entry.starts),
         is_repeat=entry.is_repeat,
     )
+
+
+def blocked_seconds(rounds: Sequence[Sequence[dict[str, Any]]]) -> float:
+    """Of a step, what the slowest rank neither computes nor waits for data: the median of the rounds' means."""
+    return median(_slowest(figures)["blocked"] for figures in rounds)
 
 
 def _over_shares(rounds: Sequence[Sequence[dict[str, Any]]], name: str) -> float | None:
@@ -64,6 +73,11 @@ def _over_shares(rounds: Sequence[Sequence[dict[str, Any]]], name: str) -> float
             return None
         sums.append(sum(shares.values()))
     return mean(sums) or None
+
+
+def _slowest(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One rank for all steps: which is late changes from step to step, and is made good in the next."""
+    return max(figures, key=lambda own: float(sum(own["step_seconds"])))
 
 
 def _communication(probe: dict[str, Any]) -> Communication | None:

@@ -15,12 +15,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fabric_lite.bench.entry import Entry, row_of
+from fabric_lite.bench.entry import Entry, blocked_seconds, row_of
 from fabric_lite.bench.machine import available_memory
 from fabric_lite.bench.results import Combination, Comparison, Row
 from fabric_lite.bench.runs import Outcome, Runs
 from fabric_lite.bench.schedule import Schedule
 from fabric_lite.bench.statistics import PILOT_ROUNDS
+from fabric_lite.errors import LaunchError
 from fabric_lite.launch.rank import ScriptCall
 
 __all__ = ["Course", "Measured", "Progress", "measure"]
@@ -28,10 +29,8 @@ __all__ = ["Course", "Measured", "Progress", "measure"]
 # The reference computes in full precision, or better where a combination does.
 _REFERENCES = {"64-true": "64-true"}
 _REFERENCE_PRECISION = "32-true"
-# Of a turn, at least: after each the caches are another job's, which costs some 2 ms. The first one's timed steps come
-# after as many of the warm-up as take so long.
+# Of a turn, at least: after each the caches are another job's, which costs some 2 ms.
 _TURN_SECONDS = 0.05
-_LEAD_SECONDS = 0.01
 # How often a round in turns is tried: what failed once, late, need not cost all rounds before it.
 _TRIES = 2
 # That all jobs together may take of the memory that is free.
@@ -82,14 +81,14 @@ class Measured:
         rows: Of all combinations, in order, and of the baseline once more.
         device_name: The accelerator's; None on a CPU.
         device_memory: Its bytes; None on a CPU.
-        is_complete: Whether nothing has ended it early: no Ctrl-C, no round in turns that failed after enough of them.
+        stopped_by: In one line, what has ended it early; empty where nothing has.
         in_turns: Whether the combinations lived side by side in the timed rounds; else one run followed the other.
     """
 
     rows: list[Row]
     device_name: str | None
     device_memory: int | None
-    is_complete: bool
+    stopped_by: str
     in_turns: bool
 
 
@@ -97,13 +96,18 @@ def measure(course: Course, progress: Progress = lambda *_: None) -> Measured:
     """Run the course. Ctrl-C ends it; the rounds that were done then are what it has found, if there is one.
 
     Raises:
-        LaunchError: The ranks could not be started.
+        LaunchError: The ranks could not be started, or the temporary folder could not be used.
         KeyboardInterrupt: Before the end of the first round.
     """
-    with tempfile.TemporaryDirectory(prefix="fabric_bench_") as name:
+    with tempfile.TemporaryDirectory(prefix="fabric_bench_", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         with Runs(course.script, folder, course.accelerator, course.timeout_seconds) as runs:
-            return _Measurement(course, runs, folder, progress).run()
+            try:
+                return _Measurement(course, runs, folder, progress).run()
+            except OSError as error:
+                raise LaunchError(
+                    "The folder for what the runs leave cannot be used.", given=error, fix="TMPDIR=, a folder with room"
+                ) from error
 
 
 class _Measurement:
@@ -122,17 +126,18 @@ class _Measurement:
         self._takes_turns = False  # else one run follows the other
         self._first_round_seconds = 0.0
         self._began = 0.0
-        self._is_complete = True
+        self._stopped_by = ""
 
     def run(self) -> Measured:
         self._began = time.monotonic()
         try:
             while not self._schedule.has_ended:
                 self._whole_round()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, LaunchError, OSError) as error:
+            # The server may have died, the scratch folder may be gone or full: what is known already is not lost.
             if self._schedule.done == 0:
                 raise
-            self._is_complete = False
+            self._stopped_by = str(error).partition("\n")[0] or "an interrupt"
         timed = self._schedule.done - self._schedule.trials
         for entry in self._entries:
             del entry.rounds[timed:]
@@ -142,7 +147,7 @@ class _Measurement:
             self._rows(),
             device["device_name"],
             device["device_memory"],
-            self._is_complete,
+            self._stopped_by,
             # Without any in turns there is the first round, in which one run followed the other.
             in_turns=self._takes_turns and timed > 0,
         )
@@ -152,7 +157,7 @@ class _Measurement:
         is_first = self._schedule.done == 0
         seconds = self._round(self._schedule.done)
         if seconds is None:
-            self._is_complete = False
+            self._stopped_by = "a round in turns that failed twice"
             self._schedule.end()
             return
         if is_first:
@@ -170,7 +175,18 @@ class _Measurement:
         return time.monotonic() - self._began
 
     def _rows(self) -> list[Row]:
-        return [row_of(entry) for entry in self._entries]
+        return [row_of(entry, self._idle_seconds(entry.combination)) for entry in self._entries]
+
+    def _idle_seconds(self, combination: Combination) -> float:
+        """Of a step, what the script waits for on one device: it sleeps, reads, writes. 0 where that is not known."""
+        single = dataclasses.replace(combination, devices=1)
+        alike = [
+            blocked_seconds(entry.rounds or [entry.first])
+            for entry in self._entries
+            if entry.first and dataclasses.replace(entry.combination, strategy=combination.strategy) == single
+            if all(own["blocked"] is not None for own in entry.first)
+        ]
+        return min(alike, default=0.0)
 
     def _can_take_turns(self) -> bool:
         """Whether the jobs can live side by side, by what the first round has shown.
@@ -244,12 +260,10 @@ class _Measurement:
         entries = {place: entry for place, entry in enumerate(self._entries) if entry.failure is None}
         self._report(f"round {number + 1}: all in turns")
         step_seconds = [self._step_seconds(entry.combination) for entry in entries.values()]
-        warmup = self._course.warmup + self._course.check_steps
         outcomes = self._runs.run_in_turns(
             [entry.combination for entry in entries.values()],
             steps_of_turns=[math.ceil(_TURN_SECONDS / seconds) for seconds in step_seconds],
-            leads=[min(round(_LEAD_SECONDS / seconds), warmup - 1) for seconds in step_seconds],
-            warmup=warmup,
+            warmup=self._course.warmup + self._course.check_steps,
             steps=self._course.steps,
             timeout_seconds=self._course.timeout_seconds + self._first_round_seconds,
         )

@@ -48,8 +48,7 @@ class StepObserver:
         feed: The folder of a run whose batches these steps are fed, those of all its ranks put together.
         batch_size: Of every loader; None leaves the script's own.
         probes: Whether one more step, that is not timed, is followed operator by operator.
-        takes_turns: Whether the timed steps are made in turns with other jobs.
-        lead: Of the warm-up, as many steps as the first turn begins with.
+        takes_turns: Whether all steps but the first are made in turns with other jobs.
     """
 
     _followed: StepObserver | None = None  # in this process, each Fabric of which has an observer
@@ -67,7 +66,6 @@ class StepObserver:
         batch_size: int | None = None,
         probes: bool = False,
         takes_turns: bool = False,
-        lead: int = 0,
     ) -> None:
         self._folder, self._batch_size, self._started_at = Path(folder), batch_size, started_at
         self._first, self._last = check_steps + warmup, check_steps + warmup + steps
@@ -75,7 +73,7 @@ class StepObserver:
         self._probe: dict[str, Any] = {}
         self._watch = Stopwatch()
         self._witness = Witness(self._folder, check_steps, initial_weights, feed) if check_steps else None
-        self._takes_turns, self._lead = takes_turns, lead
+        self._takes_turns = takes_turns
         self._gate: Gate | None = None
         self._works_beside = False  # what goes on while other jobs have their turns would be had for nothing
         self._ends: list[Any] = []  # of steps on an accelerator: its own events
@@ -189,7 +187,7 @@ class StepObserver:
         self._done += 1
         if self._startup_seconds is None:
             self._startup_seconds = time.monotonic() - self._started_at
-        if self._gate is not None and self._first - self._lead <= self._done <= self._last:
+        if self._gate is not None and self._done <= self._last:
             self._gate.wait(self._done)
         if self._witness is not None:
             self._witness.after_step(self._done)

@@ -167,6 +167,7 @@ class Results:
         steps: Measured steps of each round.
         warmup: Steps before them, of each round.
         is_complete: Whether nothing has ended the benchmark before all rounds were done, such as Ctrl-C.
+        stopped_by: What that was, in one line.
         in_turns: Whether the combinations lived side by side and took turns; else one run followed the other.
     """
 
@@ -177,6 +178,7 @@ class Results:
     steps: int
     warmup: int
     is_complete: bool = True
+    stopped_by: str = ""
     in_turns: bool = False
 
     def as_json(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fabric_lite.bench.files import OBSERVER, figures_file
 from fabric_lite.bench.results import THE_SCRIPTS, Combination
 from fabric_lite.bench.turns import Turns
 from fabric_lite.launch.environment import chosen_threads, rank_environment, server_environment
-from fabric_lite.launch.failure import line_of, summary
+from fabric_lite.launch.failure import Failure, line_of, remedy, summary
 from fabric_lite.launch.messages import Preload, StartRank
 from fabric_lite.launch.process_tree import adopt_orphans
 from fabric_lite.launch.rank import ScriptCall
@@ -31,6 +31,7 @@ __all__ = ["Outcome", "Runs"]
 
 _PRELOADED = ("fabric_lite.bench.observer", "fabric_lite.fabric", "torch.distributed.fsdp")
 _ADDRESS = "127.0.0.1"
+_LITTLE_ROOM = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,22 +98,21 @@ class Runs:
         combinations: Sequence[Combination],
         *,
         steps_of_turns: Sequence[int],
-        leads: Sequence[int],
         warmup: int,
         steps: int,
         timeout_seconds: float,
     ) -> list[Outcome] | None:
-        """Run the script in all combinations at once, which take turns after the warm-up.
+        """Run the script in all combinations at once, which take turns after their first step.
 
-        The first turn of each begins with so many steps of the warm-up. None where anything has failed or all of it
-        takes longer than the timeout: which of them that was is seen when they run one after the other.
+        None where anything has failed or all of it takes longer than the timeout: which of them that was is seen when
+        they run one after the other.
         """
         folders = [self._new_folder() for _ in combinations]
         ranks = [combination.devices for combination in combinations]
         options = {"warmup": warmup, "steps": steps, "takes_turns": True}
         requests: list[StartRank] = []
-        for combination, folder, lead in zip(combinations, folders, leads, strict=True):
-            requests += self._requests(combination, folder, len(requests), timeout_seconds, options | {"lead": lead})
+        for combination, folder in zip(combinations, folders, strict=True):
+            requests += self._requests(combination, folder, len(requests), timeout_seconds, options)
         turns = Turns(folders, ranks, first=warmup, last=warmup + steps, steps=steps_of_turns, seed=self._count)
         self._selector.register(turns.reports, selectors.EVENT_READ, turns.read)
         try:
@@ -136,6 +136,8 @@ class Runs:
     def _run_to_end(self, requests: Sequence[StartRank], limit: float, turns: Turns | None = None) -> bool:
         """Start these ranks and wait until nothing is left of them; whether they took longer than so many seconds."""
         deadline = time.monotonic() + limit
+        # Nobody reads what earlier runs have printed, which would fill the disk in time.
+        os.ftruncate(self._output, 0)
         self._group.start(requests)
         while not self._group.has_ended:
             left = [deadline - time.monotonic()] if not self._group.is_stopping else []
@@ -157,10 +159,7 @@ class Runs:
     def _outcome(self, folder: Path, ranks: int, *, is_late: bool) -> Outcome:
         failure = self._group.first_failure
         if failure is not None and not (is_late and failure.is_after_kill):
-            hint = " (perhaps the machine ran out of memory)" * (failure.exit_code == -signal.SIGKILL)
-            line = line_of(failure)
-            place = f", at {line}" if line is not None else ""
-            return Outcome(folder, summary(failure) + place + hint, [])
+            return Outcome(folder, _said_of_failure(failure, folder), [])
         if is_late:
             return Outcome(folder, f"took longer than {self._timeout:g} s", [])
         files = [figures_file(folder, rank) for rank in range(ranks)]
@@ -211,6 +210,16 @@ def _environment(rank: int, ranks: int, port: int, folder: Path) -> dict[str, st
         main_port=port,
         error_file=str(folder / f"error_{rank}.json"),
     )
+
+
+def _said_of_failure(failure: Failure, folder: Path) -> str:
+    """Rank, cause, the user's line and what to try in one line, with a guess at what a cause does not say itself."""
+    hint = " (perhaps the machine ran out of memory)" if failure.exit_code == -signal.SIGKILL else ""
+    if shutil.disk_usage(folder).free < _LITTLE_ROOM:
+        hint += f" (there is no room left in {folder.parent})"
+    line = line_of(failure)
+    place = "" if line is None else f", at {line}"
+    return "; ".join(filter(None, (summary(failure).removesuffix(".") + place + hint, remedy(failure))))
 
 
 def _said(name: str) -> str | None:

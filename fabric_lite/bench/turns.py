@@ -58,13 +58,13 @@ class Gate:
 class Turns:
     """The other end: hands out turns until all jobs have made their steps, and lets them end together.
 
-    All of them make the steps before their first turn at once, since these are not timed. Where a turn begins with
-    steps that are not timed either, these find what the job before has left in the caches.
+    They start and make their first step at once, since that is not timed. The first turn of each begins with the rest
+    of the warm-up, which finds what the job before has left in the caches.
 
     Args:
         folders: Of the jobs.
         ranks: How many ranks each job has.
-        first: The step after which those begin that are timed; each job waits for its first turn then or before.
+        first: The step after which those begin that are timed.
         last: The step after which they wait for the end.
         steps: Of a turn of each job.
         seed: Of the order.

@@ -111,7 +111,10 @@ class Witness:
             if id(parameter) in mine and parameter.grad is not None
         }
         if not gradients:
-            self._note("a step was skipped by the loss scaler, or has gradients that only its engine sees")
+            self._note(
+                "a step had no gradients when it began: the loss scaler skipped it, a closure computes them, or only "
+                "an engine sees them"
+            )
         self._gradients.append(self._kept(gradients))
 
     def after_step(self, done: int) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "exit_status",
     "line_of",
     "python_exit_code",
+    "remedy",
     "report",
     "summary",
     "user_traceback",
@@ -74,7 +75,7 @@ def describe_exception(error: BaseException) -> dict[str, Any]:
     """Return the exception in the layout of torchelastic's error file, with the user's line added."""
     return {
         "message": {
-            "message": f"{type(error).__name__}: {error}",
+            "message": ": ".join(filter(None, (type(error).__name__, str(error)))),
             "extraInfo": {
                 "py_callstack": "".join(traceback.format_exception(type(error), error, error.__traceback__)),
                 "timestamp": str(int(time.time())),
@@ -141,6 +142,12 @@ def summary(failure: Failure) -> str:
     if failure.hang:
         return failure.hang[0].removeprefix("fabric-run: ")[:_MAX_LINE_CHARACTERS]
     return f"rank {failure.rank} failed: {_cause(failure, _MAX_LINES)[0]}"
+
+
+def remedy(failure: Failure) -> str:
+    """Return what an error of this package says of what was given and what to try, in one line; empty for others."""
+    lines = [line.strip() for line in _cause(failure, _MAX_LINES)[1:]]
+    return "; ".join(line for line in lines if line.startswith(("Given: ", "Try: ")))
 
 
 def line_of(failure: Failure) -> str | None:

@@ -10,6 +10,7 @@ import pytest
 from fabric_lite import bench
 from fabric_lite.bench import Results, measuring
 from fabric_lite.bench.statistics import PILOT_ROUNDS
+from fabric_lite.errors import LaunchError
 
 ODD_SCRIPT = str(Path(__file__).with_name("bench_odd_script.py"))
 ROUNDS, STEPS = 2, 6
@@ -89,6 +90,7 @@ def test_rounds_in_turns_are_kept_if_there_are_enough_when_a_later_one_fails(
     results = benchmark("nothing", [], rounds=PILOT_ROUNDS + 1)
     assert len(made) == good + 2
     assert (results.in_turns, results.is_complete) == (in_turns, not in_turns)
+    assert ("failed twice" in results.stopped_by) == in_turns
     rounds = good if in_turns else PILOT_ROUNDS + 1
     assert [[len(steps) for steps in row.step_seconds] for row in results.rows] == [[STEPS] * rounds] * 2
 
@@ -116,3 +118,19 @@ def test_an_interrupt_in_the_first_round_leaves_nothing() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         benchmark("nothing", [], progress=interrupt)
+
+
+@pytest.mark.parametrize("error", [LaunchError("The server has died."), OSError("no such folder")])
+def test_what_whole_rounds_have_found_is_not_lost_with_the_server_or_the_folder(error: Exception) -> None:
+    def fail_in(number: int) -> Any:
+        def progress(*now: Any) -> None:
+            if now[-1].startswith(f"round {number}"):
+                raise error
+
+        return progress
+
+    results = benchmark("nothing", [], progress=fail_in(2))
+    assert (results.is_complete, results.stopped_by) == (False, str(error))
+    assert [len(row.step_seconds) for row in results.rows] == [1, 1]
+    with pytest.raises(LaunchError):
+        benchmark("nothing", [], progress=fail_in(1))

@@ -53,8 +53,7 @@ def run_jobs(folder: Path, ranks: list[int], *, last: int, steps: list[int], see
         for done in range(1, last + 1):
             if done > FIRST:
                 made.append((job, done))
-            if done >= FIRST:
-                gate.wait(done)
+            gate.wait(done)
 
     turns = Turns(folders, ranks, first=FIRST, last=last, steps=steps, seed=seed)
     threads = [
