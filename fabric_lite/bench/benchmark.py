@@ -20,7 +20,7 @@ from fabric_lite.launch.environment import cores
 from fabric_lite.launch.job import find_accelerators
 from fabric_lite.launch.rank import ScriptCall
 
-__all__ = ["DEFAULTS", "run", "strategies_for"]
+__all__ = ["DEFAULTS", "check_script", "run", "strategies_for"]
 
 
 class DEFAULTS:
@@ -83,8 +83,7 @@ def run(
         LaunchError: There is no such script, or its ranks could not be started at all.
         FabricValueError: A number is not allowed, or there is no such baseline.
     """
-    if not os.path.isfile(script):
-        raise LaunchError("The script does not exist.", given=f"{script}, looked for in {os.getcwd()}")
+    check_script(script)
     for name, value, least in (
         ("steps", steps, 2),
         ("warmup", warmup, 0),
@@ -128,6 +127,13 @@ def run(
         stopped_by=measured.stopped_by,
         in_turns=measured.in_turns,
     )
+
+
+def check_script(script: str) -> None:
+    """Raise LaunchError if there is no such file."""
+    if not os.path.isfile(script):
+        what = "The script is a folder." if os.path.isdir(script) else "The script does not exist."
+        raise LaunchError(what, given=f"{script}, looked for in {os.getcwd()}", fix="the path of a file.")
 
 
 def strategies_for(devices: int) -> list[str]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fabric_lite.bench.batch_size import find_batch_size, lines
-from fabric_lite.bench.benchmark import DEFAULTS, run, strategies_for
-from fabric_lite.bench.exports import check_ending, export, read_json
+from fabric_lite.bench.benchmark import DEFAULTS, check_script, run, strategies_for
+from fabric_lite.bench.exports import check_output, export, read_json
 from fabric_lite.bench.results import THE_SCRIPTS, Combination, Results
 from fabric_lite.bench.showing import shown_rows
+from fabric_lite.bench.shown import Shown
 from fabric_lite.bench.simulation_table import parse_cluster, simulated_table
 from fabric_lite.bench.table import table
 from fabric_lite.bench.verdict import fail_below, judge
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     progress = _Progress()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {number: signal.signal(number, _stop_once) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         _check(options)
         if options.simulate is not None:
@@ -51,10 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         progress.clear()
-        print("fabric-bench: stopped before the end of the first round.", file=sys.stderr)
+        first = "trial" if options.find_batch_size else "strategy" if options.simulate is not None else "round"
+        print(f"fabric-bench: stopped before the end of the first {first}.", file=sys.stderr)
         return _STOPPED
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop_once(*_: Any) -> NoReturn:
+    """Stop, and let nothing disturb what is shown and written then."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _conclude(options: argparse.Namespace, results: Results) -> int:
@@ -66,17 +77,29 @@ def _conclude(options: argparse.Namespace, results: Results) -> int:
         compared, fails_bar = fail_below(results, options.stored, options.fail_below)
         sentences, fails = [*sentences, *compared], fails or fails_bar
     print(table(results, shown, sentences))
-    for path in options.output:
-        export(path, results, shown, sentences, command=verdict.command)
-        print(f"written: {path}")
+    errors = [_written(path, results, shown, sentences, verdict.command) for path in options.output]
     if not results.is_complete:
-        print("fabric-bench: stopped early; these are the rounds that were done.", file=sys.stderr)
-        return _STOPPED
-    return int(fails)
+        by = f" by {results.stopped_by}" * bool(results.stopped_by)
+        print(f"fabric-bench: stopped early{by}; these are the rounds that were done.", file=sys.stderr)
+    if any(errors):
+        raise next(filter(None, errors))
+    return int(fails) if results.is_complete else _STOPPED
+
+
+def _written(
+    path: Path, results: Results, shown: Sequence[Shown], sentences: Sequence[str], command: str | None
+) -> FabricError | None:
+    """Write the file; the error instead where it cannot be written, so that the others are."""
+    try:
+        export(path, results, shown, sentences, command=command)
+    except FabricError as error:
+        return error
+    print(f"written: {path}")
+    return None
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    _check_script(options.script[0])
+    check_script(options.script[0])
     cluster = parse_cluster(options.simulate)
     text, found_any = simulated_table(
         options.script,
@@ -90,15 +113,10 @@ def _simulate(options: argparse.Namespace) -> int:
     return int(not found_any)
 
 
-def _check_script(script: str) -> None:
-    if not os.path.isfile(script):
-        raise LaunchError("The script does not exist.", given=f"{script}, looked for in {os.getcwd()}")
-
-
 def _find_batch_size(options: argparse.Namespace) -> int:
     """Find the batch size for the first of each of what is asked for."""
     script, *arguments = options.script
-    _check_script(script)
+    check_script(script)
     combination = Combination(
         (options.strategy or [THE_SCRIPTS])[0],
         (options.precision or [THE_SCRIPTS])[0],
@@ -109,10 +127,14 @@ def _find_batch_size(options: argparse.Namespace) -> int:
         ScriptCall(script, False, tuple(arguments)),
         combination,
         accelerator=options.accelerator,
+        budget_seconds=options.budget,
         timeout_seconds=options.timeout,
         progress=lambda what: print(f"fabric-bench: {what}", file=sys.stderr, flush=True),
     )
     print("\n".join(lines(best, trials)))
+    if any(trial.was_stopped for trial in trials):
+        print("fabric-bench: stopped early; these are the sizes that were tried.", file=sys.stderr)
+        return _STOPPED
     return 0
 
 
@@ -126,10 +148,14 @@ def _check(options: argparse.Namespace) -> None:
             given=f"--fail-below {options.fail_below} --against {options.against}",
             fix="--fail-below 0.98 --against results.json",
         )
+    if options.fail_below is not None and not 0 < options.fail_below < math.inf:
+        raise FabricValueError(
+            "A bar is a number above 0.", given=f"--fail-below {options.fail_below}", fix="--fail-below 0.98"
+        )
     options.output = options.output or [Path(name) for name in _OUTPUT]
     options.stored = None if options.against is None else read_json(options.against)
     for path in options.output:
-        check_ending(path)
+        check_output(path)
 
 
 def _results(options: argparse.Namespace, progress: _Progress) -> Results:
@@ -154,12 +180,15 @@ def _results(options: argparse.Namespace, progress: _Progress) -> Results:
 
 
 def _names(text: str) -> list[str]:
-    return [part for part in text.split(",") if part]
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return names
 
 
 def _counts(text: str) -> list[int]:
-    counts = [int(part) for part in _names(text)]
-    if not counts or min(counts) < 1:
+    counts = [int(part) if part.isdecimal() else 0 for part in _names(text)]
+    if min(counts) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers of at least 1, such as 1,2,4")
     return counts
 
@@ -219,7 +248,8 @@ def _add_course(add: Callable[..., Any]) -> None:
         type=float,
         default=DEFAULTS.BUDGET_SECONDS,
         metavar="SECONDS",
-        help=f"no round begins that would end later (default {DEFAULTS.BUDGET_SECONDS:g})",
+        help="no round, and no size of --find-batch-size, begins that would end later "
+        f"(default {DEFAULTS.BUDGET_SECONDS:g})",
     )
     add(
         "--timeout",

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fabric_lite.bench.columns import columns, notes
-from fabric_lite.bench.page import page
+from fabric_lite.bench.page import page, parts_of_verdict
 from fabric_lite.bench.picture import picture
 from fabric_lite.bench.results import PHASES, Results
 from fabric_lite.bench.shown import Shown, about_line, one_line
 from fabric_lite.errors import FabricRuntimeError, FabricValueError
 
-__all__ = ["as_csv", "as_json", "as_markdown", "check_ending", "export", "read_json", "write_whole"]
+__all__ = ["as_csv", "as_json", "as_markdown", "check_output", "export", "read_json", "write_whole"]
 
 _ENDINGS = (".json", ".csv", ".md", ".html", ".svg")
 
@@ -31,7 +31,7 @@ def export(
     Raises FabricValueError for other endings, and FabricRuntimeError where the file can't be written; a file that was
     there before is then as it was.
     """
-    check_ending(path)
+    _check_ending(path)
     if path.suffix == ".json":
         text = as_json(results)
     elif path.suffix == ".csv":
@@ -45,7 +45,19 @@ def export(
     write_whole(path, text)
 
 
-def check_ending(path: Path) -> None:
+def check_output(path: Path) -> None:
+    """Raise FabricValueError if it is known before that the results cannot be written there."""
+    _check_ending(path)
+    folder = path.parent
+    if path.exists() and not path.is_file():
+        raise FabricValueError("This is no file to write results to.", given=path, fix="the name of a file.")
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise FabricValueError(
+            "The results could not be written there.", given=path, fix="a folder that exists and is writable."
+        )
+
+
+def _check_ending(path: Path) -> None:
     """Raise FabricValueError if results are not written to files with this ending."""
     if path.suffix not in _ENDINGS:
         raise FabricValueError(
@@ -87,8 +99,7 @@ def as_markdown(results: Results, shown: Sequence[Shown], verdict: Sequence[str]
     heads = [f"{column.heading} {column.unit}".strip() for column in known]
     lines = [
         f"# {_escaped(' '.join(results.script))}",
-        *(_escaped(line) for line in verdict),
-        *([_fenced(command)] if command else []),
+        *(_fenced(part) if is_command else _escaped(part) for part, is_command in parts_of_verdict(verdict, command)),
         "\n".join(
             [
                 _cells(["combination", *heads]),

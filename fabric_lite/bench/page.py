@@ -14,7 +14,7 @@ from fabric_lite.bench.plots import memory_plot, phases_plot, throughput_plot
 from fabric_lite.bench.results import Results
 from fabric_lite.bench.shown import UNITS, Shown, about_line, one_line
 
-__all__ = ["page"]
+__all__ = ["page", "parts_of_verdict"]
 
 # A browser that reads this asks nobody for anything, whatever a name in the results says.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -71,6 +71,17 @@ def page(results: Results, shown: Sequence[Shown], verdict: Sequence[str], *, co
     )
 
 
+def parts_of_verdict(verdict: Sequence[str], command: str | None) -> list[tuple[str, bool]]:
+    """The lines in parts, and whether each is the command line: it stands by itself where a line has it, else last."""
+    if not command:
+        return [(line, False) for line in verdict]
+    parts = []
+    for line in verdict if any(command in line for line in verdict) else [*verdict, command]:
+        before, found, after = line.partition(command)
+        parts += [(before.strip(), False), (found, True), (after.strip(), False)]
+    return [part for part in parts if part[0]]
+
+
 def _section(name: str, content: str, caption: str = "") -> str:
     if not content:
         return ""
@@ -79,8 +90,10 @@ def _section(name: str, content: str, caption: str = "") -> str:
 
 
 def _verdict(verdict: Sequence[str], command: str | None) -> str:
-    shown_command = f"<pre><code>{escape(command)}</code></pre>" if command else ""
-    return "".join(f"<p>{escape(one_line(line))}</p>" for line in verdict) + shown_command
+    return "".join(
+        f"<pre><code>{escape(part)}</code></pre>" if is_command else f"<p>{escape(one_line(part))}</p>"
+        for part, is_command in parts_of_verdict(verdict, command)
+    )
 
 
 def _remarks(shown: Sequence[Shown]) -> str:

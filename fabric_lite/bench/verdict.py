@@ -61,7 +61,7 @@ def judge(results: Results, *, memory_limit: int | None = None) -> Verdict:
     command = first.combination.command(results.script)
     sentences = [
         _said_of_first(first, results, noise),
-        *(_said_of_equal(first, row, ratio, noise) for row, ratio in equals),
+        *_said_of_equals(first, equals, noise),
         *_said_of_efficiency(first, rows, noise),
         *_said_of_noise(noise, results),
         *_said_of_units(ran),
@@ -136,22 +136,41 @@ def _said_of_first(row: Row, results: Results, noise: statistics.Noise | None) -
     figures = f"{speed.value:.4g} {unit}"
     if _says_something(speed):
         figures += f" (95 %: {speed.low:.4g} to {speed.high:.4g})"
+    fastest = f"{row.combination.name} is the fastest{' in the only round' * (len(row.step_seconds) == 1)}"
     baseline = next((r for r in results.rows if r.combination.name == results.baseline and r.failure is None), None)
     if baseline is None or baseline is row:
-        return f"{row.combination.name} is the fastest: {figures}{'; it is the baseline' * (baseline is row)}."
+        return f"{fastest}: {figures}{'; it is the baseline' * (baseline is row)}."
     ratio = statistics.compare(row, baseline, noise)
     return (
-        f"{row.combination.name} is the fastest: {figures}, {_of_ratio(ratio)} times the baseline, {results.baseline}"
+        f"{fastest}: {figures}, {_of_ratio(ratio)} times the baseline, {results.baseline}"
         f"{', which is wrong' * baseline.is_wrong}."
     )
 
 
-def _said_of_equal(first: Row, row: Row, ratio: statistics.Ratio, noise: statistics.Noise | None) -> str:
-    at = "in one round" if ratio.rounds < 2 else "at this noise"
+def _said_of_equals(
+    first: Row, equals: Sequence[tuple[Row, statistics.Ratio]], noise: statistics.Noise | None
+) -> list[str]:
+    """One sentence for each, and one for all that ran beside the first for one round only."""
     known = "" if noise is None else f" ({_percent(noise.spread)} a round)"
-    return (
-        f"{first.combination.name} and {row.combination.name} cannot be told apart {at}{known}: "
+    sentences = [
+        f"{first.combination.name} and {row.combination.name} cannot be told apart at this noise{known}: "
         f"their ratio is {_of_ratio(ratio)}."
+        for row, ratio in equals
+        if ratio.rounds > 1
+    ]
+    once = [(row, ratio) for row, ratio in equals if ratio.rounds < 2]
+    return [*sentences, *([_said_of_one_round(once)] if once else [])]
+
+
+def _said_of_one_round(once: Sequence[tuple[Row, statistics.Ratio]]) -> str:
+    values = [ratio.value for _, ratio in once]
+    if len(once) == 1:
+        seen = f"{values[0]:.3g} times the throughput of {once[0][0].combination.name}"
+    else:
+        seen = f"{min(values):.3g} to {max(values):.3g} times the throughput of the {len(once)} others"
+    return (
+        f"One round tells nothing apart: that it had {seen} may be noise. "
+        f"Try: --rounds {statistics.DEFAULT_ROUNDS}, and a larger --budget if that has ended it."
     )
 
 

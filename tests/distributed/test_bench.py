@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from fabric_lite import bench
-from fabric_lite.bench import Row
+from fabric_lite.bench import Row, cli
 from fabric_lite.bench.cli import main
 from fabric_lite.errors import FabricValueError, LaunchError
 
@@ -234,7 +236,11 @@ def test_the_command_prints_a_table_writes_its_files_and_compares_with_stored_on
         ([], "There is no script to run"),
         (["nowhere.py"], "The script does not exist"),
         (["--fail-below", "0.9", SCRIPT], "A bar needs a stored result"),
+        ([str(Path(__file__).parent)], "The script is a folder"),
+        (["--fail-below", "nan", "--against", "nowhere.json", SCRIPT], "A bar is a number above 0"),
         (["--output", "figures.txt", SCRIPT], "files of this kind"),
+        (["--output", "nowhere/figures.json", SCRIPT], "could not be written there"),
+        (["--output", "/dev/null/figures.json", SCRIPT], "could not be written there"),
         (["--against", "nowhere.json", "--fail-below", "1", SCRIPT], "could not be read as results"),
         (["--steps", "1", SCRIPT], "steps is at least 2"),
     ],
@@ -244,6 +250,53 @@ def test_a_wrong_command_line_is_refused_before_anything_runs(
 ) -> None:
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "text"), [("--devices", "a"), ("--devices", "2,0"), ("--strategy", "")])
+def test_a_list_of_nothing_or_of_no_numbers_is_refused(
+    option: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([option, text, SCRIPT])
+    said = capsys.readouterr().err
+    assert "is no list of numbers of at least 1" in said or "names nothing" in said
+
+
+def test_a_file_that_cannot_be_written_keeps_no_other_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = bench.run(SCRIPT, devices=[1], strategies=["ddp"], precisions=["32-true"], rounds=1, steps=2, warmup=0)
+
+    def run(*_: Any, **__: Any) -> Any:
+        (tmp_path / "gone").rmdir()
+        return dataclasses.replace(results, is_complete=False, stopped_by="an interrupt")
+
+    (tmp_path / "gone").mkdir()
+    monkeypatch.setattr(cli, "run", run)
+    assert main(["--output", "gone/one.json", "--output", "two.json", SCRIPT]) == 2
+    printed = capfd.readouterr()
+    assert "written: two.json" in printed.out
+    assert "stopped early by an interrupt" in printed.err
+    assert "The results could not be written" in printed.err
+
+
+def test_a_second_interrupt_does_not_disturb_what_the_first_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*_: Any, **__: Any) -> Any:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", run)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert main([SCRIPT]) == 130
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert "stopped before the end of the first round" in capfd.readouterr().err
 
 
 def test_help_needs_no_torch() -> None:
@@ -257,11 +310,11 @@ def test_help_needs_no_torch() -> None:
 def test_the_batch_size_that_is_found_is_the_largest_that_the_data_has_or_a_faster_one(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["--find-batch-size", "--devices", "2", "--batch-size", "64", SCRIPT]) == 0
+    assert main(["--find-batch-size", "--devices", "2", "--batch-size", "128", SCRIPT]) == 0
     printed = capfd.readouterr().out
     sizes = [line.split()[0] for line in printed.splitlines()[1:-1]]
     # 4096 samples on two ranks are 7 batches of 292.
-    assert sizes[:3] == ["64", "128", "256"]
+    assert sizes[:2] == ["128", "256"]
     assert "512  the data has no 7 batches of this size" in printed
     assert "Largest that was seen to fit: 2" in printed
 

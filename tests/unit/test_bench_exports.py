@@ -106,6 +106,14 @@ def test_markdown_is_exact() -> None:
     assert as_markdown(results_of(shown), shown, ["ddp is best."], command="fabric-run train.py") == MARKDOWN
 
 
+def test_markdown_has_the_command_once() -> None:
+    text = as_markdown(
+        results_of(several()), several(), ["Run it: fabric-run a.py", "More."], command="fabric-run a.py"
+    )
+    assert "\n\nRun it:\n\n```bash\nfabric-run a.py\n```\n\nMore.\n\n" in text
+    assert text.count("fabric-run a.py") == 1
+
+
 def test_markdown_shows_hostile_words_as_they_are() -> None:
     shown = [dataclasses.replace(ran("ddp", 2), name="a|b\n<script> *c* `d` [e](f)")]
     text = as_markdown(results_of(shown), shown, [], command="echo '```'")

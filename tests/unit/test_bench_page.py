@@ -77,6 +77,17 @@ def test_the_page_has_verdict_command_table_and_plots() -> None:
     ]
 
 
+def test_a_command_that_a_line_of_the_verdict_has_stands_there_in_a_box_and_only_once() -> None:
+    command = "fabric-run --devices 2 train.py"
+    verdict = ["ddp is best.", f"Run it: {command}  (with batch_size=8)", "fsdp was not run now."]
+    text = page(results_of(several()), several(), verdict, command=command)
+    assert text.count(command) == 1
+    assert (
+        f"<p>ddp is best.</p><p>Run it:</p><pre><code>{command}</code></pre><p>(with batch_size=8)</p>"
+        "<p>fsdp was not run now.</p>"
+    ) in text
+
+
 def test_every_combination_is_in_the_tables_and_every_one_that_ran_in_every_plot() -> None:
     shown = several()
     text = page_of(shown)

@@ -77,9 +77,22 @@ def test_one_round_tells_nothing_apart_and_the_noise_is_not_known() -> None:
     short = [dataclasses.replace(r, step_seconds=r.step_seconds[:1]) for r in (row(DDP, 0.1), row(FSDP, 0.5))]
     verdict = judge(results_of(*short))
     assert verdict.winners == [DDP.name, FSDP.name]
-    assert "cannot be told apart in one round" in str(verdict)
+    assert verdict.sentences[0].startswith("ddp, 32-true, 2 devices is the fastest in the only round: ")
+    assert verdict.sentences[1] == (
+        "One round tells nothing apart: that it had 5 times the throughput of fsdp, 32-true, 2 devices may be noise. "
+        "Try: --rounds 9, and a larger --budget if that has ended it."
+    )
     assert "noise of this machine is not known" in str(verdict)
     assert "inf" not in str(verdict)
+
+
+def test_of_one_round_there_is_one_sentence_however_many_others_there_are() -> None:
+    halves = [dataclasses.replace(combination, precision="bf16-mixed") for combination in (DDP, FSDP)]
+    rows = [row(one, seconds) for one, seconds in zip([DDP, FSDP, *halves], (0.1, 0.2, 0.3, 0.4), strict=True)]
+    verdict = judge(results_of(*(dataclasses.replace(one, step_seconds=one.step_seconds[:1]) for one in rows)))
+    assert verdict.winners == [one.combination.name for one in rows]
+    (said,) = [sentence for sentence in verdict.sentences if "apart" in sentence]
+    assert "that it had 2 to 4 times the throughput of the 3 others may be noise" in said
 
 
 def test_what_is_fast_but_wrong_does_not_win_and_is_named() -> None:
