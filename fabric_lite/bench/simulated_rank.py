@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import runpy
 import sys
 import traceback
@@ -28,8 +29,10 @@ from fabric_lite.bench.faking import Faking
 from fabric_lite.bench.torch_private import join_fake_group
 from fabric_lite.bench.tracking import Tracker
 from fabric_lite.checkpointing import Checkpointing
-from fabric_lite.errors import FabricValueError
+from fabric_lite.errors import FabricError, FabricValueError
 from fabric_lite.fabric import Fabric
+from fabric_lite.launch.failure import describe_exception
+from fabric_lite.launch.process_tree import die_with_parent
 from fabric_lite.strategies.blocks import choose_blocks
 
 __all__ = ["main"]
@@ -39,8 +42,9 @@ class _Enough(BaseException):
     """Ends the script after its last step; no Exception, so that the script does not catch it."""
 
 
-def main(order_path: str, answer_path: str) -> None:
-    """Run what the order says, and write the answer; both are JSON."""
+def main(order_path: str, answer_path: str, parent: str) -> None:
+    """Run what the order says, and write the answer; both are JSON. It ends with the process of that number."""
+    die_with_parent(int(parent))
     order = json.loads(Path(order_path).read_text(encoding="utf-8"))
     answer = _simulate(order)
     Path(answer_path).write_text(json.dumps(answer), encoding="utf-8")
@@ -55,26 +59,33 @@ def _simulate(order: dict[str, Any]) -> dict[str, Any]:
     faking = Faking()
     tracker = Tracker(faking.fake_mode, order["counts_host"], order["world_size"] // order["nodes"])
     notices: list[str] = []
+    offloading: list[bool] = []
     with (
         _nothing_written(),
         _loaders_of_any_size(order["batch_size"], notices),
-        _models_set_up(tracker, order["checkpoints_activations"]),
+        _models_set_up(tracker, order["checkpoints_activations"], offloading),
         faking,
         tracker,
         _steps_ended(tracker, order["steps"]),
     ):
         failure = _run(order["script"], order["arguments"])
+    if faking.first_read is not None:
+        notices.append(
+            f"the script reads numbers of tensors, first at {faking.first_read}: all of them are 1 here, so where it "
+            "branches on them a real run may do something else"
+        )
     return {
         "failure": failure,
         "notices": notices,
+        "offloads": any(offloading),
         "peak": tracker.peak,
         "parts": tracker.peak_parts(),
         "steps": [dataclasses.asdict(step) for step in tracker.steps],
     }
 
 
-def _run(script: str, arguments: list[str]) -> str | None:
-    """Run the script as ``python script`` would; what went wrong, in one line."""
+def _run(script: str, arguments: list[str]) -> dict[str, str | None] | None:
+    """Run the script as ``python script`` would; what went wrong in one line, and what its error says to try."""
     # Torch and Fabric ask whether two tensors are one, which the addresses of fake ones answer too.
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     sys.argv[:] = [script, *arguments]
@@ -84,11 +95,19 @@ def _run(script: str, arguments: list[str]) -> str | None:
     except _Enough:
         return None
     except SystemExit as end:
-        return f"the script ended with {end.code!r}" if end.code else None
+        return {"cause": f"the script ended with {end.code!r}, {_place_of(end)}", "fix": None} if end.code else None
     except BaseException as error:
         traceback.print_exc()
-        return f"{type(error).__name__}: {error}"
+        message, _, fix = str(error).partition("\n  Try: ") if isinstance(error, FabricError) else (str(error), "", "")
+        cause = ": ".join(filter(None, [type(error).__name__, " ".join(message.split())]))
+        return {"cause": f"{cause}, {_place_of(error)}", "fix": fix or None}
     return None
+
+
+def _place_of(error: BaseException) -> str:
+    """The user's line, as rows of a benchmark name it."""
+    location = describe_exception(error)["message"]["extraInfo"]["location"]
+    return f"at {os.path.basename(location['file'])}:{location['line']}"
 
 
 @contextlib.contextmanager
@@ -153,8 +172,11 @@ def _loaders_of_any_size(batch_size: int | None, notices: list[str]) -> Iterator
 
 
 @contextlib.contextmanager
-def _models_set_up(tracker: Tracker, checkpoints_activations: bool) -> Iterator[None]:
-    """Models arrive on the device when they are set up; if asked, their repeated layers keep no activations."""
+def _models_set_up(tracker: Tracker, checkpoints_activations: bool, offloading: list[bool]) -> Iterator[None]:
+    """Models arrive on the device when they are set up; if asked, their repeated layers keep no activations.
+
+    ``offloading`` gets for each whether its strategy would leave the parameters to the host.
+    """
     set_up = Fabric.setup_module
 
     def setup_module(fabric: Fabric, module: nn.Module, *args: Any, **options: Any) -> Any:
@@ -163,6 +185,8 @@ def _models_set_up(tracker: Tracker, checkpoints_activations: bool) -> Iterator[
             checkpoint_activations(module, lambda child: child in blocks)
         module = set_up(fabric, module, *args, **options)
         tracker.arrive()
+        tracker.label([*module.parameters(), *module.buffers()], "parameters")  # copies and conversions of them too
+        offloading.append(bool(getattr(fabric.strategy, "cpu_offload", False)))
         return module
 
     with mock.patch.object(Fabric, "setup_module", setup_module):

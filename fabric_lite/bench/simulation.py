@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -12,14 +13,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fabric_lite.bench.devices import Device, Estimate, estimate_step, find_device
+from fabric_lite.bench.shown import figure
 from fabric_lite.bench.steps import Step
 from fabric_lite.errors import FabricError, FabricValueError
+from fabric_lite.launch.failure import ending
 
 __all__ = ["Simulated", "SimulationError", "simulate"]
 
+_OFFLOAD = (
+    "offload is not simulated: what the host would hold counts as the device's memory, and no time of its copies is "
+    "known, so nothing is said of what fits or how long a step takes"
+)
+
 
 class SimulationError(FabricError):
-    """The script could not be simulated."""
+    """The script could not be simulated.
+
+    Attributes:
+        cause: Why, in one line.
+        fix: What to do about it.
+    """
+
+    cause: str = ""
+    fix: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +47,11 @@ class Simulated:
         peak_bytes: The most bytes of tensors that were alive at once.
         parts: The same by what they were: parameters, gradients, optimizer, activations, communication, other.
         steps: What the rank did in each step; the first one begins with the script, so that setting up is in it.
-        fits: Whether that is less than the device has; None without a device.
+        fits: Whether that is less than the device has; None without a device, and with ``offloads``.
         sentence: That in words, and what would help.
-        estimate: How long the last step takes on the device; None without one.
+        estimate: How long the last step takes on the device; None where ``fits`` is.
         notices: What the user should know besides, in lines.
+        offloads: Whether the strategy leaves shards to the host, which is not simulated: they count as all others.
     """
 
     world_size: int
@@ -45,6 +62,7 @@ class Simulated:
     sentence: str = ""
     estimate: Estimate | None = None
     notices: tuple[str, ...] = ()
+    offloads: bool = False
 
 
 def simulate(
@@ -63,10 +81,11 @@ def simulate(
     """Run ``script`` as rank 0 of ``world_size``, without any other rank, memory or arithmetic, for a few steps.
 
     Models and what engines make for them have shapes alone, all else of the script is real: it reads its data, and
-    prints. A fake tensor is taken to be full of ones where its numbers are asked for. Saves and logs do nothing.
+    prints. A fake tensor is taken to be full of ones where its numbers are asked for, so a script that branches on them
+    may do something else than in a real run: a notice says so. Saves and logs do nothing.
 
     Operators are those of a CPU, so under mixed precision and in attention a device may keep other activations. What a
-    kernel or a communication library takes for itself is not seen.
+    kernel or a communication library takes for itself is not seen. Offload to the host is not simulated.
 
     Args:
         script: The user's own script, which trains under Fabric.
@@ -98,8 +117,11 @@ def simulate(
     found = _ask(order, timeout_seconds)
     if chosen is None:
         return found
+    if found.offloads:
+        return dataclasses.replace(found, sentence=_OFFLOAD)
     fits = found.peak_bytes <= chosen.memory_bytes
-    needed = f"{found.peak_bytes / 1e9:.3g} GB of {chosen.memory_bytes / 1e9:g} GB"
+    whole = f"{chosen.memory_bytes / 2**20:,.0f} MiB ({chosen.memory_bytes / 1e9:g} GB)"
+    needed = f"{figure(found.peak_bytes / 2**20)} MiB of {whole}"
     sentence = f"{'fits' if fits else 'does not fit'}: {needed}"
     if not fits:
         sentence += _what_would_fit(order, chosen, timeout_seconds)
@@ -150,30 +172,34 @@ def _ask(order: _Order, timeout_seconds: float) -> Simulated:
     with tempfile.TemporaryDirectory(prefix="fabric_lite_simulation_") as folder:
         order_path, answer_path = Path(folder, "order.json"), Path(folder, "answer.json")
         order_path.write_text(json.dumps(dataclasses.asdict(order)), encoding="utf-8")
-        command = [sys.executable, "-m", "fabric_lite.bench.simulated_rank", str(order_path), str(answer_path)]
+        module = "fabric_lite.bench.simulated_rank"
+        command = [sys.executable, "-m", module, str(order_path), str(answer_path), str(os.getpid())]
         environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
         try:
             finished = subprocess.run(
                 command, env=environment, capture_output=True, text=True, timeout=timeout_seconds, check=False
             )
         except subprocess.TimeoutExpired as error:
-            raise SimulationError(
-                "The simulation took too long, and was ended.",
-                given=f"{order.script}, {timeout_seconds:g} seconds",
-                fix="fewer steps, or a script that comes to its first step sooner",
-            ) from error
+            cause = f"it took more than {timeout_seconds:g} seconds, and was ended"
+            raise _failed(order, cause, "", "fewer steps, or a script that comes to its first step sooner") from error
         if not answer_path.exists():
-            raise _failed(f"it died with exit code {finished.returncode}", finished.stderr)
+            raise _failed(order, f"it died: {ending(finished.returncode)}", finished.stderr)
         answer = json.loads(answer_path.read_text(encoding="utf-8"))
-    if answer["failure"] is not None or not answer["steps"]:
-        raise _failed(answer["failure"] or "no optimizer made a step", finished.stderr)
+    if answer["failure"] is not None:
+        raise _failed(order, answer["failure"]["cause"], finished.stderr, answer["failure"]["fix"])
+    if not answer["steps"]:
+        fix = "a script that trains under Fabric, and arguments with which it makes a step"
+        raise _failed(order, "no optimizer made a step", finished.stderr, fix)
     steps = tuple(Step(**step) for step in answer["steps"])
-    return Simulated(order.world_size, answer["peak"], answer["parts"], steps, notices=tuple(answer["notices"]))
+    notices, offloads = tuple(answer["notices"]), answer["offloads"]
+    return Simulated(order.world_size, answer["peak"], answer["parts"], steps, notices=notices, offloads=offloads)
 
 
-def _failed(reason: str, output: str) -> SimulationError:
-    return SimulationError(
-        f"The script could not be simulated: {reason}",
-        given=output[-3000:],
-        fix="a script that trains under Fabric, and arguments with which it makes a step",
-    )
+def _failed(order: _Order, cause: str, output: str, fix: str | None = None) -> SimulationError:
+    if fix is None:
+        alone = shlex.join(["python", order.script, *order.arguments])
+        fix = f"`{alone}`; if it runs, that line needs what a tensor without memory does not have"
+    given = output[-3000:] or order.script
+    error = SimulationError(f"The script could not be simulated: {cause}", given=given, fix=fix)
+    error.cause, error.fix = cause, fix
+    return error

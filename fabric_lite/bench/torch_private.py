@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -11,13 +14,14 @@ from torch._C._distributed_c10d import FakeWork, Work
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.futures import Future
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 __all__ = [
     "DispatchMode",
     "FakeTensorMode",
     "fake_mode_of",
+    "fakes_like_real_ones",
     "finished_work",
     "flops_of",
     "is_collective",
@@ -47,12 +51,61 @@ def join_fake_group(rank: int, world_size: int) -> None:
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
 
 
+class _OneMode(FakeTensorMode):
+    """A mode of which there are no copies: a fake tensor's deep copy, as in ``TransformerEncoder``, would get one."""
+
+    def __deepcopy__(self, memo: Any) -> _OneMode:
+        return self
+
+
 def make_fake_mode() -> FakeTensorMode:
     """The mode whose tensors have shapes and no memory; real ones that meet them are taken for fake ones.
 
     Torch's compiler is built on it; there is no public one.
     """
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    return _OneMode(allow_non_fake_inputs=True)
+
+
+@contextlib.contextmanager
+def fakes_like_real_ones(value_of: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+    """Fake tensors do here what torch refuses them: ``format``, ``numpy`` and, held weakly, ``Module.to(dtype)``.
+
+    ``_apply`` gives a real parameter new data in place and swaps a fake one, which it refuses where a weak reference
+    is left. That reference is to the parameter, which stays: it may go on.
+
+    Args:
+        value_of: The number that all elements of a fake tensor are taken to be.
+    """
+    swap_tensors = torch.utils.swap_tensors
+
+    def no_references(_: object) -> list[object]:
+        return []
+
+    def swap(first: torch.Tensor, second: torch.Tensor) -> None:
+        if not is_fake(first):
+            return swap_tensors(first, second)
+        # A function: a Mock would remember the tensors that it was called with, and keep their memory.
+        with mock.patch.object(weakref, "getweakrefs", no_references):
+            return swap_tensors(first, second)
+
+    def numpy(tensor: torch.Tensor, *, force: bool = False) -> Any:
+        value = value_of(tensor)
+        with _disable_current_modes():
+            # Torch itself refuses what it refuses for real ones: gradients without force, and bfloat16.
+            full = torch.full(tensor.shape, value, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+            return full.numpy(force=force)
+
+    def formatted(tensor: torch.Tensor, specification: str) -> str:
+        if tensor.dim():
+            return object.__format__(tensor, specification)
+        return format(value_of(tensor), specification)
+
+    with (
+        mock.patch.object(torch.utils, "swap_tensors", swap),
+        mock.patch.object(FakeTensor, "numpy", numpy, create=True),
+        mock.patch.object(FakeTensor, "__format__", formatted, create=True),
+    ):
+        yield
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -34,6 +34,8 @@ PARTS = ("parameters", "gradients", "optimizer", "activations", "communication",
 
 # Modules of torch's engines: what is made there by itself, and not out of other tensors, is a buffer of theirs.
 _ENGINES = ("torch.distributed.fsdp", "torch.nn.parallel.distributed", "torch.distributed._composable")
+# Methods of a module in which its tensors are made, or made anew in another dtype.
+_CONSTRUCTORS = ("__init__", "reset_parameters", "_apply")
 # Here a module that was made on the meta device gets the values of its constructor.
 _CONSTRUCTION = "fabric_lite.deferred"
 
@@ -177,17 +179,33 @@ class Tracker(DispatchMode):
             flops = flops_of(func, args, kwargs, out)
             if flops:
                 self._flops[str(results[0].dtype).removeprefix("torch.")] += flops
-        if not (inputs or self._counts_host) and part == "parameters":
-            self._leave_on_host(results[0].untyped_storage())
+        if self._is_made_on_host(inputs, given, part):
+            for leaf in results:
+                self._leave_on_host(leaf)
         for leaf in results:
             record = self._see(leaf, part)
             if record is not None and part == "communication":
                 self._resizable[storage_key(leaf.untyped_storage())] = record
         return out
 
-    def _leave_on_host(self, storage: torch.UntypedStorage) -> None:
+    def _is_made_on_host(self, inputs: list[torch.Tensor], given: list[_Record | None], part: str) -> bool:
+        """Whether a result waits for ``arrive``: what a constructor makes, and copies of it that no forward makes."""
+        if self._counts_host or any(given):
+            return False
+        if not inputs:
+            return part == "parameters"
+        return any(map(self._waits_on_host, inputs)) and not makers() & {"engine", "module"}
+
+    def _waits_on_host(self, tensor: torch.Tensor) -> bool:
+        return fake_mode_of(tensor) is not None and storage_key(tensor.untyped_storage()) in self._on_host
+
+    def _leave_on_host(self, tensor: torch.Tensor) -> None:
+        if fake_mode_of(tensor) is None:
+            return
+        storage = tensor.untyped_storage()
         key = storage_key(storage)
-        self._on_host[key] = weakref.ref(storage, lambda _: self._on_host.pop(key, None))
+        if key not in self._records:
+            self._on_host[key] = weakref.ref(storage, lambda _: self._on_host.pop(key, None))
 
     def _part_of_results(self, func: Any, given: list[_Record | None]) -> str:
         if self._in_step is not None:
@@ -309,7 +327,7 @@ def _makers() -> Iterator[str]:
             yield "constructor"
             return
         if code.co_varnames[:1] == ("self",) and isinstance(frame.f_locals.get("self"), nn.Module):
-            yield "constructor" if code.co_name in ("__init__", "reset_parameters") else "module"
+            yield "constructor" if code.co_name in _CONSTRUCTORS else "module"
             return
         frame = frame.f_back  # type: ignore[assignment]
 

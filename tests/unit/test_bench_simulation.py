@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import math
 import os
+import select
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -123,6 +129,96 @@ def test_a_fake_tensor_is_full_of_ones(shape: tuple[int, ...]) -> None:
         assert int(x.detach().long()) == 1
 
 
+def test_a_fake_tensor_is_formatted_and_becomes_an_array_as_a_real_one_of_ones() -> None:
+    with Faking():
+        x = nn.Linear(4, 3)(torch.zeros(2, 4))
+        assert f"{x.sum():.3f}" == "1.000"
+        with pytest.raises(TypeError, match="unsupported format string"):
+            f"{x:.3f}"
+        with pytest.raises(RuntimeError, match="requires grad"):
+            x.numpy()
+        for array in (x.detach().numpy(), x.numpy(force=True), np.asarray(x.detach())):
+            assert array.tolist() == [[1.0] * 3] * 2
+            assert array.dtype == np.float32
+        assert x.argmax(1).numpy().dtype == np.int64
+        with pytest.raises(TypeError, match="BFloat16"):
+            x.detach().bfloat16().numpy()
+    with pytest.raises(TypeError):
+        f"{x.sum():.3f}"  # outside nothing of torch is changed
+
+
+def test_a_line_that_reads_a_number_is_noted_and_no_other() -> None:
+    with Faking() as faking:
+        layer = nn.Linear(4, 3)
+        loss = layer(torch.zeros(2, 4)).sum()
+        loss.backward()
+        torch.optim.Adam(layer.parameters()).step()
+        assert faking.first_read is None
+        assert loss > -1
+        first = faking.first_read
+        assert loss.item() == 1
+    assert first is not None
+    assert first.startswith("test_bench_simulation.py:")
+    assert faking.first_read == first
+
+
+def test_a_line_search_of_torch_reads_numbers_for_the_line_that_steps() -> None:
+    with Faking() as faking:
+        layer = nn.Linear(4, 3)
+        optimizer = torch.optim.LBFGS(layer.parameters())
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss: torch.Tensor = layer(torch.zeros(2, 4)).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizer.step(closure)
+    assert str(faking.first_read).startswith("test_bench_simulation.py:")
+
+
+def parts_of_a_step(tracker: Tracker, dtype: torch.dtype) -> dict[str, int]:
+    """What a model with copied layers, in ``dtype`` since after its construction, and a step of it leave alive."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    held = [weakref.ref(parameter) for parameter in model.parameters()]  # as Fabric and optimizers do
+    model.to(dtype)
+    assert [reference() for reference in held] == list(model.parameters())
+    optimizer = torch.optim.Adam(model.parameters(), foreach=False)
+    model(torch.ones(2, 5, 16, dtype=dtype)).sum().backward()
+    optimizer.step()
+    return tracker.current_parts()
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # by deepcopy; as in a simulation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_copied_and_converted_layers_are_the_same_parts_fake_as_real(dtype: torch.dtype) -> None:
+    with Tracker() as tracker:
+        real = parts_of_a_step(tracker, dtype)
+    with Faking() as faking, Tracker(faking.fake_mode) as tracker:
+        fake = parts_of_a_step(tracker, dtype)
+    assert fake == real
+    one_layer = 4 * 16 * 16 + 4 * 16 + 2 * 16 * 32 + 32 + 16 + 4 * 16
+    assert real["gradients"] == 3 * one_layer * dtype.itemsize
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_copies_of_a_model_come_to_the_device_with_it() -> None:
+    with Faking() as faking, Tracker(faking.fake_mode, counts_host=False) as tracker:
+        model = nn.Linear(100, 100, bias=False)
+        both = nn.ModuleList([model, copy.deepcopy(model)]).half()
+        assert tracker.current == 0
+        tracker.arrive()
+        assert len(both) == 2
+        assert tracker.current == tracker.current_parts()["parameters"] == 2 * 20_000
+
+
+@pytest.mark.parametrize(("precision", "size"), [("bf16-true", 2), ("64-true", 8)])
+def test_true_precisions_are_simulated_with_parameters_of_their_size(script: str, precision: str, size: int) -> None:
+    simulated = simulate(script, world_size=64, strategy="fsdp", precision=precision, steps=1, device="h100-80gb")
+    assert simulated.parts["parameters"] == 4 * (4096 * 4096 + 3 * 4096) * size / 64
+
+
 def test_only_what_models_make_is_fake() -> None:
     with Faking():
         assert int(torch.arange(5).max()) + 1 == 5
@@ -166,7 +262,7 @@ def test_what_does_not_fit_is_said_with_what_would(script: str, monkeypatch: pyt
     simulated = simulate(script, world_size=8, strategy="ddp", device="small", steps=2)
     assert simulated.fits is False
     assert simulated.sentence.startswith("does not fit: ")
-    assert simulated.sentence.endswith(" GB of 0.9 GB; fits with fsdp")
+    assert simulated.sentence.endswith(" MiB of 858 MiB (0.9 GB); fits with fsdp")
     estimate = simulated.estimate
     assert estimate is not None
     assert estimate.seconds == max(estimate.arithmetic, estimate.memory) + estimate.exposed_communication
@@ -181,8 +277,17 @@ def test_batch_size_is_of_every_loader(script: str) -> None:
 
 
 def test_an_error_of_the_script_is_shown(script: str) -> None:
-    with pytest.raises(SimulationError, match="ValueError: of the script's own"):
+    line = 1 + SCRIPT.splitlines().index('            raise ValueError("of the script\'s own")')
+    with pytest.raises(SimulationError, match="Try: `python ") as error:
         simulate(script, ["--fail"], world_size=2, strategy="ddp")
+    assert error.value.cause == f"ValueError: of the script's own, at train.py:{line}"
+
+
+def test_an_error_that_says_what_to_do_keeps_it(script: str) -> None:
+    with pytest.raises(SimulationError) as error:
+        simulate(script, world_size=2, strategy="nonsense")
+    assert error.value.cause.startswith("FabricValueError: This strategy does not exist. Given: strategy='nonsense'")
+    assert error.value.fix.startswith("one of auto, single_device, ddp")
 
 
 @pytest.mark.parametrize(
@@ -200,8 +305,7 @@ def test_values_that_cannot_be_are_refused(options: dict[str, object], message: 
 @pytest.mark.full
 def test_a_loader_of_too_little_data_is_repeated_and_that_is_said() -> None:
     simulated = simulate(EXAMPLES / "char_gpt.py", world_size=1024, nodes=128, strategy="fsdp", steps=1)
-    [notice] = simulated.notices
-    assert "Without padding, some ranks would have no batch at all" in notice
+    assert any("Without padding, some ranks would have no batch at all" in notice for notice in simulated.notices)
 
 
 def test_communication_that_fits_beside_backward_is_not_exposed() -> None:
@@ -225,3 +329,22 @@ def test_a_cluster_is_read_or_refused() -> None:
     for text in ("64", "devices=x", "devices=0", "devices=4,colour=red", "nodes=2"):
         with pytest.raises(FabricValueError, match="cluster to simulate could not be read"):
             parse_cluster(text)
+    with pytest.raises(FabricValueError, match=r"Given: devices=10,nodes=3\n  Try: devices= a multiple of nodes="):
+        parse_cluster("devices=10,nodes=3")
+    with pytest.raises(FabricValueError, match=r"Given: gpu=nonsense\n  Try: gpu= one of a100"):
+        parse_cluster("devices=8,gpu=nonsense")
+
+
+def test_a_simulation_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
+    script, pid = tmp_path / "hangs.py", tmp_path / "pid"
+    os.mkfifo(pid)
+    script.write_text(f"import os, signal\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\nsignal.pause()\n")
+    code = f"from fabric_lite.bench.simulation import simulate; simulate({str(script)!r}, world_size=2)"
+    with subprocess.Popen([sys.executable, "-c", code]) as asking:
+        simulating = int(pid.read_text())
+        ended = os.pidfd_open(simulating)
+        asking.kill()
+    try:
+        assert select.select([ended], [], [], 30)[0]
+    finally:
+        os.close(ended)
