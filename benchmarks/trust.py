@@ -1,7 +1,8 @@
 """Whether what ``fabric-bench`` says is true: of two that are alike, of one that is 5 % slower, and of the winner.
 
-    OMP_NUM_THREADS=1 python benchmarks/trust.py                # about 90 minutes, for a quiet machine
-    OMP_NUM_THREADS=1 python benchmarks/trust.py --replay-only  # seconds: from the recordings in results/
+    OMP_NUM_THREADS=1 python benchmarks/trust.py                    # about 90 minutes, for a quiet machine
+    OMP_NUM_THREADS=1 python benchmarks/trust.py --keep-recordings  # 15 minutes: with the recordings in results/
+    OMP_NUM_THREADS=1 python benchmarks/trust.py --replay-only      # seconds: these recordings alone
     OMP_NUM_THREADS=1 python benchmarks/trust.py --quick
 
 Real benchmarks with the default budget; and long recordings, in which such benchmarks are replayed: from some round on,
@@ -111,6 +112,7 @@ def main() -> None:
     options.add_argument(
         "--replay-only", action="store_true", help="only what the recordings say; what is real in the FILE stays"
     )
+    options.add_argument("--keep-recordings", action="store_true", help="real benchmarks, judged by what is recorded")
     options.add_argument("--quick", action="store_true", help="two short rounds of each: whether it works at all")
     given = options.parse_args()
     path = None if given.json is None else given.json.resolve()
@@ -122,6 +124,8 @@ def main() -> None:
         stored = {} if path is None or not path.exists() else json.loads(path.read_text())
         write(path, {**({"real": stored["real"]} if "real" in stored else {}), "replayed": replay()})
     else:
+        if not given.keep_recordings:
+            record_all()
         write(path, {"real": measure(), "replayed": replay()})
 
 
@@ -136,8 +140,7 @@ def quick() -> dict[str, Any]:
 
 def replay() -> dict[str, Any]:
     """Benchmarks from the recordings: starts in that of known speeds, and one in each of the models that are left."""
-    stored = json.loads(RECORDINGS.read_text())["recordings"]
-    planted, *seeded = map(Recording.from_json, stored)
+    planted, *seeded = recordings()
     starts = random.Random(0).sample(range(planted.rounds), REPLAYS)
     of_looks = {
         looks: [told_apart(planted.benchmark(first, looks)[0]) for first in starts] for looks in range(1, LOOKS + 1)
@@ -154,19 +157,30 @@ def replay() -> dict[str, Any]:
 
 
 def measure() -> dict[str, Any]:
-    """Real benchmarks and recordings; the latter go to a file, each as soon as it is there."""
+    """Real benchmarks; the winners among them judged by the recordings."""
     planted = [told_apart(run("trust_planted.py", **PLANTED)) for _ in range(REAL_PLANTED)]
     show_planted("Real benchmarks", planted)
-    recordings = [record("trust_planted.py", rounds=PLANTED_ROUNDS, budget_seconds=3600.0, **PLANTED)]
-    winners = []
-    for seed in (*REAL_SEEDS, *REPLAYED_SEEDS):
-        short = run("trust_seeded.py", str(seed), **SEEDED) if seed in REAL_SEEDS else None
-        recordings.append(record_until_decided(seed))
-        winners += [] if short is None else [kept_by_winner(short, recordings[-1].results)]
-        data = {"recordings": [one.as_json() for one in recordings]}
-        RECORDINGS.write_text(json.dumps(data, separators=(",", ":")) + "\n")
+    _, *seeded = recordings()
+    winners = [
+        kept_by_winner(run("trust_seeded.py", str(seed), **SEEDED), recording.results)
+        for seed, recording in zip(REAL_SEEDS, seeded, strict=False)
+    ]
     show_winners("Winners of real benchmarks", winners)
     return summary(planted, winners)
+
+
+def record_all() -> None:
+    """Record the known speeds and each model; each goes to the file as soon as it is there."""
+    found = [record("trust_planted.py", rounds=PLANTED_ROUNDS, budget_seconds=3600.0, **PLANTED)]
+    for seed in (*REAL_SEEDS, *REPLAYED_SEEDS):
+        found.append(record_until_decided(seed))
+        data = {"recordings": [one.as_json() for one in found]}
+        RECORDINGS.write_text(json.dumps(data, separators=(",", ":")) + "\n")
+
+
+def recordings() -> list[Recording]:
+    """That of the known speeds, and one of each model."""
+    return [Recording.from_json(data) for data in json.loads(RECORDINGS.read_text())["recordings"]]
 
 
 def run(script: str, *arguments: str, **options: Any) -> Results:

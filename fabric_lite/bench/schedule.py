@@ -9,8 +9,9 @@ from fabric_lite.bench.statistics import DEFAULT_ROUNDS, PILOT_ROUNDS, rounds_ne
 
 __all__ = ["LOOKS", "Schedule"]
 
-# How often it is asked how many rounds it takes: after the pilot, and after as many as that says.
-LOOKS = 2
+# How often it is asked how many rounds it takes, at most: after the pilot, and then after as many as the answer before
+# said, until it says no more. In benchmarks/trust.py more questions than these change nothing any more.
+LOOKS = 4
 
 
 class Schedule:
@@ -20,7 +21,7 @@ class Schedule:
         rounds: That are timed, at most; None: as many as it takes.
         budget_seconds: No round begins that would probably end later; the first always does.
         baseline: The name of the combination that the others are compared with.
-        looks: How often it is asked how many it takes.
+        looks: How often it is asked how many it takes, at most.
     """
 
     def __init__(self, rounds: int | None, budget_seconds: float, baseline: str, looks: int = LOOKS) -> None:

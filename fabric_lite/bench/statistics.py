@@ -213,8 +213,8 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
 def rounds_needed(rows: Sequence[Row], baseline: str, *, difference: float = 0.05) -> int:
     """How many rounds, those of the pilot included, find such a difference in 95 of 100 cases.
 
-    Ask after ``PILOT_ROUNDS``, once more after as many as that says, and then keep to the answer: five rounds that look
-    quiet by luck cost some of the finds otherwise (``benchmarks/trust.py`` shows them). It looks at the noise alone,
+    Ask after ``PILOT_ROUNDS``, and again after as many as that says, until it asks for no more: rounds that look quiet
+    by luck cost some of the finds otherwise (``benchmarks/trust.py`` shows them). It looks at the noise alone,
     not at who leads: an internal pilot (Wittes and Brittain, Statistics in Medicine 9, 1990), which hardly raises the
     error rate. To test after every round and stop at the first difference would find one between equals several times
     as often.

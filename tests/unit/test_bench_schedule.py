@@ -45,8 +45,13 @@ def test_rounds_before_it_began_anew_do_not_count() -> None:
     assert plan.trials == 2
 
 
-def test_it_is_asked_twice_how_many_rounds_it_takes(wanted: list[int]) -> None:
-    wanted += [8, 12, 99]
+def test_it_is_asked_again_as_long_as_it_takes_more_but_four_times_at_most(wanted: list[int]) -> None:
+    wanted += [8, 12, 14, 16, 99]
+    assert rounds_of(Schedule(None, 100.0, "baseline")) == 16
+
+
+def test_it_is_not_asked_again_once_there_are_enough(wanted: list[int]) -> None:
+    wanted += [8, 12, 12]
     assert rounds_of(Schedule(None, 100.0, "baseline")) == 12
 
 
@@ -67,6 +72,6 @@ def test_what_is_asked_for_counts_from_where_it_began_anew_and_ends_with_the_bud
     assert rounds_of(Schedule(None, PILOT_ROUNDS + 3.0, "baseline"), anew_after=1) == PILOT_ROUNDS + 3
 
 
-def test_it_is_asked_twice_again_after_it_began_anew(wanted: list[int]) -> None:
-    wanted += [10, 7, 9]
+def test_it_is_asked_from_the_start_again_after_it_began_anew(wanted: list[int]) -> None:
+    wanted += [10, 7, 9, 9]
     assert rounds_of(Schedule(None, 100.0, "baseline"), anew_after=6) == 6 + 9
