@@ -10,7 +10,7 @@ from fabric_lite.bench.statistics import DEFAULT_ROUNDS, PILOT_ROUNDS, rounds_ne
 __all__ = ["LOOKS", "Schedule"]
 
 # How often it is asked how many rounds it takes, at most: after the pilot, and then after as many as the answer before
-# said, until it says no more. In benchmarks/trust.py more questions than these change nothing any more.
+# said, until it says no more. benchmarks/trust.py shows what each of these questions finds.
 LOOKS = 4
 
 
