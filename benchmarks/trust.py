@@ -10,7 +10,8 @@ over as many rounds as a benchmark would have asked for, but half of the recordi
 recording, so they overlap and are far fewer independent cases; the winners are looked for in a recording each. What is
 best is what other rounds say than those that the benchmark had: those of a recording that was taken apart from a real
 one, and those of the recording that a replayed one left. Where two are so close that a recording cannot say whether one
-of them has 98 % of the other's speed, it is made longer.
+of them has 98 % of the other's speed, it is made longer, six times as long at most. The intervals are about 95 %: from
+round to round as if these had nothing in common, and looked at after each part.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ REAL_PLANTED, REPLAYS, PLANTED_ROUNDS = 5, 100, 120
 # Of the models whose winner is looked for: those that are benchmarked, and those whose benchmark is replayed.
 REAL_SEEDS, REPLAYED_SEEDS = range(1, 5), range(5, 21)
 CLOSE_ENOUGH = 0.98
-# A recording has as many parts as it takes to say of each combination whether it is close enough to the best.
+# A recording has as many parts as it takes to say of each combination whether it is close enough to the best; at most
+# so many, after which some still cannot say it.
 PART_SECONDS, MOST_PARTS = 100.0, 6
 PLANTED: dict[str, Any] = {"devices": [1], "strategies": ["ddp"], "batch_sizes": [1, 2, 3], "precisions": ["32-true"]}
 SEEDED: dict[str, Any] = {"devices": [1, 2], "strategies": ["ddp", "fsdp"], "precisions": ["32-true"]}
