@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fabric_lite import Fabric
+from fabric_lite.notices import says_that_it_waits
 from fabric_lite.signals import requests
 from fabric_lite.testing import RankPool
 
@@ -31,11 +33,12 @@ def trained(devices: int = 1) -> Fabric:
     return fabric
 
 
-def held() -> tuple[int, int, list[Any]]:
-    """Threads, open files and the handlers of the two signals that ask a run to stop."""
+def held() -> tuple[set[str], int, list[Any]]:
+    """Threads, the number of open files, and the handlers of the two signals that ask a run to stop."""
     gc.collect()
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    return threading.active_count(), len(os.listdir(OPEN_FILES)), handlers
+    threads = {f"{thread.name} {thread.ident}" for thread in threading.enumerate()}
+    return threads, len(os.listdir(OPEN_FILES)), handlers
 
 
 @pytest.mark.skipif(not os.path.isdir(OPEN_FILES), reason="open files are counted in /proc")
@@ -74,8 +77,12 @@ def test_a_signal_that_came_when_nobody_listened_is_not_the_next_fabrics_and_the
     assert stopped == [False, False, True]
 
 
-def drop_on_several_ranks() -> tuple[bool, bool, list[bool]]:
-    """Whether dropped Fabrics still take signals; whether the next close lets go of all; whether any is still there."""
+def drop_on_several_ranks() -> tuple[bool, set[str], list[bool]]:
+    """Whether dropped Fabrics still take signals; what is held beyond the next close; whether any is still there.
+
+    A warm rank may hold less by then: the thread that says what waits ends some seconds after the last wait, which may
+    be one of an earlier test.
+    """
     trained(2).close()
     before = held()
     dropped = [weakref.ref(trained(2)) for _ in range(3)]
@@ -85,9 +92,22 @@ def drop_on_several_ranks() -> tuple[bool, bool, list[bool]]:
             thread.join(10.0)
     takes = requests.are_taken
     trained(2).close()
-    return takes, held() == before, [fabric() is not None for fabric in dropped]
+    threads, files, handlers = held()
+    beyond = threads - before[0]
+    if files > before[1]:
+        beyond.add(f"{files - before[1]} open files")
+    if handlers != before[2]:
+        beyond.add(f"{handlers}, not {before[2]}")
+    return takes, beyond, [fabric() is not None for fabric in dropped]
+
+
+def wait_for_a_while() -> None:
+    """Leave the thread that says what waits behind; it ends in half a second, as the next test goes on."""
+    with says_that_it_waits("an earlier test", seconds=0.5):
+        dist.barrier()
 
 
 @pytest.mark.skipif(not os.path.isdir(OPEN_FILES), reason="open files are counted in /proc")
 def test_on_several_ranks_they_take_no_signals_and_end_their_threads(ranks: RankPool) -> None:
-    assert ranks.run(drop_on_several_ranks) == [(False, True, [False] * 3)] * 2
+    ranks.run(wait_for_a_while)
+    assert ranks.run(drop_on_several_ranks) == [(False, set(), [False] * 3)] * 2
