@@ -15,6 +15,7 @@ from fabric_lite import seed as random_seed
 from fabric_lite.checkpoint import SaveHandle
 from fabric_lite.collectives import Collectives
 from fabric_lite.identity import Identity
+from fabric_lite.loggers.sending import Sender
 from fabric_lite.loss_scaling import LossScaler
 from fabric_lite.preemption import Preemption
 from fabric_lite.steps import Steps
@@ -29,6 +30,8 @@ class Checkpointing(Identity):
     _collectives: Collectives
     _steps: Steps
     _preemption: Preemption | None
+    _callbacks: tuple[Any, ...]
+    _sender: Sender
 
     @property
     def steps(self) -> int:
@@ -67,6 +70,8 @@ class Checkpointing(Identity):
         """
         self._launched()
         self._collectives.enter("save")
+        if self.is_global_zero:
+            self._sender.save()  # what is logged until here belongs to the checkpoint, whatever happens next
         path = run_config.redirected(path)
         # Shards that inference mode makes views of cannot be detached.
         with torch.inference_mode(False), torch.no_grad():
@@ -108,18 +113,36 @@ class Checkpointing(Identity):
         checkpoint.load_raw(path, obj, strict=strict)
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps, the random state of every rank and the loss scaler's; every rank calls."""
+        """The steps, random states of all ranks, states of loss scaler, callbacks and loggers; every rank calls."""
         random = collectives.gather_objects(random_seed.random_state())
         state: dict[str, Any] = {"random": random, "steps": self.steps}
         if self._scaler is not None:
             state["loss_scaler"] = self._scaler.state_dict()
+        for name, companion in self._companions().items():
+            state.setdefault("companions", {})[name] = companion.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`; random state only at the world size that it was saved at."""
+        """Restore :meth:`state_dict`; random state only at the world size that it was saved at, and what is here."""
         if "steps" in state:
             self._steps.restore(int(state["steps"]))
         if len(state["random"]) == self.world_size:
             random_seed.set_random_state(state["random"][self.global_rank])
         if self._scaler is not None and "loss_scaler" in state:
             self._scaler.load_state_dict(state["loss_scaler"])
+        saved = state.get("companions", {})
+        for name, companion in self._companions().items():
+            if name in saved:
+                companion.load_state_dict(saved[name])
+
+    def _companions(self) -> dict[str, Any]:
+        """The callbacks and loggers that have a state, by class; from the second of a class on with a number."""
+        found: dict[str, Any] = {}
+        for companion in (*self._callbacks, *self._loggers):
+            if callable(getattr(companion, "state_dict", None)) and callable(
+                getattr(companion, "load_state_dict", None)
+            ):
+                name = type(companion).__name__
+                same = sum(type(other).__name__ == name for other in found.values())
+                found[f"{name} {same + 1}" if same else name] = companion
+        return found

@@ -20,6 +20,7 @@ from fabric_lite.errors import CheckpointDamagedError, CheckpointError, FabricTy
 from fabric_lite.kept import MARK, Entry, Rule, by_step, numbers, own_entries, path_of
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.run_config import EXIT_PREEMPTED, redirected
+from fabric_lite.run_record import write_record
 
 __all__ = ["Checkpoints"]
 
@@ -27,10 +28,12 @@ Result = TypeVar("Result")
 
 
 class _Pending(NamedTuple):
-    """The latest save: after how many steps; its handle, if it is written and read back beside the loop."""
+    """The latest save: after how many steps; its handle, if it is written and read back beside the loop; whether it
+    stays until the next one whatever the rule says."""
 
     step: int
     handle: SaveHandle | None
+    stays: bool
 
 
 class Checkpoints:
@@ -54,7 +57,7 @@ class Checkpoints:
         folder: Where they are; made by the first save. A run has its own.
         every: How many steps lie between two saves of :meth:`step`. None: it saves when the run is asked to leave.
         keep_last: How many of the newest to keep; None: all. The second newest is what a damaged newest one costs
-            least with.
+            least with. With ``keep_best`` it may be 0: then what :meth:`step` saves stays until the next save.
         keep_best: How many of the best to keep as well.
         monitor: Which of the ``metrics`` tells the best.
         mode: Whether the best has the ``"min"`` or the ``"max"``. NaN is never the best.
@@ -62,7 +65,8 @@ class Checkpoints:
             older ones are deleted at the next save.
 
     Raises:
-        FabricValueError: A value is not allowed; FabricTypeError: a type is not.
+        FabricValueError: A value is not allowed.
+        FabricTypeError: A value has the wrong type.
     """
 
     def __init__(
@@ -84,7 +88,12 @@ class Checkpoints:
                 given=folder,
                 fix='a folder that all ranks see; a copy for elsewhere with fabric.save("s3://...", state)',
             )
-        for name, value, least in (("every", every, 1), ("keep_last", keep_last, 1), ("keep_best", keep_best, 0)):
+        least_last = 0 if keep_best else 1
+        for name, value, least in (
+            ("every", every, 1),
+            ("keep_best", keep_best, 0),
+            ("keep_last", keep_last, least_last),
+        ):
             _check_count(name, value, least, may_be_none=name != "keep_best")
         if mode not in ("min", "max"):
             raise FabricValueError("The best value is the least or the greatest.", given=f"mode={mode!r}", fix='"min"')
@@ -103,6 +112,7 @@ class Checkpoints:
         self._counted: int | None = None  # the steps at the latest step()
         self._saved: int | None = None
         self._pending: _Pending | None = None
+        self._has_written_record = False
 
     def resume(self, state: dict[str, Any]) -> Path | None:
         """Restore ``state`` from the newest checkpoint that is whole, and say so in one line; every rank calls.
@@ -171,7 +181,7 @@ class Checkpoints:
         if fabric.should_stop:
             self._leave(fabric, state, metrics)
         if self._every is not None and steps % self._every == 0 and self._saved != steps:
-            self._save(fabric, state, metrics, beside=self._async)
+            self._save(fabric, state, metrics, beside=self._async, stays=True)
 
     def save(self, state: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> Path:
         """Save now, named by the steps made so far; every rank calls.
@@ -199,6 +209,19 @@ class Checkpoints:
         ranked = self._rule.ranked(own_entries(self.folder, self._known))
         return next((entry.path for entry in ranked if _is_whole(entry.path)), None)
 
+    def go_on_at(self, steps: int) -> None:
+        """What is here until that step is this run's, which was resumed from elsewhere; every rank calls."""
+        self._own_steps |= {step for step in by_step(self.folder) if step <= steps}
+        self._counted = steps
+
+    def ranked(self) -> list[Entry]:
+        """Those that were saved with the monitored value, the best first; any rank may ask."""
+        return self._rule.ranked(self.entries())
+
+    def entries(self) -> list[Entry]:
+        """All of this run's checkpoints, the newest first, with their steps and metrics; any rank may ask."""
+        return own_entries(self.folder, self._known)
+
     def _leave(self, fabric: Checkpointing, state: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> NoReturn:
         """Save and end the process. What went wrong in an earlier save does not cost this one."""
         errors: list[BaseException] = []
@@ -212,13 +235,20 @@ class Checkpoints:
             errors += [last.error] if last.error is not None else []
         for each in errors:
             rank_zero_info(f"an earlier save failed: {_in_one_line(each)}")
-        if self._saved != fabric.steps:
-            self._save(fabric, state, metrics, beside=False)
-        _say(f"saved {path_of(self.folder, fabric.steps)}; started again, this run goes on from there")
+        path = path_of(self.folder, fabric.steps)
+        if self._saved != fabric.steps or not _of_rank_zero("step()", path.exists):  # it was not among the best
+            self._save(fabric, state, metrics, beside=False, stays=True)
+        _say(f"saved {path}; started again, this run goes on from there")
         raise SystemExit(EXIT_PREEMPTED)
 
     def _save(
-        self, fabric: Checkpointing, state: Mapping[str, Any], metrics: Mapping[str, Any] | None, *, beside: bool
+        self,
+        fabric: Checkpointing,
+        state: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None,
+        *,
+        beside: bool,
+        stays: bool = False,
     ) -> Path:
         self._settle()
         _ = fabric.should_stop
@@ -232,10 +262,21 @@ class Checkpoints:
         self._saved = step
         if handle is not None:
             handle.then(functools.partial(checked_content, path, (rank(), world_size())))
-        self._pending = _Pending(step, handle)
+        self._pending = _Pending(step, handle, stays)
+        self._write_record(fabric)
         if not beside:
             self._settle()
         return path
+
+    def _write_record(self, fabric: Checkpointing) -> None:
+        """Say beside the first checkpoint of this process what its run is; that it can't be written costs no run."""
+        if self._has_written_record or rank() != 0:
+            return
+        self._has_written_record = True
+        try:
+            write_record(self.folder, fabric.run_record())
+        except (OSError, CheckpointError) as error:
+            rank_zero_info(f"what this run is could not be written beside its checkpoints: {error}")
 
     def _check_place(self, step: int) -> None:
         """Raise if another run has been here and has got further: which of the two is the newest, nobody could tell."""
@@ -251,13 +292,15 @@ class Checkpoints:
         """See the latest save through, and delete what it makes superfluous. Every rank calls it."""
         if self._pending is None:
             return
-        (step, handle), self._pending = self._pending, None
+        (step, handle, stays), self._pending = self._pending, None
         saved, self._saved = self._saved, None
         if handle is not None:
             on_every_rank("save()", handle.result)
         outdated = _of_rank_zero(
             "save()", lambda: self._rule.outdated(own_entries(self.folder, self._known), newest=step)
         )
+        if stays:
+            outdated = [entry for entry in outdated if entry.step != step]
         if outdated and handle is None:
             share = rank(), world_size()
             on_every_rank("reading the new checkpoint back", checked_content, path_of(self.folder, step), share)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from fabric_lite.errors import FabricRuntimeError, FabricValueError
 from fabric_lite.parameters import local_part, local_stand_ins, mesh_of, reduced
 
-__all__ = ["clip_grad_norm", "clip_grad_value"]
+__all__ = ["clip_grad_norm", "clip_grad_value", "total_norm"]
 
 
 def clip_grad_norm(
@@ -53,6 +53,15 @@ def clip_grad_norm(
         )
     torch.nn.utils.clip_grads_with_norm_(stand_ins, max_norm, norm)
     return norm
+
+
+@torch.no_grad()
+def total_norm(parameters: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+    """The norm of the gradients over all ranks, a plain 0-dim tensor; with DTensors every rank calls."""
+    parameters = list(parameters)
+    if any(mesh_of(parameter) is not None for parameter in parameters):
+        return _norm_over_ranks(parameters, float(norm_type))
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type)
 
 
 def clip_grad_value(parameters: Iterable[torch.Tensor], clip_value: float) -> None:

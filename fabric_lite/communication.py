@@ -53,8 +53,3 @@ class Communication(Identity):
         self._launched()
         with self._collectives.rank_zero_first((self.local_rank if local else self.global_rank) == 0):
             yield
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """``print`` on rank 0."""
-        if self.is_global_zero:
-            print(*args, **kwargs)

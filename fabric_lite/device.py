@@ -51,7 +51,7 @@ def choose_accelerator(name: str | Accelerator) -> Accelerator:
         FabricRuntimeError: It is known, but not present here.
     """
     if isinstance(name, Accelerator):
-        return name
+        name = name.device_type
     wanted = name.lower() if isinstance(name, str) else name
     present = _present_type()
     if wanted not in (*ACCELERATOR_NAMES, present):

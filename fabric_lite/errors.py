@@ -4,6 +4,7 @@ FabricError                       base of all; its message has three parts
 ├── FabricValueError              (ValueError)    an argument's value is not allowed
 ├── FabricTypeError               (TypeError)     an argument has the wrong type
 ├── FabricKeyError                (KeyError)      a key is missing
+├── FabricImportError             (ImportError)   a package that this needs is not installed
 └── FabricRuntimeError            (RuntimeError)  the call is right, the moment or the machine is not
     ├── LaunchError               processes could not be started as asked
     ├── StrategyError             a strategy cannot do this with this model
@@ -19,6 +20,7 @@ __all__ = [
     "CheckpointError",
     "CollectiveError",
     "FabricError",
+    "FabricImportError",
     "FabricKeyError",
     "FabricRuntimeError",
     "FabricTypeError",
@@ -61,6 +63,10 @@ class FabricTypeError(FabricError, TypeError):
 
 class FabricKeyError(FabricError, KeyError):
     """A key is missing."""
+
+
+class FabricImportError(FabricError, ImportError):
+    """A package that this needs is not installed."""
 
 
 class FabricRuntimeError(FabricError, RuntimeError):

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import datetime
 import gc
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_lite import checkpoint, collectives, run_config
+from fabric_lite import checkpoint, collectives, process_end, run_config
 from fabric_lite import seed as random_seed
 from fabric_lite.agreement import check_agreement, compare_circumstances
-from fabric_lite.callbacks import call_hook, made_by_name
 from fabric_lite.checked_calls import compare_calls
 from fabric_lite.checkpointing import Checkpointing
 from fabric_lite.collectives import Collectives
@@ -25,7 +25,9 @@ from fabric_lite.communication import Communication
 from fabric_lite.data import Window, check_loaders, extend_loader, move_to_device
 from fabric_lite.device import Accelerator
 from fabric_lite.errors import FabricValueError
+from fabric_lite.hooks import call_hook, made_by_name
 from fabric_lite.init import tensors_on
+from fabric_lite.loggers.sending import Sender
 from fabric_lite.loss_scaling import LossScaler
 from fabric_lite.mesh import build_mesh, data_share, join, leave
 from fabric_lite.notices import rank_zero_info
@@ -33,6 +35,7 @@ from fabric_lite.optim import check_belongs
 from fabric_lite.precision import Precision
 from fabric_lite.preemption import Preemption
 from fabric_lite.registry import Registry, release_from_others
+from fabric_lite.reporting import Reporting
 from fabric_lite.run import Arguments, resolve
 from fabric_lite.setting_up import Setup
 from fabric_lite.stepping import Stepping
@@ -45,7 +48,7 @@ __all__ = ["Fabric"]
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Fabric(Stepping, Communication, Checkpointing):
+class Fabric(Stepping, Communication, Checkpointing, Reporting):
     """Your loop on any hardware: devices, processes, precision, data and checkpoints behind a few calls.
 
     Args:
@@ -55,14 +58,15 @@ class Fabric(Stepping, Communication, Checkpointing):
         num_nodes: Number of nodes; under a launcher it is the launcher's.
         precision: ``64-true 32-true 16-true bf16-true 16-mixed bf16-mixed``, or a ``Precision``. None is 32-true.
         callbacks: Objects whose methods :meth:`call` calls by name.
-        loggers: Objects with ``log_metrics(metrics, step)``.
+        loggers: Those of :mod:`fabric_lite.loggers`, or objects with ``log_metrics(metrics, step)``.
         plugins: A ``Precision``, instead of ``precision``.
         check_collectives: Whether the ranks compare each collective before they enter it; slow, for finding bugs.
         hang_timeout: Of a job in which nothing has moved on any rank for so many seconds, it is said who did not
             arrive, and it is ended. 0: never; None: 600. Not where the process group was there already.
 
     Raises:
-        FabricValueError: A value is not allowed; FabricTypeError: a type is not.
+        FabricValueError: A value is not allowed.
+        FabricTypeError: A value has the wrong type.
         LaunchError: The processes that are there are not those asked for, or cannot be connected.
     """
 
@@ -82,6 +86,7 @@ class Fabric(Stepping, Communication, Checkpointing):
     ) -> None:
         arguments = Arguments(accelerator, strategy, devices, num_nodes, precision)
         self._arguments = {**vars(arguments), "callbacks": callbacks, "loggers": loggers, "plugins": plugins}
+        self._started = datetime.datetime.now(datetime.timezone.utc)
         self._arguments |= {"check_collectives": check_collectives, "hang_timeout": hang_timeout}
         self._run = resolve(arguments, plugins, run_config.current(), os.environ)
         self._callbacks = (
@@ -91,6 +96,7 @@ class Fabric(Stepping, Communication, Checkpointing):
         if config.callback is not None:
             self._callbacks += (made_by_name(config.callback, config.callback_options),)
         self._loggers = list(loggers) if isinstance(loggers, (list, tuple)) else [] if loggers is None else [loggers]
+        self._sender, self._has_sent_record = Sender(self._loggers), False
         self._collectives = Collectives(self.device, check=check_collectives or self._run.config.check_collectives)
         self._hang_timeout = choose_hang_timeout(hang_timeout, self._run.config.hang_timeout)
         self._watch: HangWatch | None = None
@@ -105,6 +111,10 @@ class Fabric(Stepping, Communication, Checkpointing):
         self._preemption: Preemption | None = None
         self._setup = Setup(self, self._run, self._scaler, self._callbacks, self._set_up, self._steps, self._window)
         self._is_closed = False
+        # With the Fabric or, as most scripts end with it, with the process: a backend may hold back what it was sent.
+        self._end_logging = weakref.finalize(self, _end_logging, self._sender)
+        if self._run.needs_launch or not self.is_global_zero:
+            self._end_logging.detach()
         if not self._run.needs_launch:
             self._connect()
 
@@ -271,6 +281,10 @@ class Fabric(Stepping, Communication, Checkpointing):
                 self._say_global_batch(getattr(loader, "batch_size", None), placement)
         return extended[0] if len(extended) == 1 else extended
 
+    def has_set_up(self, target: Any) -> bool:
+        """Whether this Fabric has set the object up and not released it; :func:`is_wrapped` asks whether any has."""
+        return self._set_up.has(target)
+
     def release(self, *objects: Any) -> Any:
         """Give back plain objects: what ``setup`` added is taken off.
 
@@ -302,8 +316,13 @@ class Fabric(Stepping, Communication, Checkpointing):
         if self._owns_group:
             leave()
             self._owns_group = False
+        self._finish_logging(process_end.status(is_at_exit=False))  # last, since a backend may have much to send
         if save_error is not None:
             raise save_error
+
+    def _finish_logging(self, status: str) -> None:
+        if self._end_logging.detach() is not None:  # not yet
+            self._sender.finalize(status)
 
     # --- placement ----------------------------------------------------------------------------------------------
 
@@ -319,7 +338,7 @@ class Fabric(Stepping, Communication, Checkpointing):
         """A context in which a module is made in place and dtype.
 
         Args:
-            empty_init: True leaves parameters uninitialised, for a model whose weights are loaded next. Under a sharded
+            empty_init: True leaves parameters uninitialized, for a model whose weights are loaded next. Under a sharded
                 strategy it makes them on the meta device instead: ``setup`` shards the model before any rank holds it
                 whole, and fills in the values that the same construction has otherwise. Then every rank calls, and all
                 take on rank 0's random state.
@@ -338,22 +357,10 @@ class Fabric(Stepping, Communication, Checkpointing):
         """Call the method of that name on every callback that has it, with the arguments that it takes."""
         call_hook(self._callbacks, hook_name, *args, **kwargs)
 
-    def log(self, name: str, value: Any, step: int | None = None) -> None:
-        """Send one scalar to every logger."""
-        self.log_dict({name: value}, step)
-
-    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Send scalars to every logger, from rank 0; without a logger this costs nothing."""
-        if not self._loggers or not self.is_global_zero:
-            return
-        scalars = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in metrics.items()}
-        for logger in self._loggers:
-            logger.log_metrics(metrics=scalars, step=step)
-
     @staticmethod
-    def seed_everything(seed: int | None = None, workers: bool = True) -> int:
+    def seed_everything(seed: int | None = None, workers: bool = True, deterministic: bool | None = None) -> int:
         """Seed Python, numpy and torch; see :func:`fabric_lite.seed_everything`."""
-        return random_seed.seed_everything(seed, workers)
+        return random_seed.seed_everything(seed, workers, deterministic)
 
     # --- inside -------------------------------------------------------------------------------------------------
 
@@ -402,10 +409,15 @@ class Fabric(Stepping, Communication, Checkpointing):
             rank_zero_info(f"batch_size={batch_size} on each of {shares} {who}: {batch_size * shares} samples a step")
 
 
+def _end_logging(sender: Sender) -> None:
+    sender.finalize(process_end.status(is_at_exit=True))
+
+
 def _close_at_exit(reference: weakref.ref[Fabric]) -> None:
     fabric = reference()
     if fabric is not None and not fabric._is_closed:
         checkpoint.finish_at_exit()
+        fabric._finish_logging(process_end.status(is_at_exit=True))
         fabric.close()
 
 
@@ -413,4 +425,8 @@ def _call_with_fabric(
     arguments: dict[str, Any], function: Callable[..., Any], args: Sequence[Any], **kwargs: Any
 ) -> Any:
     """In each started rank: make its Fabric and call the user's function."""
-    return function(Fabric(**arguments), *args, **kwargs)
+    fabric = Fabric(**arguments)
+    try:
+        return function(fabric, *args, **kwargs)
+    finally:
+        fabric._finish_logging(process_end.status(is_at_exit=False))  # a forked process ends without exit handlers

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import torch
 
+from fabric_lite.checkpoint.archive_writing import own_version
 from fabric_lite.device import Accelerator
 from fabric_lite.errors import FabricRuntimeError
 from fabric_lite.precision import Precision
 from fabric_lite.run import Run
+from fabric_lite.run_record import record_of
 from fabric_lite.strategies import Placement, Strategy
 
 __all__ = ["Identity"]
@@ -21,6 +24,7 @@ class Identity:
     _run: Run
     _loggers: list[Any]
     _arguments: dict[str, Any]
+    _started: datetime.datetime
     _placement: Placement | None
     _is_closed: bool
 
@@ -68,6 +72,14 @@ class Identity:
     def accelerator(self) -> Accelerator:
         """The kind of device."""
         return self._run.accelerator
+
+    def run_record(self) -> dict[str, Any]:
+        """What this run is, as plain data: command, arguments, seed, versions, git revision, hardware, strategy.
+
+        It goes to the loggers before the first metrics, and into ``run.json`` beside the checkpoints of
+        :class:`fabric_lite.Checkpoints`.
+        """
+        return record_of(self._run, self._arguments, own_version() or "unknown", self._started)
 
     @property
     def loggers(self) -> list[Any]:

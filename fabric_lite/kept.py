@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Rule:
     """Which checkpoints are kept.
 
     Args:
-        last: This many of the newest; None: all.
+        last: This many of the newest, 0 too; None: all.
         best: This many of those with the best values.
         monitor: The name of the value.
         mode: Whether the best is the ``"min"`` or the ``"max"``.
@@ -54,7 +55,7 @@ class Rule:
         if self.last is None:
             return []
         until = sorted((entry for entry in entries if entry.step <= newest), key=lambda entry: entry.step)
-        kept = [*until[-self.last :], *self.ranked(entries)[: self.best]]
+        kept = [*until[max(len(until) - self.last, 0) :], *self.ranked(entries)[: self.best]]
         return [entry for entry in until if entry not in kept]
 
     def ranked(self, entries: Sequence[Entry]) -> list[Entry]:
@@ -127,7 +128,7 @@ def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     for name, value in (metrics or {}).items():
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value.item()
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, Real):  # numpy's are too
             raise FabricTypeError(
                 "A metric is a number.", given=f"{name}={value!r:.80}", fix='metrics={"val_loss": float(loss)}'
             )

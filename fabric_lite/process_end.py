@@ -6,12 +6,54 @@ It imports no torch, because ``fabric-run`` asks here for ranks that may have lo
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 
-__all__ = ["be_quick", "exit_with_failure", "finish", "is_pending", "is_quick", "owe"]
+__all__ = [
+    "EXIT_PREEMPTED",
+    "be_quick",
+    "exit_with_failure",
+    "finish",
+    "is_pending",
+    "is_quick",
+    "note_status",
+    "owe",
+    "status",
+]
+
+# What a rank exits with that was asked to leave (SIGTERM, SIGUSR1) and has saved its work: EX_TEMPFAIL, "try again".
+EXIT_PREEMPTED = 75
 
 _owed: list[tuple[Callable[[], bool], Callable[[], BaseException | None]]] = []
 _is_quick = False
+_status: str | None = None
+
+
+def note_status(status: str) -> None:
+    """Say how this process's script ends: ``"success"``, ``"failed"``, or ``"aborted"`` when it was asked to leave."""
+    global _status
+    _status = status
+
+
+def status(*, is_at_exit: bool) -> str:
+    """How the script ends, or what is now being left by an exception; ``"success"`` as long as nothing else is known.
+
+    Under plain ``python`` that is also the end of a script by ``sys.exit(1)``, of whose code Python tells nobody.
+
+    Args:
+        is_at_exit: Whether Python itself is ending: then an exception that it has shown is the script's.
+    """
+    if _status is not None:
+        return _status
+    error = sys.exc_info()[1]
+    if isinstance(error, SystemExit):
+        if error.code is None or error.code == 0:
+            return "success"
+        return "aborted" if error.code == EXIT_PREEMPTED else "failed"
+    if error is not None:
+        return "failed"
+    is_script = not hasattr(sys, "ps1")  # in a session an exception that was shown is one of many commands'
+    return "failed" if is_at_exit and is_script and getattr(sys, "last_value", None) is not None else "success"
 
 
 def owe(is_pending: Callable[[], bool], finish: Callable[[], BaseException | None]) -> None:

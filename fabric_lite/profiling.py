@@ -69,7 +69,8 @@ def profile(
         memory: Whether to record allocations as well, which slows the steps.
 
     Raises:
-        FabricValueError: A count is too small; FabricTypeError: it is none.
+        FabricValueError: A count is too small.
+        FabricTypeError: A count is no whole number.
     """
     for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0)):
         if isinstance(value, bool) or not isinstance(value, int):

@@ -40,6 +40,10 @@ class Registry:
         """Remember what has been set up."""
         self._objects[id(target)] = target
 
+    def has(self, target: Any) -> bool:
+        """Whether it is one of them."""
+        return self._objects.get(id(target)) is target
+
     def modules(self) -> list[nn.Module]:
         """The modules among them."""
         return [target for target in self._objects.values() if isinstance(target, nn.Module)]
@@ -81,7 +85,7 @@ class Registry:
             FabricValueError: One was not set up by this Fabric, or is given twice; then none is released.
         """
         for target in targets:
-            if self._objects.get(id(target)) is not target or sum(other is target for other in targets) > 1:
+            if not self.has(target) or sum(other is target for other in targets) > 1:
                 raise FabricValueError(
                     f"This {type(target).__name__} was not set up by this Fabric, or is given twice.",
                     given=f"release({type(target).__name__})",

@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fabric_lite.process_end import EXIT_PREEMPTED
+
 __all__ = [
     "EXIT_PREEMPTED",
     "RUN_ID_PREFIX",
@@ -20,9 +22,6 @@ __all__ = [
     "install_hang_reporter",
     "redirected",
 ]
-
-# What a rank exits with that was asked to leave (SIGTERM, SIGUSR1) and has saved its work: EX_TEMPFAIL, "try again".
-EXIT_PREEMPTED = 75
 
 # The run id that ranks of fabric_lite find in TORCHELASTIC_RUN_ID begins so.
 RUN_ID_PREFIX = "fabric_run_"

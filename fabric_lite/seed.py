@@ -37,7 +37,7 @@ class _Seeding:
 _latest: _Seeding | None = None
 
 
-def seed_everything(seed: int | None = None, workers: bool = True) -> int:
+def seed_everything(seed: int | None = None, workers: bool = True, deterministic: bool | None = None) -> int:
     """Seed Python, numpy and torch with all its accelerators, and return the seed.
 
     Called on each rank by itself; it communicates nothing and leaves the environment alone.
@@ -45,7 +45,9 @@ def seed_everything(seed: int | None = None, workers: bool = True) -> int:
     Args:
         seed: From 0 to 2**32 - 1. None is the seed of the call before, or, in the first call, a fresh random one
             (then each rank draws its own).
-        workers: Whether data loader workers derive their seeds from this one, see :func:`worker_seed_base`.
+        workers: Whether data loader workers derive their seeds from this one.
+        deterministic: Whether torch takes algorithms alone that give the same bits each time, and raises where it has
+            none (on CUDA the environment needs ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` for that). None leaves it as it is.
 
     Raises:
         FabricTypeError: ``seed`` is no whole number.
@@ -59,6 +61,9 @@ def seed_everything(seed: int | None = None, workers: bool = True) -> int:
         seed = secrets.randbits(32) if _latest is None else _latest.seed
     _latest = _Seeding(_checked(seed), workers)
     _seed_generators(_latest.seed)
+    if deterministic is not None:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark and not deterministic
     return _latest.seed
 
 

@@ -12,12 +12,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_lite.adopt import extension_of
-from fabric_lite.callbacks import call_hook, has_hook
 from fabric_lite.clearing import extend_zero_grad
 from fabric_lite.data import Window
 from fabric_lite.deferred import values_of
 from fabric_lite.extension import ModuleExtension
 from fabric_lite.guards import SynchronisationGuard
+from fabric_lite.hooks import call_hook, has_hook
 from fabric_lite.init import place
 from fabric_lite.loss_scaling import LossScaler
 from fabric_lite.optim import extend_optimizer, former_parameters, repoint
@@ -96,7 +96,10 @@ class Setup:
             repoint(optimizer, extension_of(module).former, module)
 
         def after_step(stepped: Optimizer, *_: Any) -> None:
-            call_hook(self.callbacks, "on_after_optimizer_step", strategy=self.run.strategy, optimizer=stepped)
+            strategy = self.run.strategy
+            call_hook(
+                self.callbacks, "on_after_optimizer_step", strategy=strategy, optimizer=stepped, fabric=self.owner
+            )
 
         wanted = after_step if has_hook(self.callbacks, "on_after_optimizer_step") else None
         hooks = [

@@ -48,7 +48,8 @@ class Throughput:
         separator: Between ``device`` and the name of a rate.
 
     Raises:
-        FabricValueError: A value is not allowed; FabricTypeError: a type is not.
+        FabricValueError: A value is not allowed.
+        FabricTypeError: A value has the wrong type.
     """
 
     def __init__(

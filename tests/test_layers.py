@@ -13,24 +13,26 @@ import fabric_lite
 
 PACKAGE = Path(fabric_lite.__file__).parent
 LAYERS = [
-    {"errors", "trees", "attribute_dict", "process_end"},
+    {"errors", "trees", "attribute_dict", "process_end", "whole_file", "progress_bar", "machine"},
     {"policy"},
     {"precision", "topology", "run_config", "deferred", "parameters", "activation_checkpointing"},
     {"call_site", "movement", "side_store"},
     {"collective_check"},
-    {"adopt", "mesh", "collectives", "device", "init", "seed", "callbacks", "clearing", "loss_scaling", "clipping"},
+    {"adopt", "mesh", "collectives", "device", "init", "seed", "hooks", "clearing", "loss_scaling", "clipping"},
     {"extension", "optim", "notices", "signals", "watch_position"},
     {"guards", "hooked", "buffers", "checked_calls", "agreement", "steps", "watch_report"},
     {"preemption", "watch"},
     {"route"},
-    {"strategies", "checkpoint", "data", "launch"},
+    {"strategies", "checkpoint", "data", "launch", "loggers"},
     {"run", "registry"},
+    {"run_record"},
     {"identity", "setting_up"},
-    {"communication", "checkpointing", "stepping"},
+    {"communication", "checkpointing", "stepping", "reporting"},
     {"fabric", "kept"},
     {"checkpoints", "flops"},
-    {"throughput", "profiling"},
-    {"testing", "bench"},
+    {"throughput", "profiling", "callbacks"},
+    {"testing", "bench", "trainer", "names"},
+    {"accelerators", "plugins", "utilities", "wrappers"},
     {"__main__"},
 ]
 
@@ -44,7 +46,8 @@ def imported_modules(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fabric_lite":
             parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+            names = [alias.name for alias in node.names]
+            found |= {parts[1]} if len(parts) > 1 else {fabric_lite._HOMES.get(name, name) for name in names}
         elif isinstance(node, ast.Import):
             found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("fabric_lite.")}
     return found

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
-from fabric_lite.bench.machine import available_memory
 from fabric_lite.bench.results import THE_SCRIPTS, Combination
 from fabric_lite.bench.runs import Outcome, Runs
 from fabric_lite.errors import FabricRuntimeError
 from fabric_lite.launch.rank import ScriptCall
+from fabric_lite.machine import available_memory
 
 __all__ = ["Trial", "find_batch_size", "lines"]
 

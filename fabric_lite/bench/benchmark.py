@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from fabric_lite.bench.machine import memory_of_machine, processor
 from fabric_lite.bench.measuring import Course, Measured, Progress, measure
 from fabric_lite.bench.results import About, Combination, Results
 from fabric_lite.errors import FabricValueError, LaunchError
 from fabric_lite.launch.environment import cores
 from fabric_lite.launch.job import find_accelerators
 from fabric_lite.launch.rank import ScriptCall
+from fabric_lite.machine import memory_of_machine, processor
 
 __all__ = ["DEFAULTS", "check_script", "run", "strategies_for"]
 

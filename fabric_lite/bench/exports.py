@@ -6,11 +6,11 @@ import csv
 import io
 import json
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fabric_lite import whole_file
 from fabric_lite.bench.columns import columns, notes
 from fabric_lite.bench.page import page, parts_of_verdict
 from fabric_lite.bench.picture import picture
@@ -118,17 +118,8 @@ def write_whole(path: Path, text: str) -> None:
 
     What of a script's path is no text (bytes that are not UTF-8) is spelt out.
     """
-    path = Path(os.path.realpath(path))  # a link stays a link
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        try:
-            with temporary.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        whole_file.write_whole(path, text.encode(errors="backslashreplace"))
     except OSError as error:
         raise FabricRuntimeError(
             f"The results could not be written; what was there before is as it was: {error}",

@@ -16,13 +16,13 @@ from statistics import median
 from typing import Any
 
 from fabric_lite.bench.entry import Entry, blocked_seconds, row_of
-from fabric_lite.bench.machine import available_memory
 from fabric_lite.bench.results import Combination, Comparison, Row
 from fabric_lite.bench.runs import Outcome, Runs
 from fabric_lite.bench.schedule import Schedule
 from fabric_lite.bench.statistics import PILOT_ROUNDS
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.rank import ScriptCall
+from fabric_lite.machine import available_memory
 
 __all__ = ["Course", "Measured", "Progress", "measure"]
 

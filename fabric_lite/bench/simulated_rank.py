@@ -29,6 +29,7 @@ from fabric_lite.bench.faking import Faking
 from fabric_lite.bench.torch_private import join_fake_group
 from fabric_lite.bench.tracking import Tracker
 from fabric_lite.checkpointing import Checkpointing
+from fabric_lite.checkpoints import Checkpoints
 from fabric_lite.errors import FabricError, FabricValueError
 from fabric_lite.fabric import Fabric
 from fabric_lite.launch.failure import describe_exception
@@ -145,6 +146,8 @@ def _nothing_written() -> Iterator[None]:
     with (
         mock.patch.object(Checkpointing, "save", nothing),
         mock.patch.object(Fabric, "log_dict", nothing),
+        mock.patch.object(Fabric, "log_hyperparams", nothing),
+        mock.patch.object(Checkpoints, "_write_record", nothing),
         mock.patch.object(torch, "save", save_in_memory),
     ):
         yield

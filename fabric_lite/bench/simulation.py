@@ -94,8 +94,8 @@ def simulate(
         nodes: Nodes, of equally many ranks.
         strategy: As ``fabric-run --strategy``; None is the script's own.
         precision: As ``fabric-run --precision``; None is the script's own.
-        device: One of :data:`~fabric_lite.bench.devices.DEVICES`: then tensors that stay on the host do not count,
-            and models count from ``setup`` on. None counts all tensors, as for training on a CPU.
+        device: The name of a device, such as ``h100-80gb``: then tensors that stay on the host do not count, and
+            models count from ``setup`` on. None counts all tensors, as for training on a CPU.
         steps: Of the optimizer. From the third on all are alike: DDP orders its buckets anew before the second.
         batch_size: Of every loader, per rank; None is the script's own.
         timeout_seconds: After so long the simulation is ended.

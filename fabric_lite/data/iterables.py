@@ -80,12 +80,13 @@ class MovedIterable:
             inner = end_together(inner, self._together)
         if self.around_batches is not None:
             inner = _calls(self.around_batches(inner.__next__))
+        window, move = self._window, self._move
         for batch in inner:
-            if not self._window.waiting:
+            if not window.waiting:
                 self._stepped = self._seen
-            self._window.batches += 1
+            window.batches += 1
             self._seen += 1
-            yield batch if self._move is None else self._move(batch)
+            yield batch if move is None else move(batch)
         self._epoch, self._seen, self._stepped = self._epoch + 1, 0, 0
 
     def __len__(self) -> int:

@@ -13,12 +13,12 @@ from fabric_lite.trees import map_leaves
 __all__ = ["move_to_device", "mover"]
 
 
-def move_to_device(data: Any, device: torch.device) -> Any:
+def move_to_device(data: Any, device: torch.device | str) -> Any:
     """Return ``data`` with every tensor, and every object with a ``.to`` method, on ``device``.
 
     A container in which nothing moved is returned as it is. Copies from pinned memory do not block.
     """
-    return mover(device)(data)
+    return mover(torch.device(device))(data)
 
 
 def mover(device: torch.device) -> Callable[[Any], Any]:
@@ -40,6 +40,11 @@ def mover(device: torch.device) -> Callable[[Any], Any]:
                     return moved
             return data
         if kind is tuple or kind is list:
+            for value in data:  # most batches: tensors that are where they belong
+                if type(value) is not tensor_type or not (value.is_cpu if to_cpu else value.device == device):
+                    break
+            else:
+                return data
             items = [move(value) for value in data]
             # Identity and not equality: comparing tensors would compare their numbers.
             if all(map(operator.is_, items, data)):

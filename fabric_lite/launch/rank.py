@@ -33,6 +33,8 @@ __all__ = ["ScriptCall", "run_rank", "run_to_end"]
 Value = TypeVar("Value")
 
 _NOTED_TIMEOUT_SECONDS = 5.0
+# How a script ends that exits by itself with such a code.
+_STATUS = {0: "success", run_config.EXIT_PREEMPTED: "aborted"}
 _APPENDING = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
@@ -82,8 +84,11 @@ def run_to_end(program: Callable[[], Value]) -> Value:
     """
     try:
         value = program()
-    except SystemExit as leaving:
-        if python_exit_code(leaving) in (0, run_config.EXIT_PREEMPTED):
+    except BaseException as error:
+        code = python_exit_code(error)
+        is_leaving = isinstance(error, SystemExit) and code in _STATUS
+        process_end.note_status(_STATUS[code] if is_leaving else "failed")
+        if is_leaving:
             process_end.finish()
         raise
     process_end.finish()

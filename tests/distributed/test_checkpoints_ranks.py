@@ -68,7 +68,7 @@ def resume(folder: Path, strategy: str) -> tuple[Any, ...]:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_go_on_from_the_newest_whole_checkpoint_together(ranks: RankPool, tmp_path: Path, strategy: str) -> None:
     weights, _ = ranks.run(save_steps, tmp_path, strategy, 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000002", "step-0000003"]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-0000002", "step-0000003"]
     (path, count, said, _, found), other = ranks.run(resume, tmp_path, strategy)
     assert (path, count, other[:2]) == (tmp_path / "step-0000003", 3, (path, 3))
     assert said == "resumed from step 3, epoch 0, batch 3; 0 samples repeated, 0 skipped\n"
@@ -105,7 +105,7 @@ def save_a_metric_of_each_rank(folder: Path) -> None:
 
 def test_the_best_is_that_of_rank_0(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(save_a_metric_of_each_rank, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000001", "step-0000003"]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-0000001", "step-0000003"]
 
 
 def save_with_a_bad_metric(folder: Path) -> str:
@@ -143,7 +143,7 @@ def save_beside_the_loop(folder: Path) -> tuple[Any, int]:
 def test_a_run_that_saves_beside_the_loop_leaves_with_one_whole_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
     [(code, step)] = set(ranks.run(save_beside_the_loop, tmp_path))
     assert code == EXIT_PREEMPTED
-    assert [path.name for path in tmp_path.iterdir()] == [f"step-{step:07d}"]
+    assert [path.name for path in tmp_path.glob("step-*")] == [f"step-{step:07d}"]
 
 
 def be_asked_inside_a_collective() -> tuple[list[bool], int]:

@@ -88,6 +88,7 @@ def test_a_save_killed_at_any_operation_leaves_the_old_or_the_new_checkpoint(
         assert found(path, way) == 3
         left = sorted(name.name for name in (path if way.keep else path.parent).iterdir())
         if way.keep:
+            left.remove("run.json")
             assert len(left) == way.keep, (kill, left)
             assert all(re.fullmatch(r"step-\d{7}", name) for name in left), (kill, left)
         else:

@@ -80,7 +80,7 @@ def run() -> Run:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != "run.json")
 
 
 def flip_a_byte(path: Path) -> None:
@@ -316,7 +316,7 @@ def test_folders_are_kept_and_deleted_like_files(tmp_path: Path) -> None:
         state["optimizer"].step()
         checkpoints.step(state)
     assert names(tmp_path) == ["step-0000003", "step-0000004"]
-    assert all(path.is_dir() for path in tmp_path.iterdir())
+    assert all(path.is_dir() for path in tmp_path.glob("step-*"))
     state["fabric"].close()
 
 

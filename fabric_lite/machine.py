@@ -1,4 +1,4 @@
-"""What the benchmark needs to know of the machine."""
+"""What a benchmark and a run record tell of the machine."""
 
 from __future__ import annotations
 

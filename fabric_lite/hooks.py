@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = ["call_hook", "has_hook", "made_by_name"]
 
@@ -25,7 +25,7 @@ def has_hook(callbacks: Sequence[Any], name: str) -> bool:
 def call_hook(callbacks: Sequence[Any], name: str, *args: Any, **kwargs: Any) -> None:
     """Call ``callback.name(*args, **kwargs)`` on each callback that has it, less the arguments that it does not take.
 
-    Of the arguments given by position, these are the last ones.
+    One that takes fewer by position gets the first of ``args``. What came by position does not come by name again.
     """
     for callback in callbacks:
         method = getattr(callback, name, None)
@@ -33,21 +33,37 @@ def call_hook(callbacks: Sequence[Any], name: str, *args: Any, **kwargs: Any) ->
             continue
         # The function behind a bound method, which is made anew at each look-up and so would never be found again.
         is_bound = inspect.ismethod(method)
-        count, names = _accepted(method.__func__ if is_bound else method)
-        taken = args if count is None else args[: count - is_bound]
-        method(*taken, **(kwargs if names is None else {key: kwargs[key] for key in kwargs if key in names}))
+        accepted = _accepted(method.__func__ if is_bound else method)
+        names = accepted.by_position[is_bound:]
+        taken = args if accepted.any_position else args[: len(names)]
+        filled = names[: len(taken)]
+        own = {
+            key: value
+            for key, value in kwargs.items()
+            if (accepted.any_name or key in accepted.by_name) and key not in filled
+        }
+        method(*taken, **own)
+
+
+class _Accepted(NamedTuple):
+    """The arguments that a function takes, those by position in order."""
+
+    by_position: tuple[str, ...] = ()
+    by_name: frozenset[str] = frozenset()
+    any_position: bool = True
+    any_name: bool = True
 
 
 @functools.lru_cache(maxsize=1024)
-def _accepted(function: Callable[..., Any]) -> tuple[int | None, frozenset[str] | None]:
-    """How many arguments ``function`` takes by position, and the names of those by keyword; None: any."""
+def _accepted(function: Callable[..., Any]) -> _Accepted:
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a builtin without a signature
-        return None, None
-    kinds = [parameter.kind for parameter in parameters]
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    count = None if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in by_position for kind in kinds)
-    if inspect.Parameter.VAR_KEYWORD in kinds:
-        return count, None
-    return count, frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        return _Accepted()
+    kind = inspect.Parameter
+    return _Accepted(
+        tuple(p.name for p in parameters if p.kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD)),
+        frozenset(p.name for p in parameters if p.kind in (kind.POSITIONAL_OR_KEYWORD, kind.KEYWORD_ONLY)),
+        any(p.kind is kind.VAR_POSITIONAL for p in parameters),
+        any(p.kind is kind.VAR_KEYWORD for p in parameters),
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fabric_lite.bench.machine import available_memory
+from fabric_lite.machine import available_memory
 
 # All limits are far below what a machine that runs this has free.
 MIB = 2**20

@@ -1,0 +1,66 @@
+"""What a Fabric does with its loggers, on rank 0: a backend that fails never stops the training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fabric_lite.loggers.guard import Guard
+from fabric_lite.loggers.logger import Hyperparameters, Logger, as_mapping, scalar
+
+__all__ = ["Sender"]
+
+
+class Sender:
+    """Calls every logger, each through a guard of its own.
+
+    Args:
+        loggers: Objects with ``log_metrics(metrics, step)``, and perhaps ``log_hyperparams``, ``save``, ``finalize``.
+    """
+
+    def __init__(self, loggers: Sequence[Any]) -> None:
+        self._loggers = loggers  # to which more may be added
+        self._guards: dict[int, Guard] = {}  # by id, of those that have none of their own
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None) -> None:
+        """Send scalars to every logger.
+
+        Raises:
+            FabricTypeError: One is no scalar.
+        """
+        scalars = {name: scalar(name, value) for name, value in metrics.items()}
+        self._each(lambda logger: logger.log_metrics(metrics=dict(scalars), step=step))
+
+    def log_hyperparams(self, params: Hyperparameters) -> None:
+        """Send parameters to those that take them."""
+        values = as_mapping(params)
+
+        def send(logger: Any) -> None:
+            # Lightning's own loggers that take no parameters say it so.
+            with contextlib.suppress(NotImplementedError):
+                logger.log_hyperparams(dict(values))
+
+        self._each(send, "log_hyperparams")
+
+    def save(self) -> None:
+        """Let those that hold something back write it out."""
+        self._each(lambda logger: logger.save(), "save")
+
+    def finalize(self, status: str) -> None:
+        """Let those that can end with this status, and say how often each has failed."""
+        self._each(lambda logger: logger.finalize(status), "finalize", even_at_rest=True)
+        for logger in self._loggers:
+            self._guard(logger).report()
+
+    def _each(self, call: Callable[[Any], None], needed: str = "log_metrics", *, even_at_rest: bool = False) -> None:
+        for logger in self._loggers:
+            if isinstance(logger, Logger):
+                call(logger)  # which asks its guard itself
+            elif callable(getattr(logger, needed, None)):
+                self._guard(logger).attempt(call, logger, even_at_rest=even_at_rest)
+
+    def _guard(self, logger: Any) -> Guard:
+        if isinstance(logger, Logger):
+            return logger.guard
+        return self._guards.setdefault(id(logger), Guard(type(logger).__name__))

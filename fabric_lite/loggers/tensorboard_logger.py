@@ -1,0 +1,96 @@
+"""Metrics, images and figures for TensorBoard."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import numpy as np
+
+from fabric_lite.loggers.logger import needs, rank_zero_experiment
+from fabric_lite.loggers.pictures import PictureLogger
+from fabric_lite.loggers.versions import versioned
+
+__all__ = ["TensorBoardLogger"]
+
+
+class TensorBoardLogger(PictureLogger):
+    """Event files in ``root_dir/name/version_0``. Needs ``pip install tensorboard`` (or tensorboardX).
+
+    A run that goes on writes a new file there, which hides what was logged after the step that it goes on at.
+
+    Args:
+        root_dir: Where it writes.
+        name: A folder in it; may be empty.
+        version: As for :class:`CSVLogger`.
+        prefix: Before every metric's name, with a ``/`` between.
+        options: For ``SummaryWriter``.
+
+    Raises:
+        FabricImportError: Neither package is installed.
+    """
+
+    handles = ("_writer",)
+
+    def __init__(
+        self,
+        root_dir: str | os.PathLike[str],
+        name: str = "fabric_logs",
+        version: int | str | None = None,
+        prefix: str = "",
+        **options: Any,
+    ) -> None:
+        needs("TensorBoardLogger", "tensorboard", "tensorboardX")
+        super().__init__(root_dir, name, version, prefix)
+        self._options = options
+        self._writer: Any = None
+
+    @property
+    def log_dir(self) -> str:
+        """The run's folder."""
+        folder, self._version = versioned(self._root_dir / self._name, self._version)
+        return str(folder)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The ``SummaryWriter``; made at the first use."""
+        if self._writer is None:
+            resumed_at, self._resumed_at = self._resumed_at, None
+            purge = {} if resumed_at is None else {"purge_step": resumed_at + 1}
+            self._writer = _writer_class()(log_dir=self.log_dir, **purge, **self._options)
+        return self._writer
+
+    def write_metrics(self, metrics: dict[str, float], step: int) -> None:
+        try:
+            for name, value in metrics.items():
+                self.experiment.add_scalar(name, value, step)
+        except Exception:
+            self._writer = None  # one that has failed does so from then on
+            raise
+
+    def write_params(self, params: dict[str, Any]) -> None:
+        plain = {name: value if isinstance(value, (int, float, bool)) else str(value) for name, value in params.items()}
+        # TensorBoard shows parameters beside a metric only; "." is the run's own folder.
+        self.experiment.add_hparams(plain, {"hp_metric": -1.0}, run_name=".")
+
+    def write_image(self, name: str, image: np.ndarray, step: int) -> None:
+        self.experiment.add_image(name, image, step, dataformats="HWC")
+
+    def write_figure(self, name: str, figure: Any, step: int) -> None:
+        self.experiment.add_figure(name, figure, step, close=False)
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self, status: str) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _writer_class() -> Any:
+    has_tensorboard = importlib.util.find_spec("tensorboard") is not None
+    return importlib.import_module("torch.utils.tensorboard" if has_tensorboard else "tensorboardX").SummaryWriter
