@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fabric_lite.errors import FabricTypeError, FabricValueError
+from fabric_lite.strategies.absent import DeepSpeedStrategy, XLAStrategy
 from fabric_lite.strategies.base import Engine, Placement, Strategy
 from fabric_lite.strategies.ddp import DDPStrategy
 from fabric_lite.strategies.fsdp import FSDPStrategy
@@ -14,12 +15,14 @@ from fabric_lite.strategies.single import SingleDeviceStrategy
 __all__ = [
     "STRATEGY_REGISTRY",
     "DDPStrategy",
+    "DeepSpeedStrategy",
     "Engine",
     "FSDPStrategy",
     "ModelParallelStrategy",
     "Placement",
     "SingleDeviceStrategy",
     "Strategy",
+    "XLAStrategy",
     "parse_strategy",
 ]
 

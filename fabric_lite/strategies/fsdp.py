@@ -45,8 +45,8 @@ class FSDPStrategy(Strategy):
             classes or a function, as above. None: none.
         state_dict_type: ``"sharded"``: checkpoints are folders to which every rank writes its own shards; ``"full"``:
             one file.
-        sharding_strategy: FSDP1's word for the layout: ``FULL_SHARD``, ``SHARD_GRAD_OP`` (``reshard_after_forward=
-            False``), ``HYBRID_SHARD`` (``replicas="auto"``).
+        sharding_strategy: FSDP1's word for the layout: ``FULL_SHARD``, ``SHARD_GRAD_OP``
+            (``reshard_after_forward=False``), ``HYBRID_SHARD`` (``replicas="auto"``).
         limit_all_gathers: FSDP1's; FSDP2 always does. Accepted and of no effect.
     """
 
