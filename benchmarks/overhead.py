@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,89 @@ def measure_steps(blocks: int, calls: int) -> list[dict[str, Any]]:
     return rows
 
 
+class Batches:
+    """The same batch over and over, and how long the loop took for a batch, after the first ones.
+
+    A new model and what was set up a moment ago make the first dozen steps slower than all others, in any loop.
+    """
+
+    def __init__(self, count: int, batch: Any) -> None:
+        self.count, self.batch, self.us = count, batch, 0.0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        warm = self.count // 4
+        for _ in range(warm):
+            yield self.batch
+        start = time.perf_counter()
+        try:
+            for _ in range(self.count - warm):
+                yield self.batch
+        finally:  # a loop that counts does not ask for a batch after the last one
+            self.us = (time.perf_counter() - start) / (self.count - warm) * 1e6
+
+
+def epoch_by_hand() -> Callable[[Batches], None]:
+    model, optimizer, _, _ = make()
+
+    def run(batches: Batches) -> None:
+        for x, y in batches:
+            loss = cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def epoch_of_trainer(pl: Any, **options: Any) -> Callable[[Batches], None]:
+    """Of a module that logs its loss, as most do; without callbacks, loggers and bar."""
+
+    class Model(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = make()[0]
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            x, y = batch
+            loss = cross_entropy(self.model(x), y)
+            self.log("train_loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    def run(batches: Batches) -> None:
+        off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        pl.Trainer(max_epochs=1, accelerator="cpu", devices=1, **off, **options).fit(Model(), batches)
+
+    return run
+
+
+def measure_trainer(blocks: int, calls: int) -> list[dict[str, Any]]:
+    from fabric_lite import trainer
+
+    candidates = {HAND: epoch_by_hand(), OURS: epoch_of_trainer(trainer)}
+    if importlib.util.find_spec("lightning"):
+        import lightning.pytorch
+
+        candidates[LIGHTNING] = epoch_of_trainer(lightning.pytorch, enable_model_summary=False)
+    _, _, *batch = make()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for block in range(-1, blocks):
+        names = list(candidates)
+        turn = block % len(names)
+        for name in names[turn:] + names[:turn]:
+            batches = Batches(calls, batch)
+            candidates[name](batches)
+            assert batches.us > 0
+            if block >= 0:  # the first one is warm-up
+                times[name].append(batches.us)
+    return [figures("step of a Trainer (and Lightning's), 32-true", times)]
+
+
 def measure_loader(blocks: int) -> list[dict[str, Any]]:
     data = TensorDataset(torch.randn(512, 32), torch.randint(0, 10, (512,)))
 
@@ -176,6 +260,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [
         *measure_steps(given.blocks, given.calls),
+        *measure_trainer(given.blocks, given.calls),
         *measure_loader(given.blocks),
         *measure_ddp(given.blocks, max(1, given.calls // 4)),
     ]

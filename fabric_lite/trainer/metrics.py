@@ -1,0 +1,169 @@
+"""What steps log: sent step by step, and put together over an epoch and over the ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fabric_lite import Fabric, FabricRuntimeError, FabricTypeError, FabricValueError
+
+__all__ = ["Metrics"]
+
+_COMBINE: dict[str, Any] = {"mean": torch.add, "sum": torch.add, "min": torch.minimum, "max": torch.maximum}
+
+
+@dataclasses.dataclass
+class Total:
+    """What the values of an epoch come to so far; of a mean, the sum of value times weight."""
+
+    name: str
+    reduce_fx: str
+    sync_dist: bool
+    prog_bar: bool
+    logger: bool
+    value: Any = None
+    weight: float = 0.0
+
+    def add(self, value: Any, weight: float) -> None:
+        new = torch.as_tensor(value)
+        if not new.is_floating_point() or new.itemsize < 4:
+            new = new.float()  # sums of halves stop growing, and of whole numbers and others a sum would be whole
+        new = new * weight if self.reduce_fx == "mean" else new
+        self.value = new if self.value is None else _COMBINE[self.reduce_fx](self.value.to(new.device), new)
+        self.weight += weight
+
+    def result(self, parts: Sequence[tuple[float, float]]) -> float:
+        """What the values come to, of the ``(value, weight)`` of the ranks that count."""
+        value = {"min": min, "max": max}.get(self.reduce_fx, sum)(part[0] for part in parts)
+        weight = sum(part[1] for part in parts)
+        return value if self.reduce_fx != "mean" else value / weight if weight else math.nan
+
+
+class Metrics:
+    """All that steps log, sent to the loggers of ``fabric``: the values of training steps every so many of them."""
+
+    def __init__(self, fabric: Fabric, every_n_steps: int) -> None:
+        self._fabric, self._every = fabric, every_n_steps
+        self.latest: dict[str, Any] = {}
+        self.of_step: dict[str, Any] = {}  # what this training step has logged
+        self.shown: dict[str, Any] = {}  # beside the bar
+        self.batch: Any = None  # of the step that is running
+        self.stage: str | None = None  # whose steps they are
+        self.suffix = ""  # of names, where there are several loaders
+        self._totals: dict[str, dict[str, Total]] = {}  # by stage and name
+        self.to_send: dict[str, Any] = {}  # what training steps have logged, to the loggers
+
+    def begin(self) -> None:
+        """Forget what a run before has left unfinished."""
+        self._totals.clear()
+        self.to_send.clear()
+        self.stage = self.batch = None
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool,
+        logger: bool,
+        on_step: bool | None,
+        on_epoch: bool | None,
+        reduce_fx: str,
+        sync_dist: bool,
+        batch_size: int | None,
+    ) -> None:
+        """See :meth:`fabric_lite.trainer.LightningModule.log`."""
+        is_step = self.stage == "train" and self.batch is not None
+        if self.stage is None:
+            raise FabricRuntimeError("log() is for steps and the hooks around them.", given=f"log({name!r}, ...)")
+        if reduce_fx not in _COMBINE:
+            raise FabricValueError("An epoch has no such value.", given=f"{reduce_fx=}", fix=", ".join(_COMBINE))
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value.detach()
+        elif not isinstance(value, numbers.Real):
+            raise FabricTypeError("A number is logged.", given=f"log({name!r}, {value!r:.60})", fix="value.mean()")
+        on_step = is_step if on_step is None else on_step
+        on_epoch = not is_step if on_epoch is None else on_epoch
+        name += self.suffix
+        if on_epoch:
+            totals, own = self._totals.setdefault(self.stage, {}), f"{name}_epoch" if on_step else name
+            total = totals.setdefault(own, Total(name, reduce_fx, sync_dist, prog_bar, logger))
+            total.add(value, _batch_size(self.batch) if batch_size is None else batch_size)
+        if on_step:
+            if sync_dist:
+                value = self._fabric.all_reduce(torch.as_tensor(value, dtype=torch.float32), reduce_op=reduce_fx)
+            own = f"{name}_step" if on_epoch else name
+            self.latest[name] = self.latest[own] = self.of_step[own] = value
+            if prog_bar:
+                self.shown[own] = value
+            if logger and self.stage == "train":
+                self.to_send[own] = value
+
+    def send(self, step: int) -> None:
+        """Send what training steps have logged up to this step of the optimizer, if it is time to."""
+        if step % self._every == 0:
+            self._fabric.log_dict(self.to_send, step=step)
+        self.to_send = {}
+
+    def end_epoch(self, step: int, *, goes_on: bool = False) -> dict[str, float]:
+        """Put the values of the stage together, and send them; every rank calls. Returns them by name.
+
+        Args:
+            step: Of the optimizer, which they are sent with.
+            goes_on: Whether the epoch does, so that its values count again at its end.
+        """
+        totals = self._totals.get(self.stage or "", {})
+        if not goes_on:
+            self._totals.pop(self.stage or "", None)
+        results = self._results(totals)
+        self.latest |= {total.name: results[name] for name, total in totals.items()} | results
+        self.shown |= {name: value for name, value in results.items() if totals[name].prog_bar}
+        sent = {name: value for name, value in results.items() if totals[name].logger}
+        if sent:
+            self._fabric.log_dict(sent, step=step)
+        return results
+
+    def _results(self, totals: Mapping[str, Total]) -> dict[str, float]:
+        own = {name: (float(total.value), total.weight) for name, total in totals.items()}
+        parts = [own]
+        if any(total.sync_dist for total in totals.values()):  # all of them at once
+            parts = [self._fabric.broadcast(own, src=rank) for rank in range(self._fabric.world_size)]
+        return {
+            name: total.result([part[name] for part in parts] if total.sync_dist else [own[name]])
+            for name, total in totals.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The totals of a running epoch on each rank; every rank calls."""
+        totals = self._totals.get("train", {})
+        own = {name: {**vars(one), "value": torch.as_tensor(one.value).cpu()} for name, one in totals.items()}
+        latest = {name: float(value) for name, value in self.latest.items()}  # for what schedulers and savers watch
+        return {
+            "latest": latest,
+            "totals": [self._fabric.broadcast(own, src=rank) for rank in range(self._fabric.world_size)],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with them; with the totals at the world size at which they were saved."""
+        self.latest |= state["latest"]
+        if len(state["totals"]) == self._fabric.world_size:
+            own = state["totals"][self._fabric.global_rank]
+            self._totals["train"] = {name: Total(**fields) for name, fields in own.items()}
+
+
+def _batch_size(batch: Any) -> int:
+    """The length of the first tensor in a batch; 1 where there is none."""
+    tensor = next(_tensors(batch), None)
+    return 1 if tensor is None or tensor.dim() == 0 else tensor.size(0)
+
+
+def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(part)
