@@ -23,10 +23,12 @@ SCRIPTS = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglo
 SMALL = {
     "char_gpt.py": ["--steps", "2", "--batch-size", "32"],
     "custom_strategy.py": ["--epochs", "3"],
+    "early_stopping.py": ["--epochs", "1"],
     "gan.py": ["--epochs", "1"],
     "image_classifier.py": ["--epochs", "1"],
     "resumable.py": ["--epochs", "1"],
     "tensor_parallel.py": ["--steps", "2"],
+    "trainer.py": ["--epochs", "1"],
 }
 PYTHON: list[str] = []
 FABRIC_RUN = ["-m", "fabric_lite", "--devices", "2"]
@@ -204,3 +206,25 @@ def test_the_gpt_whose_layers_are_cut_learns_on_four_ranks_and_goes_on_on_two(tm
     assert "data_parallel 1, tensor_parallel 2" in resumed
     assert "resumed at step 15\n" in resumed
     assert float(losses(resumed)[-1]) < first - 1.5
+
+
+def test_a_run_stops_by_itself_and_one_that_was_left_before_does_as_well_at_the_same_epoch(tmp_path: Path) -> None:
+    whole = run(tmp_path, FABRIC_RUN, "early_stopping.py", "--folder", "whole")
+    [stop] = re.findall(r"^no better for 2 epochs: stopped after epoch (\d+)$", whole, re.MULTILINE)
+    assert 3 <= int(stop) < 50
+    left = run(tmp_path, FABRIC_RUN, "early_stopping.py", "--folder", "parts", "--epochs", str(int(stop) - 1))
+    rest = run(tmp_path, FABRIC_RUN, "early_stopping.py", "--folder", "parts")
+    assert "no better" not in left
+    measured = re.compile(r"^ +val_loss .*$", re.MULTILINE)
+    assert measured.findall(left) + measured.findall(rest) == measured.findall(whole)
+    assert rest.splitlines()[-2:] == [line.replace("whole/", "parts/") for line in whole.splitlines()[-2:]]
+    [rows] = tmp_path.glob("parts/**/metrics.csv")
+    steps = [row.split(",")[0] for row in rows.read_text().splitlines()[1:]]
+    assert len(steps) == len(set(steps))
+
+
+@pytest.mark.parametrize("starter", [PYTHON, FABRIC_RUN], ids=["python", "fabric-run"])
+def test_the_trainer_reads_95_percent_of_the_digits(tmp_path: Path, starter: list[str]) -> None:
+    output = run(tmp_path, starter, "trainer.py")
+    [share] = re.findall(r"val_accuracy ([\d.]+)$", output, re.MULTILINE)
+    assert float(share) > 0.95

@@ -1,0 +1,71 @@
+"""Every Python block of the documentation runs, alone and on two ranks; what it names is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from fabric_lite.testing import RankPool
+from tests.test_readme import DIFF, ROOT, blocks, commands, run_block
+
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if path.parent.name != "decisions")
+
+
+class Block(NamedTuple):
+    page: str
+    number: int
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.page} {self.number}"
+
+
+PYTHON_BLOCKS = [
+    Block(str(page.relative_to(DOCS)), number, source)
+    for page in PAGES
+    for number, source in enumerate(blocks(page.read_text(encoding="utf-8"), "python"), start=1)
+]
+
+
+@pytest.mark.parametrize("number_of_ranks", [1, 2])
+@pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=str)
+def test_a_python_block_runs_alone_and_on_two_ranks(
+    ranks: RankPool, tmp_path: Path, block: Block, number_of_ranks: int
+) -> None:
+    assert len(ranks.run(run_block, block.source, str(tmp_path), ranks=number_of_ranks)) == number_of_ranks
+
+
+def test_the_first_page_has_the_readmes_diff() -> None:
+    assert blocks((DOCS / "index.md").read_text(encoding="utf-8"), "diff") == [DIFF]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_every_command_is_one_of_ours_or_of_torchs(page: Path) -> None:
+    for command in commands(page.read_text(encoding="utf-8")):
+        assert shlex.split(command)[0] in ("python", "fabric-run", "fabric-bench", "fabric-ckpt", "torchrun"), command
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE))
+    assert listed == {str(page.relative_to(DOCS)) for page in PAGES} | {"decisions/README.md"}
+
+
+def test_every_public_class_and_function_is_in_the_reference() -> None:
+    reference = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").iterdir())
+    import fabric_lite
+    import fabric_lite.callbacks
+    import fabric_lite.loggers
+    import fabric_lite.trainer
+
+    errors = {name for name in fabric_lite.__all__ if name.endswith("Error")}
+    names = {f"fabric_lite.{name}" for name in set(fabric_lite.__all__) - errors - {"EXIT_PREEMPTED"}}
+    names |= {f"fabric_lite.callbacks.{name}" for name in fabric_lite.callbacks.__all__ if not name.endswith("Error")}
+    names |= {f"fabric_lite.loggers.{name}" for name in fabric_lite.loggers.__all__ if name != "rank_zero_experiment"}
+    names |= {"fabric_lite.trainer.Trainer", "fabric_lite.trainer.LightningModule", "fabric_lite.errors"}
+    assert names - set(re.findall(r"^::: (\S+)$", reference, re.MULTILINE)) == set()
