@@ -52,7 +52,7 @@ class ProgressBar:
         length = len(self._loader)  # type: ignore[arg-type]  # raises for what has none, as it should
         return length if self._limit is None else min(self._limit, length)
 
-    def show(self, **values: Any) -> None:
+    def show(self, /, **values: Any) -> None:
         """Show these values from the next drawing on: numbers, tensors of one, or text."""
         if self._is_shown:
             self._values = {

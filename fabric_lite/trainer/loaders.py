@@ -27,7 +27,7 @@ class Loaders:
 
     def takes_all(self, stage: str) -> bool:
         """Whether no batch of the stage's loaders is left out."""
-        return self._limits[stage] == 1.0
+        return isinstance(self._limits[stage], float) and self._limits[stage] == 1.0
 
     def set_up(
         self, model: Any, loaders: Any, method: str, *, pad: bool | None = False, is_needed: bool = True
@@ -61,13 +61,32 @@ class Loaders:
             return self._fabric.setup_dataloaders(loader, use_distributed_sampler=self._shards)
 
     def count(self, loader: Any, stage: str) -> int | None:
-        """How many of its batches are wanted; None: all, and how many these are is not known."""
+        """How many of its batches are wanted; None: all, and how many these are is not known.
+
+        Raises:
+            FabricValueError: A part is wanted that can't be counted, or is less than a batch.
+        """
         limit = self._limits[stage]
         try:
             length = len(loader)
         except TypeError:
-            return limit if isinstance(limit, int) else None
-        return min(limit, length) if isinstance(limit, int) else int(length * limit)
+            if isinstance(limit, int) or limit == 0.0:
+                return int(limit)
+            if limit == 1.0:
+                return None
+            raise FabricValueError(
+                "There is no part of a loader whose length is not known.",
+                given=f"{limit} of the {stage} loader",
+                fix="a whole number of batches",
+            ) from None
+        count = min(limit, length) if isinstance(limit, int) else int(length * limit)
+        if count == 0 < min(limit, length):
+            raise FabricValueError(
+                "This part of a loader is less than a batch.",
+                given=f"{limit} of the {length} batches of the {stage} loader",
+                fix=f"1, or at least {1 / length:.3g}",
+            )
+        return int(count)
 
     def bar(self, loader: Any, total: int | None, done: int, title: str) -> Any:
         """The loader behind a bar, up to batch ``total`` of its epoch, of which ``done`` are taken already."""

@@ -12,27 +12,27 @@ import torch
 from fabric_lite import FabricKeyError, FabricRuntimeError, FabricTypeError
 from fabric_lite.trainer.evaluation import evaluate
 from fabric_lite.trainer.module import LightningModule, step_of
+from fabric_lite.trainer.options import CLIPS
 from fabric_lite.trees import map_leaves
 
 if TYPE_CHECKING:
     from fabric_lite.trainer.trainer import Trainer
 
-__all__ = ["CLIPS", "FitLoop"]
-
-CLIPS = {"norm": "max_norm", "value": "clip_val"}  # what fabric.clip_gradients calls them
+__all__ = ["FitLoop"]
 
 
 @dataclasses.dataclass
 class _Progress:
     """How far the current epoch is."""
 
-    world_size: int = 1  # of those who have begun it
+    world_size: int = 1  # in whose batches it is counted
+    is_length_known: bool = True  # as far as that of the loader is
     batches: int = 0
     closed_at: int = 0  # batches, those before a window of accumulation that is open
     validated_at: int = 0  # batches
     stepped: list[int] = dataclasses.field(default_factory=list)  # the schedulers that have, at its end
-    is_trained: bool = False  # its batches, and schedulers that need no metric
-    is_over: bool = False  # but for the callbacks at its end
+    is_trained: bool = False  # its batches are done, and the schedulers that need no metric
+    is_over: bool = False  # all of it is done, except for the callbacks at its end
 
 
 class FitLoop:
@@ -63,11 +63,11 @@ class FitLoop:
         while trainer.current_epoch < trainer.max_epochs and (
             self._progress.is_trained or self._progress.batches > 0 or not self._stops(trainer.global_step)
         ):
-            before = trainer.global_step
+            before, is_whole = trainer.global_step, self._progress.batches == 0 and not self._progress.is_trained
             self._run_epoch()
             if self.is_cut:
                 return
-            if trainer.max_epochs == math.inf > trainer.max_steps and trainer.global_step == before:
+            if is_whole and trainer.max_epochs == math.inf > trainer.max_steps and trainer.global_step == before:
                 raise FabricRuntimeError(
                     "An epoch went by without a step, so this would never end.",
                     given=f"max_steps={trainer.max_steps}, {before} steps, epoch {trainer.current_epoch}",
@@ -92,14 +92,18 @@ class FitLoop:
                 self._step_schedulers("epoch", count)
                 progress.is_trained = True
         self._validate_if_due(is_over=True)
+        if self.is_cut:
+            metrics.keep()  # a checkpoint of now goes on in the middle
         self._hooks.call_model("on_train_epoch_end")
-        metrics.end_epoch(trainer.global_step, goes_on=self.is_cut)
+        metrics.end_epoch(trainer.global_step)
         if not self.is_cut:
             self._step_schedulers("epoch", count, trainer.callback_metrics)  # those that no validation let step
             progress.is_over = True
         self._hooks.call_callbacks("on_train_epoch_end", state=trainer.state, metrics=trainer.callback_metrics)
-        if not self.is_cut:  # else a checkpoint goes on in the middle
-            metrics.end_epoch(trainer.global_step)  # what callbacks have logged
+        metrics.end_epoch(trainer.global_step)  # what callbacks have logged
+        if self.is_cut:
+            metrics.restore()
+        else:
             trainer.current_epoch, self._progress = count, _Progress(world_size=self._fabric.world_size)
 
     def _run_batches(self) -> bool:
@@ -110,7 +114,8 @@ class FitLoop:
         """
         trainer, progress, metrics = self._trainer, self._progress, self._metrics
         step, total = step_of(self._model, "training_step", 2), self._begin_batches()
-        self._validate_if_due()
+        if progress.batches != total:
+            self._validate_if_due()
         latest = self._fabric.steps
         if progress.batches > 0 and progress.batches != total and self._stops(latest):
             return False
@@ -143,21 +148,21 @@ class FitLoop:
         metrics.batch = None
         if progress.closed_at != progress.batches:
             self._end_open_window(total)
-            if metrics.to_send and self._fabric.steps != latest:
-                metrics.send(self._fabric.steps)
+        if metrics.to_send:
+            metrics.send(self._fabric.steps)
         self._set_epoch(trainer.current_epoch + 1)  # else a loader with a limit would go on in the middle
         return True
 
     def _begin_batches(self) -> int | None:
         """Prepare for an epoch, or what is left of it; returns how many batches it has, where that is known."""
         trainer, progress, world_size = self._trainer, self._progress, self._fabric.world_size
-        if progress.batches == 0:
-            self._set_epoch(trainer.current_epoch)  # an earlier fit may have left the loader in the middle
-        if progress.world_size == world_size:
-            return trainer.num_training_batches
-        # It was begun by more ranks, or fewer; of all batches it is not known then how many are left.
-        progress.batches = progress.closed_at = progress.batches * progress.world_size // world_size
-        return None if trainer.loaders.takes_all("train") else trainer.num_training_batches
+        self._set_epoch(trainer.current_epoch)  # an earlier fit may have left the loader in the middle
+        if progress.world_size != world_size:  # it was begun by more ranks, or fewer
+            progress.is_length_known = progress.batches == 0 or not trainer.loaders.takes_all("train")
+            progress.batches = progress.closed_at = progress.batches * progress.world_size // world_size
+            progress.validated_at = progress.validated_at * progress.world_size // world_size
+            progress.world_size = world_size
+        return trainer.num_training_batches if progress.is_length_known else None
 
     def _set_epoch(self, epoch: int) -> None:
         if hasattr(self._loader, "set_epoch"):
@@ -272,11 +277,13 @@ class FitLoop:
     def state_dict(self) -> dict[str, Any]:
         """The place in the run."""
         epoch, progress = self._trainer.current_epoch, self._progress
-        if progress.is_over:
+        is_over = progress.is_over
+        if is_over:
             epoch, progress = epoch + 1, _Progress(world_size=self._fabric.world_size)
         if not progress.is_trained:  # the loader's place is before the window that is open
             progress = dataclasses.replace(progress, batches=progress.closed_at)
-        return {"epoch": epoch, "past_epochs": self._trainer.past_epochs, "progress": dataclasses.asdict(progress)}
+        place = {"epoch": epoch, "past_epochs": self._trainer.past_epochs, "is_over": is_over}
+        return {**place, "progress": dataclasses.asdict(progress)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""

@@ -56,13 +56,18 @@ class Metrics:
         self.stage: str | None = None  # whose steps they are
         self.suffix = ""  # of names, where there are several loaders
         self._totals: dict[str, dict[str, Total]] = {}  # by stage and name
+        self._kept: dict[str, Total] | None = None
         self.to_send: dict[str, Any] = {}  # what training steps have logged, to the loggers
 
     def begin(self) -> None:
-        """Forget what a run before has left unfinished."""
-        self._totals.clear()
-        self.to_send.clear()
-        self.stage = self.batch = None
+        """Forget what a fit before has logged and left unfinished."""
+        self.latest, self.of_step, self.shown, self.to_send = {}, {}, {}, {}
+        self._totals, self._kept = {}, None
+
+    def rest(self) -> None:
+        """Take no values until a stage begins; those of an epoch that was left can still be saved."""
+        self._totals = {stage: totals for stage, totals in self._totals.items() if stage == "train"}
+        self.to_send, self.stage, self.batch = {}, None, None
 
     def log(
         self,
@@ -109,16 +114,21 @@ class Metrics:
             self._fabric.log_dict(self.to_send, step=step)
         self.to_send = {}
 
-    def end_epoch(self, step: int, *, goes_on: bool = False) -> dict[str, float]:
-        """Put the values of the stage together, and send them; every rank calls. Returns them by name.
+    def keep(self) -> None:
+        """Let the totals of training steps be those of now until :meth:`restore`, also in a checkpoint."""
+        self._kept = {name: dataclasses.replace(total) for name, total in self._totals.get("train", {}).items()}
 
-        Args:
-            step: Of the optimizer, which they are sent with.
-            goes_on: Whether the epoch does, so that its values count again at its end.
+    def restore(self) -> None:
+        """Go on with the totals that were kept."""
+        if self._kept is not None:
+            self._totals["train"], self._kept = self._kept, None
+
+    def end_epoch(self, step: int) -> dict[str, float]:
+        """Put the values of the stage together, and send them with this step of the optimizer; every rank calls.
+
+        Returns them by name.
         """
-        totals = self._totals.get(self.stage or "", {})
-        if not goes_on:
-            self._totals.pop(self.stage or "", None)
+        totals = self._totals.pop(self.stage or "", {})
         results = self._results(totals)
         self.latest |= {total.name: results[name] for name, total in totals.items()} | results
         self.shown |= {name: value for name, value in results.items() if totals[name].prog_bar}
@@ -139,7 +149,7 @@ class Metrics:
 
     def state_dict(self) -> dict[str, Any]:
         """The totals of a running epoch on each rank; every rank calls."""
-        totals = self._totals.get("train", {})
+        totals = self._totals.get("train", {}) if self._kept is None else self._kept
         own = {name: {**vars(one), "value": torch.as_tensor(one.value).cpu()} for name, one in totals.items()}
         latest = {name: float(value) for name, value in self.latest.items()}  # for what schedulers and savers watch
         return {

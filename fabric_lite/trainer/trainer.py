@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import math
 import os
@@ -13,16 +12,17 @@ from typing import Any
 
 import torch
 
-from fabric_lite import Fabric, FabricTypeError, FabricValueError
+from fabric_lite import Fabric, FabricValueError
 from fabric_lite.callbacks import EarlyStopping, ModelCheckpoint
 from fabric_lite.loggers import CSVLogger
 from fabric_lite.trainer.evaluation import evaluate
 from fabric_lite.trainer.hooks import Hooks
 from fabric_lite.trainer.loaders import Loaders
-from fabric_lite.trainer.loop import CLIPS, FitLoop
+from fabric_lite.trainer.loop import FitLoop
 from fabric_lite.trainer.metrics import Metrics
 from fabric_lite.trainer.module import LightningModule, savable
 from fabric_lite.trainer.optimization import Scheduled, parse_optimizers
+from fabric_lite.trainer.options import check_options
 
 __all__ = ["Trainer"]
 
@@ -96,15 +96,16 @@ class Trainer:
         default_root_dir: str | os.PathLike[str] = ".",
         **fabric_options: Any,
     ) -> None:
+        max_steps = -1 if max_steps is None else max_steps
+        if max_epochs is None:
+            max_epochs = 1000 if max_steps == -1 else -1
+        check_options({**locals(), "fast_dev_run": int(fast_dev_run)}, fabric_options)
         limits = [limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches]
         own = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
         if fast_dev_run:
             limits, max_epochs, logger, enable_checkpointing = [int(fast_dev_run)] * 4, 1, False, False
             val_check_interval, check_val_every_n_epoch = 1.0, 1
             own = [one for one in own if not isinstance(one, ModelCheckpoint)]
-        _check_options(locals(), fabric_options)
-        if max_epochs is None:
-            max_epochs = 1000 if max_steps == -1 else -1
         self.max_epochs, self.max_steps = (math.inf if one == -1 else one for one in (max_epochs, max_steps))
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.accumulate_grad_batches = accumulate_grad_batches
@@ -250,14 +251,15 @@ class Trainer:
                 early.reset()
         savers = [one.checkpoints for one in self.checkpoint_callbacks]
         if ckpt_path in ("best", "last"):
-            if not savers:
+            found = [getattr(one, f"{ckpt_path}_model_path") for one in self.checkpoint_callbacks[:1]]
+            if found in ([], [None]):
                 raise FabricValueError("No ModelCheckpoint has saved one.", given=f"{ckpt_path=}", fix="its path")
-            ckpt_path = savers[0].best() if ckpt_path == "best" else savers[0].latest()
+            ckpt_path = found[0]
         if ckpt_path is not None:
             self.fabric.load(ckpt_path, objects)
         elif self._fits == 1 and savers:
-            found = [one.entries() for one in savers]
-            newest = self.fabric.broadcast([entries[0].step if entries else -1 for entries in found])
+            saved = [one.entries() for one in savers]
+            newest = self.fabric.broadcast([entries[0].step if entries else -1 for entries in saved])
             savers[newest.index(max(newest))].resume(objects)
         else:
             return
@@ -277,18 +279,20 @@ class Trainer:
             loaders = self.loaders.set_up(model, dataloaders, method)
             self._set_up_model(model)
             results = evaluate(self, stage, model, loaders)
-        self.hooks.call(f"on_{stage}_end", state=self.state, metrics=self.callback_metrics, is_fitting=False)
-        self.metrics.end_epoch(self.global_step)  # what these have logged
-        for name, value in itertools.chain.from_iterable(result.items() for result in results[0]):
-            self.fabric.print(f"{name:30} {value:.6g}")
-        self._end(stage)
+            self.hooks.call(f"on_{stage}_end", state=self.state, metrics=self.callback_metrics, is_fitting=False)
+            self.metrics.end_epoch(self.global_step)  # what these have logged
+            for name, value in itertools.chain.from_iterable(result.items() for result in results[0]):
+                self.fabric.print(f"{name:30} {value:.6g}")
+            self._end(stage)
         return results
 
     def _begin(self, model: LightningModule, stage: str) -> None:
         self.fabric.launch()
         model._trainer, self.lightning_module = self, model
         self.hooks.begin(model)
-        self.metrics.begin()
+        self.metrics.rest()
+        if stage == "fit":
+            self.metrics.begin()
         with self.fabric.rank_zero_first(local=True):
             if self.fabric.local_rank == 0:
                 self.hooks.call_model("prepare_data")
@@ -305,7 +309,7 @@ class Trainer:
 
     def _end(self, stage: str) -> None:
         self.hooks.call("teardown", _PLAIN_NAMES.get(stage, stage))
-        self.metrics.begin()
+        self.metrics.rest()
 
     def _set_up_model(self, model: LightningModule, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
         if self.fabric.has_set_up(model):
@@ -361,48 +365,11 @@ class Trainer:
         assert self._loop is not None
         self._loop.load_state_dict(state)
         self.metrics.load_state_dict(state["metrics"])
-        if state["progress"]["batches"] == 0:
+        if state["is_over"]:
             self.metrics.stage = "train"
             self.metrics.end_epoch(self.global_step)  # what callbacks had logged after the epoch, before the save
+            self.metrics.stage = None
         self.hooks.call_model("on_load_checkpoint", dict(state["extra"]))
-
-
-def _check_options(given: Mapping[str, Any], fabric_options: Mapping[str, Any]) -> None:
-    """Raise for arguments of a Trainer that mean nothing.
-
-    Raises:
-        FabricTypeError: It has no argument of this name.
-        FabricValueError: A value is not allowed.
-    """
-    known = inspect.signature(Fabric).parameters
-    unknown = [name for name in fabric_options if name not in known or name in ("callbacks", "loggers")]
-    if unknown:
-        raise FabricTypeError(
-            "A Trainer has no such argument.",
-            given=", ".join(unknown),
-            fix="callbacks, logger, and what the docstrings of Trainer and Fabric list",
-        )
-    least = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 1, "max_steps": -1}
-    wrong = {name: f"{name}, at least {value}" for name, value in least.items() if given[name] < value}
-    if given["max_epochs"] is not None and given["max_epochs"] < -1:
-        wrong["max_epochs"] = "max_epochs, at least -1"
-    for name in ("train", "val", "test", "predict"):
-        limit = given[f"limit_{name}_batches"]
-        if limit < 0 or (isinstance(limit, float) and limit > 1.0):
-            wrong[f"limit_{name}_batches"] = "a number of batches, or a part from 0.0 to 1.0"
-    interval = given["val_check_interval"]
-    if interval <= 0 or (isinstance(interval, float) and interval > 1.0):
-        wrong["val_check_interval"] = "a number of batches, or a part above 0.0 and up to 1.0"
-    if given["gradient_clip_val"] is not None and given["gradient_clip_val"] < 0:
-        wrong["gradient_clip_val"] = "gradient_clip_val, at least 0"
-    if given["gradient_clip_algorithm"] not in CLIPS:
-        wrong["gradient_clip_algorithm"] = " or ".join(f'"{name}"' for name in CLIPS)
-    if wrong:
-        raise FabricValueError(
-            "A Trainer can't do this.",
-            given=", ".join(f"{name}={given[name]!r}" for name in wrong),
-            fix="; ".join(wrong.values()),
-        )
 
 
 class _LastCheckpoint:

@@ -212,6 +212,10 @@ def test_a_scheduler_that_takes_no_metric_is_not_given_one(tmp_path: Path) -> No
         ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0"),
         ({"val_check_interval": 0}, "val_check_interval=0"),
         ({"val_check_interval": 1.5}, r"val_check_interval=1\.5"),
+        ({"val_check_interval": None}, "val_check_interval=None"),
+        ({"accumulate_grad_batches": {0: 2}}, "accumulate_grad_batches={0: 2}"),
+        ({"max_steps": 2.0}, r"max_steps=2\.0"),
+        ({"fast_dev_run": -1}, "fast_dev_run=-1"),
         ({"limit_train_batches": -1}, "limit_train_batches=-1"),
         ({"limit_val_batches": 2.5}, r"limit_val_batches=2\.5"),
         ({"max_epochs": -3}, "max_epochs=-3"),
@@ -268,8 +272,9 @@ def test_best_and_last_are_checkpoints_of_the_first_model_checkpoint(tmp_path: P
     again = trainer(tmp_path, callbacks=pl.ModelCheckpoint(tmp_path / "saves", monitor="val_loss"), max_epochs=3)
     fitted(again, None, loader(12), ckpt_path="last")
     assert again.global_step == 36
-    with pytest.raises(FabricValueError, match="ckpt_path='best'"):
-        fitted(trainer(tmp_path), ckpt_path="best")
+    for callbacks in (None, pl.ModelCheckpoint(tmp_path / "none")):
+        with pytest.raises(FabricValueError, match="ckpt_path='best'"):
+            fitted(trainer(tmp_path, callbacks=callbacks), ckpt_path="best")
 
 
 def test_hyperparameters_come_as_a_mapping_too_and_need_not_be_logged() -> None:
@@ -316,3 +321,60 @@ def test_the_last_window_of_data_of_unknown_length_is_logged_with_its_step(tmp_p
     own = trainer(tmp_path, accumulate_grad_batches=2, logger=kept, log_every_n_steps=1, max_epochs=1)
     fitted(own, seeded(Logs), None, DataLoader(Endless(), 4))
     assert kept.of("number") == [(1, 1.0), (2, 2.0)]
+
+
+class Numbers(LitModel):
+    """Logs the number of each batch, and in the hook after the epoch how many there were."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.log("number", float(batch_idx), on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("steps", float(self.trainer.global_step))
+
+
+def test_an_epoch_that_was_cut_has_the_values_of_all_its_batches_at_its_end(tmp_path: Path) -> None:
+    for steps in (5, -1):
+        kept, saves = Kept(), pl.ModelCheckpoint(tmp_path / "saves")
+        own = trainer(tmp_path, callbacks=saves, logger=kept, max_epochs=1, max_steps=steps)
+        fitted(own, seeded(Numbers))
+    assert kept.of("number") == [(12, 5.5)]
+    assert kept.of("steps") == [(12, 12.0)]
+
+
+def test_a_checkpoint_that_is_saved_after_a_cut_fit_has_its_totals(tmp_path: Path) -> None:
+    fitted(cut := trainer(tmp_path, max_epochs=1, max_steps=5), seeded(Numbers))
+    cut.validate(dataloaders=loader(4))
+    cut.save_checkpoint(tmp_path / "cut.ckpt")
+    kept = Kept()
+    fitted(trainer(tmp_path, max_epochs=1, logger=kept), seeded(Numbers), None, None, ckpt_path=tmp_path / "cut.ckpt")
+    assert kept.of("number") == [(12, 5.5)]
+
+
+def test_a_run_by_steps_that_was_saved_at_the_end_of_an_epoch_goes_on(tmp_path: Path) -> None:
+    class Ends(LitModel):
+        has_to_stop = True
+
+        def on_train_epoch_end(self) -> None:
+            if self.has_to_stop and self.trainer.current_epoch == 1:
+                raise Stop
+
+    def run(model: Any) -> pl.Trainer:
+        saves = pl.ModelCheckpoint(tmp_path / "saves", monitor="val_loss")
+        own = trainer(tmp_path, callbacks=saves, max_epochs=None, max_steps=40)
+        fitted(own, model, loader(4))
+        return own
+
+    with pytest.raises(Stop):
+        run(seeded(Ends))
+    model = seeded(Ends)
+    model.has_to_stop = False
+    assert run(model).global_step == 40
+
+
+def test_a_part_that_can_not_be_counted_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FabricValueError, match=r"0\.5 of the train loader"):
+        fitted(trainer(tmp_path, limit_train_batches=0.5), None, None, DataLoader(Endless(), 4))
+    with pytest.raises(FabricValueError, match=r"0\.01 of the 12 batches"):
+        fitted(trainer(tmp_path, limit_train_batches=0.01))
