@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fabric_lite.errors import FabricValueError
-from fabric_lite.loggers.logger import Logger
-from fabric_lite.loggers.versions import versioned
+from fabric_lite.loggers.versions import FolderLogger
 from fabric_lite.whole_file import write_whole
 
 __all__ = ["CSVLogger"]
 
 
-class CSVLogger(Logger):
+class CSVLogger(FolderLogger):
     """Metrics in ``root_dir/name/version_0/metrics.csv``, a line a step; parameters in ``hparams.json`` beside it.
 
     Columns are ``step`` and the names of the metrics in the order in which they first came; a new name is a new column,
@@ -62,12 +61,6 @@ class CSVLogger(Logger):
         self._lines = 0  # of metrics in the file
         self._row: dict[str, str] = {}  # the last of them
         self._waiting = 0  # calls since the last flush
-
-    @property
-    def log_dir(self) -> str:
-        """The run's folder."""
-        folder, self._version = versioned(self._root_dir / self._name, self._version)
-        return str(folder)
 
     def write_metrics(self, metrics: dict[str, float], step: int) -> None:
         if "step" in metrics:

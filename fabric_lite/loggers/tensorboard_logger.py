@@ -10,12 +10,12 @@ import numpy as np
 
 from fabric_lite.loggers.logger import needs, rank_zero_experiment
 from fabric_lite.loggers.pictures import PictureLogger
-from fabric_lite.loggers.versions import versioned
+from fabric_lite.loggers.versions import FolderLogger
 
 __all__ = ["TensorBoardLogger"]
 
 
-class TensorBoardLogger(PictureLogger):
+class TensorBoardLogger(FolderLogger, PictureLogger):
     """Event files in ``root_dir/name/version_0``. Needs ``pip install tensorboard`` (or tensorboardX).
 
     A run that goes on writes a new file there, which hides what was logged after the step that it goes on at.
@@ -45,12 +45,6 @@ class TensorBoardLogger(PictureLogger):
         super().__init__(root_dir, name, version, prefix)
         self._options = options
         self._writer: Any = None
-
-    @property
-    def log_dir(self) -> str:
-        """The run's folder."""
-        folder, self._version = versioned(self._root_dir / self._name, self._version)
-        return str(folder)
 
     @property
     @rank_zero_experiment

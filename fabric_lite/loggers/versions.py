@@ -7,8 +7,19 @@ from pathlib import Path
 
 from fabric_lite.collectives import rank
 from fabric_lite.errors import FabricRuntimeError
+from fabric_lite.loggers.logger import Logger
 
-__all__ = ["versioned"]
+__all__ = ["FolderLogger", "versioned"]
+
+
+class FolderLogger(Logger):
+    """A logger whose runs are folders, counted from ``version_0`` on."""
+
+    @property
+    def log_dir(self) -> str:
+        """The run's folder."""
+        folder, self._version = versioned(self._root_dir / self._name, self._version)
+        return str(folder)
 
 
 def versioned(folder: Path, version: int | str | None) -> tuple[Path, int | str]:
