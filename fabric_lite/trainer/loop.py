@@ -33,6 +33,7 @@ class _Progress:
     stepped: list[int] = dataclasses.field(default_factory=list)  # the schedulers that have, at its end
     is_trained: bool = False  # its batches are done, and the schedulers that need no metric
     is_over: bool = False  # all of it is done, except for the callbacks at its end
+    cut_at: int | None = None  # batches: a run has ended here, and all were told
 
 
 class FitLoop:
@@ -54,11 +55,15 @@ class FitLoop:
         self._clip = {CLIPS[trainer.gradient_clip_algorithm]: limit} if limit else {}
         self._has_gradients = False
         self._progress = _Progress(world_size=trainer.world_size)
+        self._send: Callable[[int], Any] | None = None  # what hooks log now belongs to what has just ended
         self.is_cut = False  # whether the latest epoch was left before its end
 
     def run(self) -> None:
         """Train to the end, from where the state that was loaded has left off."""
         trainer = self._trainer
+        if self._progress.cut_at == self._progress.batches and self._stops(trainer.global_step):
+            self.is_cut = True
+            return
         # An epoch that a run was killed in is ended, also where no batch of it is wanted any more.
         while trainer.current_epoch < trainer.max_epochs and (
             self._progress.is_trained or self._progress.batches > 0 or not self._stops(trainer.global_step)
@@ -94,17 +99,29 @@ class FitLoop:
         self._validate_if_due(is_over=True)
         if self.is_cut:
             metrics.keep()  # a checkpoint of now goes on in the middle
+            progress.cut_at = progress.batches
         self._hooks.call_model("on_train_epoch_end")
         metrics.end_epoch(trainer.global_step)
         if not self.is_cut:
             self._step_schedulers("epoch", count, trainer.callback_metrics)  # those that no validation let step
             progress.is_over = True
-        self._hooks.call_callbacks("on_train_epoch_end", state=trainer.state, metrics=trainer.callback_metrics)
-        metrics.end_epoch(trainer.global_step)  # what callbacks have logged
+        self._tell("on_train_epoch_end")
         if self.is_cut:
             metrics.restore()
         else:
             trainer.current_epoch, self._progress = count, _Progress(world_size=self._fabric.world_size)
+
+    def _tell(self, name: str) -> None:
+        """Call the callbacks about an epoch or a validation that has ended; what they log is sent with it."""
+        self._send = self._metrics.end_epoch
+        self._hooks.call_callbacks(name, state=self._trainer.state, metrics=self._trainer.callback_metrics)
+        self.send_late()
+        self._send = None
+
+    def send_late(self) -> None:
+        """Send what hooks have logged about what has just ended; before a checkpoint says that it has."""
+        if self._send is not None:
+            self._send(self._trainer.global_step)
 
     def _run_batches(self) -> bool:
         """The batches of an epoch, or what is left of them; returns whether all have come.
@@ -122,20 +139,25 @@ class FitLoop:
         bar = trainer.loaders.bar(self._loader, total, progress.batches, f"epoch {trainer.current_epoch}")
         for batch in bar:
             number, metrics.batch, metrics.of_step = progress.batches, batch, {}
+            if progress.closed_at == number:
+                metrics.window = number
             if "on_train_batch_start" in self._hooks.of_batches:
                 self._hooks.call("on_train_batch_start", batch, number)
             outputs = self._train_batch(step, batch, number, total)
             progress.batches += 1
             is_between = progress.closed_at == progress.batches  # windows of accumulation
+            if is_between:
+                metrics.window = None
             has_stepped, latest = self._fabric.steps != latest, self._fabric.steps
             if has_stepped and metrics.to_send:
                 metrics.send(latest)
             if "on_train_batch_end" in self._hooks.of_batches:
                 outputs = map_leaves(_detached, outputs)
                 named = {"metrics": metrics.of_step, "loss": _loss_of(outputs), "batch_idx": number}
+                self._send = metrics.send if has_stepped else None
                 self._hooks.call("on_train_batch_end", outputs, batch, number, state=trainer.state, **named)
-                if has_stepped and metrics.to_send:
-                    metrics.send(latest)  # what these have logged
+                self.send_late()
+                self._send = None
             if metrics.shown:
                 bar.show(**metrics.shown)
             if self._validation and is_between and progress.batches != total:
@@ -270,8 +292,8 @@ class FitLoop:
             found = {name: value for result in results for name, value in result.items()}
             self._step_schedulers("epoch", trainer.current_epoch + 1, found)
         progress.validated_at = progress.batches
-        self._hooks.call("on_validation_end", state=trainer.state, metrics=trainer.callback_metrics)
-        self._metrics.end_epoch(trainer.global_step)  # what these have logged
+        self._hooks.call_model("on_validation_end")
+        self._tell("on_validation_end")
         self._metrics.stage, self._metrics.batch = "train", batch
 
     def state_dict(self) -> dict[str, Any]:

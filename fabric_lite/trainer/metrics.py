@@ -28,8 +28,12 @@ class Total:
     logger: bool
     value: Any = None
     weight: float = 0.0
+    window: int | None = None  # of accumulation, that the latest value is of
+    before: tuple[Any, float] = (None, 0.0)  # the value and weight before it
 
-    def add(self, value: Any, weight: float) -> None:
+    def add(self, value: Any, weight: float, window: int | None) -> None:
+        if window != self.window:
+            self.window, self.before = window, (self.value, self.weight)
         new = torch.as_tensor(value)
         if not new.is_floating_point() or new.itemsize < 4:
             new = new.float()  # sums of halves stop growing, and of whole numbers and others a sum would be whole
@@ -37,8 +41,15 @@ class Total:
         self.value = new if self.value is None else _COMBINE[self.reduce_fx](self.value.to(new.device), new)
         self.weight += weight
 
-    def result(self, parts: Sequence[tuple[float, float]]) -> float:
-        """What the values come to, of the ``(value, weight)`` of the ranks that count."""
+    def saved(self, window: int | None) -> dict[str, Any] | None:
+        """What a checkpoint keeps: without the values of this window, which is open; None: nothing."""
+        is_open = window is not None and window == self.window
+        value, weight = self.before if is_open else (self.value, self.weight)
+        fields = {name: getattr(self, name) for name in ("name", "reduce_fx", "sync_dist", "prog_bar", "logger")}
+        return None if value is None else {**fields, "value": value.cpu(), "weight": weight}
+
+    def result(self, parts: Sequence[tuple[float, float, bool]]) -> float:
+        """What the values come to, of the ``(value, weight, sync_dist)`` of the ranks that count."""
         value = {"min": min, "max": max}.get(self.reduce_fx, sum)(part[0] for part in parts)
         weight = sum(part[1] for part in parts)
         return value if self.reduce_fx != "mean" else value / weight if weight else math.nan
@@ -57,12 +68,13 @@ class Metrics:
         self.suffix = ""  # of names, where there are several loaders
         self._totals: dict[str, dict[str, Total]] = {}  # by stage and name
         self._kept: dict[str, Total] | None = None
+        self.window: int | None = None  # of accumulation, that is open; batches of it are done again after a resume
         self.to_send: dict[str, Any] = {}  # what training steps have logged, to the loggers
 
     def begin(self) -> None:
         """Forget what a fit before has logged and left unfinished."""
         self.latest, self.of_step, self.shown, self.to_send = {}, {}, {}, {}
-        self._totals, self._kept = {}, None
+        self._totals, self._kept, self.window = {}, None, None
 
     def rest(self) -> None:
         """Take no values until a stage begins; those of an epoch that was left can still be saved."""
@@ -97,7 +109,7 @@ class Metrics:
         if on_epoch:
             totals, own = self._totals.setdefault(self.stage, {}), f"{name}_epoch" if on_step else name
             total = totals.setdefault(own, Total(name, reduce_fx, sync_dist, prog_bar, logger))
-            total.add(value, _batch_size(self.batch) if batch_size is None else batch_size)
+            total.add(value, _batch_size(self.batch) if batch_size is None else batch_size, self.window)
         if on_step:
             if sync_dist:
                 value = self._fabric.all_reduce(torch.as_tensor(value, dtype=torch.float32), reduce_op=reduce_fx)
@@ -110,7 +122,7 @@ class Metrics:
 
     def send(self, step: int) -> None:
         """Send what training steps have logged up to this step of the optimizer, if it is time to."""
-        if step % self._every == 0:
+        if self.to_send and step % self._every == 0:
             self._fabric.log_dict(self.to_send, step=step)
         self.to_send = {}
 
@@ -138,10 +150,17 @@ class Metrics:
         return results
 
     def _results(self, totals: Mapping[str, Total]) -> dict[str, float]:
-        own = {name: (float(total.value), total.weight) for name, total in totals.items()}
+        own = {name: (float(total.value), total.weight, total.sync_dist) for name, total in totals.items()}
         parts = [own]
         if any(total.sync_dist for total in totals.values()):  # all of them at once
             parts = [self._fabric.broadcast(own, src=rank) for rank in range(self._fabric.world_size)]
+            shared = dict.fromkeys(name for part in parts for name, one in part.items() if one[2])
+            if missing := [name for name in shared if any(name not in part for part in parts)]:
+                raise FabricRuntimeError(
+                    "With sync_dist=True a name is logged on every rank.",
+                    given=f"{', '.join(missing)}, on some ranks only",
+                    fix="log it on every rank in each epoch, or sync_dist=False",
+                )
         return {
             name: total.result([part[name] for part in parts] if total.sync_dist else [own[name]])
             for name, total in totals.items()
@@ -150,7 +169,8 @@ class Metrics:
     def state_dict(self) -> dict[str, Any]:
         """The totals of a running epoch on each rank; every rank calls."""
         totals = self._totals.get("train", {}) if self._kept is None else self._kept
-        own = {name: {**vars(one), "value": torch.as_tensor(one.value).cpu()} for name, one in totals.items()}
+        found = {name: one.saved(self.window) for name, one in totals.items()}
+        own = {name: one for name, one in found.items() if one is not None}
         latest = {name: float(value) for name, value in self.latest.items()}  # for what schedulers and savers watch
         return {
             "latest": latest,

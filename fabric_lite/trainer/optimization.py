@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from fabric_lite import FabricTypeError, FabricValueError
+from fabric_lite import FabricKeyError, FabricTypeError, FabricValueError
 from fabric_lite.callbacks.monitoring import monitored
 
-__all__ = ["Scheduled", "parse_optimizers"]
+__all__ = ["Scheduled", "needs_closure", "parse_optimizers"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +31,20 @@ class Scheduled:
     strict: bool = True
 
     def step(self, interval: str, count: int, metrics: Mapping[str, Any] | None) -> bool:
-        """Step, if it is time to: without ``metrics`` if it needs none, with them if its metric is there."""
+        """Step, if it is time to: without ``metrics`` if it needs none, with them if rank 0 has its metric."""
         if interval != self.interval or count % self.frequency:
             return False
         if self.monitor is None and metrics is None:
             self.scheduler.step()
             return True
-        if self.monitor is not None and metrics is not None and self.monitor in metrics:
-            self.scheduler.step(monitored(metrics, self.monitor))
-            return True
-        return False
+        if self.monitor is None or metrics is None:
+            return False
+        try:
+            value = monitored(metrics, self.monitor)
+        except FabricKeyError:  # on all ranks
+            return False
+        self.scheduler.step(value)
+        return True
 
 
 def parse_optimizers(configured: Any) -> tuple[list[Optimizer], list[Scheduled]]:
@@ -72,6 +77,12 @@ def parse_optimizers(configured: Any) -> tuple[list[Optimizer], list[Scheduled]]
         given=f"{configured!r:.80}",
         fix='an optimizer, or {"optimizer": optimizer, "lr_scheduler": scheduler}',
     )
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether its step needs a function that runs forward and backward, as that of ``LBFGS`` does."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
 
 
 def _scheduled(given: Any, monitor: str | None = None) -> Scheduled:

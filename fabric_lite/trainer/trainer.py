@@ -21,23 +21,25 @@ from fabric_lite.trainer.loaders import Loaders
 from fabric_lite.trainer.loop import FitLoop
 from fabric_lite.trainer.metrics import Metrics
 from fabric_lite.trainer.module import LightningModule, savable
-from fabric_lite.trainer.optimization import Scheduled, parse_optimizers
+from fabric_lite.trainer.optimization import Scheduled, needs_closure, parse_optimizers
 from fabric_lite.trainer.options import check_options
 
 __all__ = ["Trainer"]
 
 # Of Lightning's models, methods without which a run would be another one.
 _NOT_CALLED = (
-    "optimizer_step",
-    "optimizer_zero_grad",
-    "backward",
-    "configure_gradient_clipping",
-    "lr_scheduler_step",
     "transfer_batch_to_device",
     "on_before_batch_transfer",
     "on_after_batch_transfer",
     "configure_callbacks",
     "configure_model",
+)
+_NOT_CALLED_IN_FIT = (
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "backward",
+    "configure_gradient_clipping",
+    "lr_scheduler_step",
 )
 _PLAIN_NAMES = {"validation": "validate"}  # what setup() and teardown() are told
 
@@ -204,7 +206,7 @@ class Trainer:
         validation = [one for one in validation if self.loaders.count(one, "validation") != 0]
         self.num_training_batches = self.loaders.count(loader, "train")
         optimizers, self.schedulers = parse_optimizers(model.configure_optimizers())
-        self._check(model, len(optimizers), has_validation=bool(validation))
+        self._check(model, optimizers, has_validation=bool(validation))
         self._set_up_model(model, optimizers)
         self.optimizers = optimizers
         for optimizer in optimizers:
@@ -212,7 +214,8 @@ class Trainer:
         self.past_epochs += self.current_epoch + (self._loop is not None and self._loop.is_cut)
         self.current_epoch, self.should_stop = 0, False
         self._loop = FitLoop(self, model, loader, validation)
-        objects = {"fabric": self.fabric, "state_dict": model, "loader": loader, "trainer": self}
+        # The trainer first: what it sends to loggers before a save is a part of what they save.
+        objects = {"trainer": self, "fabric": self.fabric, "state_dict": model, "loader": loader}
         objects |= {"optimizers": optimizers, "lr_schedulers": [one.scheduler for one in self.schedulers]}
         # Those of now are saved, whatever they were.
         self.state = {**objects, "hyper_parameters": savable(model.hparams)}
@@ -220,8 +223,10 @@ class Trainer:
             self.fabric.log_hyperparams(model.hparams)
         self.hooks.call("on_fit_start")
         self._resume(ckpt_path, objects)
+        self.metrics.stage = "train"
         self.hooks.call("on_train_start", state=None)
         self._loop.run()
+        self.metrics.stage = None  # the last epoch has its values
         self.hooks.call("on_train_end")
         self.hooks.call("on_fit_end")
         self._end("fit")
@@ -287,6 +292,13 @@ class Trainer:
         return results
 
     def _begin(self, model: LightningModule, stage: str) -> None:
+        unused = (*_NOT_CALLED, *(_NOT_CALLED_IN_FIT if stage == "fit" else ()))
+        if unused := tuple(name for name in unused if callable(getattr(model, name, None))):
+            raise FabricValueError(
+                "This Trainer does not call some methods of the model.",
+                given=", ".join(unused),
+                fix="self.automatic_optimization = False, and the step written in training_step; or a loop of your own",
+            )
         self.fabric.launch()
         model._trainer, self.lightning_module = self, model
         self.hooks.begin(model)
@@ -323,11 +335,11 @@ class Trainer:
             if hasattr(model, name):
                 model.mark_forward_method(name)  # type: ignore[operator]
 
-    def _check(self, model: LightningModule, optimizers: int, has_validation: bool) -> None:
-        if optimizers > 1 and model.automatic_optimization:
+    def _check(self, model: LightningModule, optimizers: Sequence[torch.optim.Optimizer], has_validation: bool) -> None:
+        if len(optimizers) > 1 and model.automatic_optimization:
             raise FabricValueError(
                 "With several optimizers, which of them steps when is for the model to say.",
-                given=f"{optimizers} optimizers and automatic_optimization=True",
+                given=f"{len(optimizers)} optimizers and automatic_optimization=True",
                 fix="self.automatic_optimization = False, self.optimizers() and self.manual_backward(loss)",
             )
         interval, batches = self.val_check_interval, self.num_training_batches
@@ -338,12 +350,12 @@ class Trainer:
                 given=f"val_check_interval={interval!r}, {batches or 'an unknown number of'} batches in an epoch",
                 fix="a smaller number of batches, or check_val_every_n_epoch",
             )
-        unused = [name for name in _NOT_CALLED if callable(getattr(model, name, None))]
-        if unused:
+        closing = [type(one).__name__ for one in optimizers if needs_closure(one)]
+        if closing and model.automatic_optimization:
             raise FabricValueError(
-                "This Trainer does not call some methods of the model.",
-                given=", ".join(unused),
-                fix="self.automatic_optimization = False, and the step written in training_step; or a loop of your own",
+                "This optimizer steps on a function that runs forward and backward itself.",
+                given=", ".join(closing),
+                fix="self.automatic_optimization = False, and self.optimizers().step(closure) in training_step",
             )
         waiting = [one for one in self.callbacks if getattr(one, "waits_for_validation", False)]
         if waiting and not has_validation:
@@ -355,9 +367,10 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the run, its totals, what ``model.on_save_checkpoint(checkpoint)`` adds; every rank calls."""
+        assert self._loop is not None
+        self._loop.send_late()
         extra: dict[str, Any] = {}
         self.hooks.call_model("on_save_checkpoint", extra)
-        assert self._loop is not None
         return {**self._loop.state_dict(), "metrics": self.metrics.state_dict(), "extra": extra}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -365,10 +378,6 @@ class Trainer:
         assert self._loop is not None
         self._loop.load_state_dict(state)
         self.metrics.load_state_dict(state["metrics"])
-        if state["is_over"]:
-            self.metrics.stage = "train"
-            self.metrics.end_epoch(self.global_step)  # what callbacks had logged after the epoch, before the save
-            self.metrics.stage = None
         self.hooks.call_model("on_load_checkpoint", dict(state["extra"]))
 
 

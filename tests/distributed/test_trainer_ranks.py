@@ -232,12 +232,24 @@ def fit_by_hand_steps(folder: Path) -> list[list[float]]:
     return weights
 
 
-def test_steps_by_hand_are_synchronised(ranks: RankPool, tmp_path: Path) -> None:
+def test_steps_by_hand_are_synchronized(ranks: RankPool, tmp_path: Path) -> None:
     first, second = ranks.run(fit_by_hand_steps, tmp_path)
     assert first == second
 
 
-def begin_or_go_on(folder: Path) -> tuple[int, int]:
+class Sees(LitModel):
+    """Keeps the samples of its batches, as the first number of each, and in which epoch they came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, float]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.seen += [(self.current_epoch, value) for value in batch[0][:, 0].tolist()]
+        return super().training_step(batch, batch_idx)
+
+
+def begin_or_go_on(folder: Path) -> tuple[int, int, list[tuple[int, float]]]:
     torch.manual_seed(1)
     begins = not any(folder.glob("step-*"))
     trainer = pl.Trainer(
@@ -247,16 +259,22 @@ def begin_or_go_on(folder: Path) -> tuple[int, int]:
         logger=False,
         callbacks=ModelCheckpoint(folder, every_n_steps=5),
     )
-    trainer.fit(LitModel(), loader())
-    result = trainer.global_step, trainer.current_epoch
+    trainer.fit(model := Sees(), loader())
+    result = trainer.global_step, trainer.current_epoch, model.seen
     trainer.fabric.close()
     return result
 
 
 def test_another_number_of_ranks_sees_the_rest_of_the_epoch(ranks: RankPool, tmp_path: Path) -> None:
     """5 of 12 batches on one rank; the other 28 samples are 3.5 batches of 4 on each of two, and an epoch has 6."""
-    assert ranks.run(begin_or_go_on, tmp_path, ranks=1) == [(5, 0)]
-    assert ranks.run(begin_or_go_on, tmp_path, ranks=2) == [(5 + 4 + 6, 2)] * 2
+    [(steps, epoch, before)] = ranks.run(begin_or_go_on, tmp_path, ranks=1)
+    assert (steps, epoch, len(before)) == (5, 0, 20)
+    parts = ranks.run(begin_or_go_on, tmp_path, ranks=2)
+    assert [part[:2] for part in parts] == [(5 + 4 + 6, 2)] * 2
+    seen = [*before, *parts[0][2], *parts[1][2]]
+    everything = sorted(data().tensors[0][:, 0].tolist())
+    for epoch in (0, 1):
+        assert sorted(value for number, value in seen if number == epoch) == everything
 
 
 class Plateau(LitModel):
@@ -285,6 +303,48 @@ def test_a_scheduler_that_watches_a_value_of_each_rank_goes_by_rank_zeros(ranks:
     first, second = ranks.run(fit_plateau)
     assert first == second
     assert first[0] == 1e-3
+
+
+class OnRankZero(Plateau):
+    """Only rank 0 logs what the scheduler watches."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.fabric.is_global_zero:
+            self.log("val_loss", float(self.trainer.current_epoch))
+
+
+def fit_on_rank_zero() -> float:
+    torch.manual_seed(1)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False)
+    trainer.fit(OnRankZero(), loader(), loader(8))
+    rate = trainer.optimizers[0].param_groups[0]["lr"]
+    trainer.fabric.close()
+    return rate
+
+
+def test_a_scheduler_may_watch_a_value_that_only_rank_zero_has(ranks: RankPool) -> None:
+    assert ranks.run(fit_on_rank_zero) == [pytest.approx(1e-5)] * 2
+
+
+class OnSomeRanks(LitModel):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.log("everywhere", 1.0, on_step=False, on_epoch=True, sync_dist=True)
+        if not self.fabric.is_global_zero:
+            self.log("somewhere", 1.0, on_step=False, on_epoch=True, sync_dist=True)
+        return super().training_step(batch, batch_idx)
+
+
+def fit_on_some_ranks() -> None:
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    try:
+        with pytest.raises(FabricRuntimeError, match="somewhere, on some ranks only"):
+            trainer.fit(OnSomeRanks(), loader())
+    finally:
+        trainer.fabric.close()
+
+
+def test_a_shared_value_that_some_ranks_do_not_log_is_an_error_on_all(ranks: RankPool) -> None:
+    ranks.run(fit_on_some_ranks)
 
 
 class Short(IterableDataset):
