@@ -148,7 +148,8 @@ class FitLoop:
             is_between = progress.closed_at == progress.batches  # windows of accumulation
             if is_between:
                 metrics.window = None
-            has_stepped, latest = self._fabric.steps != latest, self._fabric.steps
+            before, latest = latest, self._fabric.steps
+            has_stepped = latest != before
             if has_stepped and metrics.to_send:
                 metrics.send(latest)
             if "on_train_batch_end" in self._hooks.of_batches:

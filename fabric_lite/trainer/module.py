@@ -128,7 +128,8 @@ class LightningModule(nn.Module):
             sync_dist: Whether over all ranks; else it is rank 0's.
             batch_size: For the mean; None: the length of the first tensor in the batch.
         """
-        self.trainer.metrics.log(name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, batch_size)
+        trainer = self._trainer or self.trainer
+        trainer.metrics.log(name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, batch_size)
 
     def log_dict(self, metrics: Mapping[str, Any], **options: Any) -> None:
         """:meth:`log` of each."""
