@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import importlib.util
 import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ from fabric_lite.collectives import rank
 from fabric_lite.errors import FabricImportError, FabricTypeError
 from fabric_lite.loggers.guard import Guard
 
-__all__ = ["Hyperparameters", "Logger", "as_mapping", "flat", "needs", "rank_zero_experiment", "scalar"]
+__all__ = [
+    "Hyperparameters",
+    "Logger",
+    "as_mapping",
+    "check_options",
+    "flat",
+    "needs",
+    "rank_zero_experiment",
+    "scalar",
+]
 
 Hyperparameters = Mapping[str, Any] | argparse.Namespace | Any  # the last: a dataclass
 
@@ -207,6 +216,27 @@ def needs(logger: str, *packages: str) -> None:
             f"{logger} needs a package that is not installed.",
             given=" or ".join(packages),
             fix=f"pip install {packages[0]}",
+        )
+
+
+def check_options(logger: str, options: Collection[str], taken: Collection[str], of: str) -> None:
+    """Look whether what a logger was given for the backend's own function is taken there.
+
+    Args:
+        logger: Its class.
+        options: Their names.
+        taken: Those that are.
+        of: The function.
+
+    Raises:
+        FabricTypeError: One is not: every write would fail.
+    """
+    unknown = [name for name in options if name not in taken]
+    if unknown:
+        raise FabricTypeError(
+            f"{logger} takes the options of {of}, and no others.",
+            given=", ".join(f"{name}=" for name in unknown),
+            fix=", ".join(taken),
         )
 
 

@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from fabric_lite.loggers.logger import needs, rank_zero_experiment
+from fabric_lite.loggers.logger import check_options, needs, rank_zero_experiment
 from fabric_lite.loggers.pictures import PictureLogger
 from fabric_lite.loggers.versions import FolderLogger
 
 __all__ = ["TensorBoardLogger"]
+
+# Of SummaryWriter in either package, less what this logger gives itself, and comment=, which has no effect beside it:
+# asking the class for them would import all of TensorBoard.
+_OPTIONS = ("max_queue", "flush_secs", "filename_suffix")
 
 
 class TensorBoardLogger(FolderLogger, PictureLogger):
@@ -25,9 +29,10 @@ class TensorBoardLogger(FolderLogger, PictureLogger):
         name: A folder in it; may be empty.
         version: As for :class:`CSVLogger`.
         prefix: Before every metric's name, with a ``/`` between.
-        options: For ``SummaryWriter``.
+        options: For ``SummaryWriter``: ``max_queue``, ``flush_secs`` and ``filename_suffix``.
 
     Raises:
+        FabricTypeError: It takes no such option.
         FabricImportError: Neither package is installed.
     """
 
@@ -42,6 +47,7 @@ class TensorBoardLogger(FolderLogger, PictureLogger):
         **options: Any,
     ) -> None:
         needs("TensorBoardLogger", "tensorboard", "tensorboardX")
+        check_options("TensorBoardLogger", options, _OPTIONS, "SummaryWriter")
         super().__init__(root_dir, name, version, prefix)
         self._options = options
         self._writer: Any = None

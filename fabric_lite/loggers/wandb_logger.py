@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import json
 import os
 import secrets
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fabric_lite import process_end
-from fabric_lite.loggers.logger import needs, rank_zero_experiment
+from fabric_lite.loggers.logger import check_options, needs, rank_zero_experiment
 from fabric_lite.loggers.pictures import PictureLogger, drawn
 from fabric_lite.whole_file import write_whole
 
@@ -35,7 +36,8 @@ class WandbLogger(PictureLogger):
         id: Of the run; None: a new one.
         offline: Whether to write here only; ``wandb sync`` sends it later.
         prefix: Before every metric's name, with a ``/`` between.
-        options: For ``wandb.init``.
+        options: For ``wandb.init``; those that it does not take raise FabricTypeError when the run starts, since asking
+            it for them imports all of W&B.
 
     Raises:
         FabricImportError: wandb is not installed.
@@ -66,15 +68,16 @@ class WandbLogger(PictureLogger):
         if self._run is None:
             import wandb
 
+            taken = [name for name in inspect.signature(wandb.init).parameters if name not in ("project", "dir", "id")]
+            check_options("WandbLogger", self._options, taken, "wandb.init")
             self._root_dir.mkdir(parents=True, exist_ok=True)
             self._version = self._version or secrets.token_hex(4)
             # Not the run of somebody else in this process, which is what W&B would give.
-            mode = {"reinit": "create_new", **({"mode": "offline"} if self._offline else {})}
+            mode = {"reinit": "create_new", "resume": "allow", **({"mode": "offline"} if self._offline else {})}
             self._run = wandb.init(
                 project=self._name,
                 dir=self.root_dir,
                 id=str(self._version),
-                resume="allow",
                 **{**mode, **self._options},
             )
             self._run.define_metric(_STEP)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import inspect
 import json
 import math
 import pickle
@@ -26,7 +27,15 @@ from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from fabric_lite import Fabric
 from fabric_lite.errors import FabricImportError, FabricRuntimeError, FabricTypeError, FabricValueError
-from fabric_lite.loggers import CSVLogger, Logger, MLFlowLogger, PictureLogger, TensorBoardLogger, WandbLogger
+from fabric_lite.loggers import (
+    CSVLogger,
+    Logger,
+    MLFlowLogger,
+    PictureLogger,
+    TensorBoardLogger,
+    WandbLogger,
+    tensorboard_logger,
+)
 from fabric_lite.loggers.guard import Guard
 from fabric_lite.loggers.logger import flat, needs
 from fabric_lite.loggers.pictures import pixels
@@ -448,6 +457,50 @@ def test_a_package_that_is_there_is_not_imported() -> None:
     """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: TensorBoardLogger(folder, default_hp_metric=False), r"SummaryWriter[\s\S]*default_hp_metric="),
+        (lambda folder: TensorBoardLogger(folder, sub_dir="a"), r"sub_dir=[\s\S]*filename_suffix"),
+        (lambda folder: TensorBoardLogger(folder, log_dir="a"), "log_dir="),
+        (lambda folder: CSVLogger(folder, save_dir="a"), "save_dir"),
+        (lambda folder: MLFlowLogger(root_dir=folder, log_model=True), "log_model"),
+    ],
+    ids=["tensorboard", "tensorboard, another", "tensorboard, its own", "csv", "mlflow"],
+)
+def test_an_option_that_nobody_takes_is_refused_before_anything_is_logged(
+    make: Callable[[Path], Logger], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        make(tmp_path)
+
+
+@pytest.mark.parametrize("option", ["save_dir", "dir", "project_name"])
+def test_an_option_that_wandb_does_not_take_stops_the_first_log(option: str, tmp_path: Path) -> None:
+    fabric = cpu(loggers=WandbLogger(root_dir=tmp_path, offline=True, **{option: "a"}))
+    with pytest.raises(FabricTypeError, match=rf"wandb\.init[\s\S]*{option}=[\s\S]*entity"):
+        fabric.log("loss", 1.0)
+    fabric.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_options_of_a_backend_reach_it(tmp_path: Path) -> None:
+    board = TensorBoardLogger(tmp_path, filename_suffix=".mine", max_queue=1, flush_secs=1)
+    board.log_metrics({"a": 1.0})
+    board.finalize()
+    assert [path.suffix for path in Path(board.log_dir).iterdir()] == [".mine"]
+    run = WandbLogger(root_dir=tmp_path, offline=True, name="mine", resume="never")
+    assert run.experiment.name == "mine"
+    run.finalize()
+
+
+def test_tensorboards_writer_takes_no_options_but_those_that_are_known() -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    given = {"log_dir", "purge_step", "comment"}
+    assert set(inspect.signature(SummaryWriter).parameters) - given == set(tensorboard_logger._OPTIONS)
 
 
 @pytest.mark.parametrize(
