@@ -62,6 +62,11 @@ class CSVLogger(FolderLogger):
         self._row: dict[str, str] = {}  # the last of them
         self._waiting = 0  # calls since the last flush
 
+    @property
+    def experiment(self) -> CSVLogger:
+        """The logger itself: there is no other object behind a file."""
+        return self
+
     def write_metrics(self, metrics: dict[str, float], step: int) -> None:
         if "step" in metrics:
             raise FabricValueError(

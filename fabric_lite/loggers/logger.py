@@ -52,6 +52,7 @@ class Logger(abc.ABC):
         self._step = -1  # the last one that was logged
         self._resumed_at: int | None = None  # of a run that goes on, the last step that it has
         self._params: dict[str, Any] = {}  # that wait for the first metrics, when it is known which run they are of
+        self._compared: dict[str, float] = {}  # values that came with them, and wait too
         self.guard = Guard(type(self).__name__)
 
     @property
@@ -82,19 +83,27 @@ class Logger(abc.ABC):
         if rank() != 0:
             return
         step = self._step + 1 if step is None else int(step)
-        before = f"{self._prefix}/" if self._prefix else ""
-        scalars = {before + name: scalar(name, value) for name, value in metrics.items()}
+        scalars = self._scalars(metrics)
         self._write_waiting()
         self.guard.attempt(self.write_metrics, scalars, step)
         self._step = max(self._step, step)
 
-    def log_hyperparams(self, params: Hyperparameters) -> None:
+    def log_hyperparams(self, params: Hyperparameters, metrics: Mapping[str, Any] | None = None) -> None:
         """Log what a run was started with: a mapping, Namespace or dataclass, nested names joined by ``/``.
 
         They are written with the first metrics, or by :meth:`save`.
+
+        Args:
+            params: By name.
+            metrics: Scalars by which runs are compared, written with them, for the last step; for 0 at first.
+
+        Raises:
+            FabricTypeError: The parameters have no names, or a value of the metrics is no scalar.
         """
         if rank() == 0:
+            compared = self._scalars(metrics or {})
             self._params |= flat(as_mapping(params))
+            self._compared |= compared
 
     def save(self) -> None:
         """Write out what waits in memory."""
@@ -148,6 +157,13 @@ class Logger(abc.ABC):
         params, self._params = self._params, {}
         if params and not self.guard.attempt(self.write_params, params):
             self._params = {**params, **self._params}
+        compared, self._compared = self._compared, {}
+        if compared and not self.guard.attempt(self.write_metrics, compared, max(self._step, 0)):
+            self._compared = {**compared, **self._compared}
+
+    def _scalars(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        before = f"{self._prefix}/" if self._prefix else ""
+        return {before + name: scalar(name, value) for name, value in metrics.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         # For ranks that are started with a pickle of it: they open their own.

@@ -22,7 +22,8 @@ _OPTIONS = ("max_queue", "flush_secs", "filename_suffix")
 class TensorBoardLogger(FolderLogger, PictureLogger):
     """Event files in ``root_dir/name/version_0``. Needs ``pip install tensorboard`` (or tensorboardX).
 
-    A run that goes on writes a new file there, which hides what was logged after the step that it goes on at.
+    A run that goes on writes a new file there, which hides what was logged after the step that it goes on at. Of the
+    parameters TensorBoard shows those that came before its first metrics.
 
     Args:
         root_dir: Where it writes.
@@ -59,7 +60,7 @@ class TensorBoardLogger(FolderLogger, PictureLogger):
         if self._writer is None:
             resumed_at, self._resumed_at = self._resumed_at, None
             purge = {} if resumed_at is None else {"purge_step": resumed_at + 1}
-            self._writer = _writer_class()(log_dir=self.log_dir, **purge, **self._options)
+            self._writer = _tensorboard("writer").SummaryWriter(log_dir=self.log_dir, **purge, **self._options)
         return self._writer
 
     def write_metrics(self, metrics: dict[str, float], step: int) -> None:
@@ -72,8 +73,12 @@ class TensorBoardLogger(FolderLogger, PictureLogger):
 
     def write_params(self, params: dict[str, Any]) -> None:
         plain = {name: value if isinstance(value, (int, float, bool)) else str(value) for name, value in params.items()}
-        # TensorBoard shows parameters beside a metric only; "." is the run's own folder.
-        self.experiment.add_hparams(plain, {"hp_metric": -1.0}, run_name=".")
+        # TensorBoard shows parameters beside a metric only. Values that came with them are written as any other are.
+        compared = self._compared or {"hp_metric": -1.0}
+        for summary in _tensorboard("summary").hparams(plain, compared):
+            self.experiment.file_writer.add_summary(summary)
+        if not self._compared:
+            self.experiment.add_scalar("hp_metric", -1.0)
 
     def write_image(self, name: str, image: np.ndarray, step: int) -> None:
         self.experiment.add_image(name, image, step, dataformats="HWC")
@@ -91,6 +96,7 @@ class TensorBoardLogger(FolderLogger, PictureLogger):
             self._writer = None
 
 
-def _writer_class() -> Any:
-    has_tensorboard = importlib.util.find_spec("tensorboard") is not None
-    return importlib.import_module("torch.utils.tensorboard" if has_tensorboard else "tensorboardX").SummaryWriter
+def _tensorboard(module: str) -> Any:
+    """A module of the package that writes, which both have."""
+    package = "tensorboardX" if importlib.util.find_spec("tensorboard") is None else "torch.utils.tensorboard"
+    return importlib.import_module(f"{package}.{module}")

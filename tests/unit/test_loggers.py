@@ -103,6 +103,42 @@ def test_parameters_are_read_back_flat(backend: Backend, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_values_that_come_with_parameters_are_read_back_with_them(backend: Backend, tmp_path: Path) -> None:
+    """As Lightning's ``log_hyperparams(params, metrics)`` does."""
+    logger = backend.make(tmp_path)
+    logger.log_hyperparams({"lr": 0.5}, {"best": torch.tensor(0.25)})
+    logger.log_metrics({"loss": 1.0}, 2)
+    logger.log_hyperparams({}, metrics={"best": 0.75})
+    logger.finalize()
+    assert backend.scalars(tmp_path, logger) == {"best": [(0, 0.25), (2, 0.75)], "loss": [(2, 1.0)]}
+    assert float(backend.params(tmp_path, logger)["lr"]) == 0.5
+    with pytest.raises(FabricTypeError, match="best='good'"):
+        logger.log_hyperparams({"lr": 0.5}, {"best": "good"})
+
+
+def test_tensorboard_compares_runs_by_the_values_that_come_with_their_parameters(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    for metrics, named in (({"best": 0.25}, "best"), (None, "hp_metric")):
+        logger = TensorBoardLogger(tmp_path)
+        logger.log_hyperparams({"lr": 0.5}, metrics)
+        logger.finalize()
+        events = EventAccumulator(logger.log_dir).Reload()
+        content = events.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+        experiment = plugin_data_pb2.HParamsPluginData.FromString(content).experiment
+        assert [info.name.tag for info in experiment.metric_infos] == [named]
+        assert [tag for tags in events.Tags().values() if isinstance(tags, list) for tag in tags].count(named) == 1
+
+
+def test_the_experiment_of_a_csv_logger_takes_metrics(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    logger.experiment.log_metrics({"a": 1.0}, step=2)
+    logger.experiment.save()
+    assert csv_rows(logger) == [{"step": "2", "a": "1.0"}]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_a_run_that_goes_on_has_no_step_twice_and_none_that_was_undone(backend: Backend, tmp_path: Path) -> None:
     """Saved after step 2, it logs 3 and 4, is killed, and goes on from the checkpoint."""
     logger = backend.make(tmp_path)
