@@ -46,6 +46,21 @@ class Logger(abc.ABC):
 
     handles: tuple[str, ...] = ()  # the attributes that hold what cannot be pickled; None when nothing is open
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Look whether a logger was written for Lightning's base class, whose methods these are not.
+
+        Raises:
+            FabricTypeError: It has ``log_metrics`` of its own, and no ``write_metrics``.
+        """
+        super().__init_subclass__(**options)
+        if cls.log_metrics is not Logger.log_metrics and cls.write_metrics is Logger.write_metrics:
+            raise FabricTypeError(
+                "A logger that derives from Logger writes metrics in write_metrics(metrics, step).",
+                given=f"class {cls.__name__} with log_metrics",
+                fix=f"class {cls.__name__}: without a base, since any object with log_metrics is a logger; "
+                "or write_metrics and write_params instead of log_metrics and log_hyperparams",
+            )
+
     def __init__(self, root_dir: Any, name: str, version: int | str | None = None, prefix: str = "") -> None:
         self._root_dir, self._name, self._prefix = Path(root_dir), name, prefix
         self._version = self._asked_version = version

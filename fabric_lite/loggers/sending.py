@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fabric_lite.errors import FabricTypeError
 from fabric_lite.loggers.guard import Guard
 from fabric_lite.loggers.logger import Hyperparameters, Logger, as_mapping, scalar
 
@@ -17,9 +18,14 @@ class Sender:
 
     Args:
         loggers: Objects with ``log_metrics(metrics, step)``, and perhaps ``log_hyperparams``, ``save``, ``finalize``.
+
+    Raises:
+        FabricTypeError: One has no ``log_metrics``, or is a class.
     """
 
     def __init__(self, loggers: Sequence[Any]) -> None:
+        for logger in loggers:
+            _check(logger)
         self._loggers = loggers  # to which more may be added
         self._guards: dict[int, Guard] = {}  # by id, of those that have none of their own
 
@@ -55,7 +61,9 @@ class Sender:
 
     def _each(self, call: Callable[[Any], None], needed: str = "log_metrics", *, even_at_rest: bool = False) -> None:
         for logger in self._loggers:
-            if isinstance(logger, Logger):
+            if needed != "finalize":
+                _check(logger)
+            if getattr(type(logger), needed, None) is getattr(Logger, needed):
                 call(logger)  # which asks its guard itself
             elif callable(getattr(logger, needed, None)):
                 self._guard(logger).attempt(call, logger, even_at_rest=even_at_rest)
@@ -64,3 +72,12 @@ class Sender:
         if isinstance(logger, Logger):
             return logger.guard
         return self._guards.setdefault(id(logger), Guard(type(logger).__name__))
+
+
+def _check(logger: Any) -> None:
+    if isinstance(logger, type) or not callable(getattr(logger, "log_metrics", None)):
+        raise FabricTypeError(
+            "A logger is an object with log_metrics(metrics, step).",
+            given=f"the class {logger.__name__}" if isinstance(logger, type) else f"{logger!r:.80}",
+            fix='loggers=CSVLogger("runs")',
+        )

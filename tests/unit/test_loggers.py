@@ -664,6 +664,46 @@ def test_a_logger_of_lightnings_interface_works() -> None:
     assert foreign.calls == [{"a": {"b": 1}}, ({"loss": 2.0}, 1), "success"]
 
 
+def test_a_logger_written_for_lightnings_base_class_is_told_what_to_change() -> None:
+    with pytest.raises(
+        FabricTypeError, match=r"write_metrics[\s\S]*class Ported with log_metrics[\s\S]*without a base"
+    ):
+
+        class Ported(Logger):
+            def log_metrics(self, metrics: Any, step: Any = None) -> None:
+                pass
+
+
+class Louder(CSVLogger):
+    """Adds to what ours does, and its own part fails."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        super().log_metrics({name: 2 * value for name, value in metrics.items()}, step)
+
+    def finalize(self, status: str = "success") -> None:
+        super().finalize(status)
+        raise ConnectionError(f"nobody hears of {status}")
+
+
+def test_what_a_subclass_adds_may_fail_too(tmp_path: Path) -> None:
+    fabric = cpu(loggers=Louder(tmp_path))
+    fabric.log("loss", 1.0, step=1)
+    with pytest.warns(UserWarning, match="Louder failed[\\s\\S]*of success"):
+        fabric.close()
+    assert csv_rows(fabric.logger) == [{"step": "1", "loss": "2.0"}]
+
+
+@pytest.mark.parametrize("logger", ["csv", True, CSVLogger, object()], ids=["text", "true", "a class", "an object"])
+def test_what_is_no_logger_is_refused_and_not_left_out(logger: Any) -> None:
+    with pytest.raises(FabricTypeError, match=r"object with log_metrics[\s\S]*Given: (the class )?\S"):
+        cpu(loggers=logger)
+    fabric = cpu()
+    fabric.loggers.append(logger)
+    with pytest.raises(FabricTypeError, match="object with log_metrics"):
+        fabric.log("loss", 1.0)
+    fabric.close()
+
+
 @pytest.mark.parametrize(
     ("ending", "status"),
     [("pass", "success"), ("raise ValueError('no')", "failed"), ("raise SystemExit(3)", "success")],
