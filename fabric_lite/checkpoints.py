@@ -17,7 +17,8 @@ from fabric_lite.checkpointing import Checkpointing
 from fabric_lite.collectives import broadcast_object, rank, world_size
 from fabric_lite.data import is_extended_loader, place_of
 from fabric_lite.errors import CheckpointDamagedError, CheckpointError, FabricTypeError, FabricValueError
-from fabric_lite.kept import MARK, Entry, Rule, by_step, numbers, own_entries, path_of
+from fabric_lite.kept import MARK, Entry, Rule, by_step, own_entries, path_of
+from fabric_lite.loggers.scalars import scalars
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.run_config import EXIT_PREEMPTED, redirected
 from fabric_lite.run_record import write_record
@@ -253,7 +254,7 @@ class Checkpoints:
         self._settle()
         _ = fabric.should_stop
         step = fabric.steps
-        values = _of_rank_zero("save()", lambda: numbers(metrics))
+        values = _of_rank_zero("save()", lambda: scalars(metrics or {}))
         _of_rank_zero("save()", lambda: self._check_place(step))
         mark = {"step": step, "metrics": values, "world_size": fabric.world_size}
         path = path_of(self.folder, step)

@@ -7,17 +7,14 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fabric_lite.checkpoint.commit import recovered
 from fabric_lite.checkpoint.formats import opened
-from fabric_lite.errors import FabricError, FabricTypeError
+from fabric_lite.errors import FabricError
 
-__all__ = ["MARK", "Entry", "Rule", "by_step", "numbers", "own_entries", "path_of"]
+__all__ = ["MARK", "Entry", "Rule", "by_step", "own_entries", "path_of"]
 
 # The key under which a checkpoint says that it is one of a run's own: step, metrics, world_size.
 MARK = "checkpoints"
@@ -116,21 +113,3 @@ def _read(step: int, path: Path) -> Entry | None:
     if not isinstance(mark, dict) or mark.get("step") != step or not isinstance(mark.get("metrics"), dict):
         return None
     return Entry(step, path, {str(name): float(value) for name, value in mark["metrics"].items()})
-
-
-def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
-    """Metrics as plain numbers.
-
-    Raises:
-        FabricTypeError: One is neither a number nor a tensor of one.
-    """
-    result = {}
-    for name, value in (metrics or {}).items():
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
-            value = value.item()
-        if not isinstance(value, Real):  # numpy's are too
-            raise FabricTypeError(
-                "A metric is a number.", given=f"{name}={value!r:.80}", fix='metrics={"val_loss": float(loss)}'
-            )
-        result[str(name)] = float(value)
-    return result

@@ -7,7 +7,7 @@ from typing import Any
 
 from fabric_lite.collectives import broadcast_object, rank
 from fabric_lite.errors import FabricError, FabricKeyError, FabricValueError
-from fabric_lite.loggers.logger import scalar
+from fabric_lite.loggers.scalars import scalar
 
 __all__ = ["check_mode", "monitored"]
 

@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
-import numbers
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from fabric_lite.collectives import rank
 from fabric_lite.errors import FabricImportError, FabricTypeError
 from fabric_lite.loggers.guard import Guard
+from fabric_lite.loggers.scalars import scalars
 
 __all__ = [
     "Hyperparameters",
@@ -24,7 +24,6 @@ __all__ = [
     "flat",
     "needs",
     "rank_zero_experiment",
-    "scalar",
 ]
 
 Hyperparameters = Mapping[str, Any] | argparse.Namespace | Any  # the last: a dataclass
@@ -98,9 +97,9 @@ class Logger(abc.ABC):
         if rank() != 0:
             return
         step = self._step + 1 if step is None else int(step)
-        scalars = self._scalars(metrics)
+        values = scalars(metrics, self._prefix)
         self._write_waiting()
-        self.guard.attempt(self.write_metrics, scalars, step)
+        self.guard.attempt(self.write_metrics, values, step)
         self._step = max(self._step, step)
 
     def log_hyperparams(self, params: Hyperparameters, metrics: Mapping[str, Any] | None = None) -> None:
@@ -116,7 +115,7 @@ class Logger(abc.ABC):
             FabricTypeError: The parameters have no names, or a value of the metrics is no scalar.
         """
         if rank() == 0:
-            compared = self._scalars(metrics or {})
+            compared = scalars(metrics or {}, self._prefix)
             self._params |= flat(as_mapping(params))
             self._compared |= compared
 
@@ -176,29 +175,9 @@ class Logger(abc.ABC):
         if compared and not self.guard.attempt(self.write_metrics, compared, max(self._step, 0)):
             self._compared = {**compared, **self._compared}
 
-    def _scalars(self, metrics: Mapping[str, Any]) -> dict[str, float]:
-        before = f"{self._prefix}/" if self._prefix else ""
-        return {before + name: scalar(name, value) for name, value in metrics.items()}
-
     def __getstate__(self) -> dict[str, Any]:
         # For ranks that are started with a pickle of it: they open their own.
         return {**self.__dict__, **dict.fromkeys(self.handles)}
-
-
-def scalar(name: str, value: Any) -> float:
-    """A metric as a number.
-
-    Raises:
-        FabricTypeError: It is none, nor a tensor or array of one.
-    """
-    size = getattr(value, "numel", None)
-    count = size() if callable(size) else getattr(value, "size", 1)
-    item = value.item() if hasattr(value, "item") and count == 1 else value
-    if not isinstance(item, numbers.Real):
-        raise FabricTypeError(
-            "A metric is one number.", given=f"{name}={value!r:.80}", fix="a number, or a tensor with one element"
-        )
-    return int(item) if isinstance(item, bool) else item  # type: ignore[return-value]
 
 
 def as_mapping(params: Hyperparameters) -> Mapping[str, Any]:

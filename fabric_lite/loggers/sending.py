@@ -8,7 +8,8 @@ from typing import Any
 
 from fabric_lite.errors import FabricTypeError
 from fabric_lite.loggers.guard import Guard
-from fabric_lite.loggers.logger import Hyperparameters, Logger, as_mapping, scalar
+from fabric_lite.loggers.logger import Hyperparameters, Logger, as_mapping
+from fabric_lite.loggers.scalars import scalars
 
 __all__ = ["Sender"]
 
@@ -35,8 +36,8 @@ class Sender:
         Raises:
             FabricTypeError: One is no scalar.
         """
-        scalars = {name: scalar(name, value) for name, value in metrics.items()}
-        self._each(lambda logger: logger.log_metrics(metrics=dict(scalars), step=step))
+        values = scalars(metrics)
+        self._each(lambda logger: logger.log_metrics(metrics=dict(values), step=step))
 
     def log_hyperparams(self, params: Hyperparameters) -> None:
         """Send parameters to those that take them."""

@@ -17,6 +17,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ import pytest
 import torch
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
-from fabric_lite import Fabric
+from fabric_lite import Checkpoints, Fabric
+from fabric_lite.callbacks import EarlyStopping
 from fabric_lite.errors import FabricImportError, FabricRuntimeError, FabricTypeError, FabricValueError
 from fabric_lite.loggers import (
     CSVLogger,
@@ -444,8 +446,35 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [torch.ones(2), "text", None, np.ones(2)], ids=["tensor", "text", "none", "array"])
 def test_what_is_no_number_is_the_users_error(tmp_path: Path, value: Any) -> None:
     fabric = cpu(loggers=CSVLogger(tmp_path))
-    with pytest.raises(FabricTypeError, match=r"one number[\s\S]*loss="):
+    with pytest.raises(FabricTypeError, match=r"is a number[\s\S]*loss="):
         fabric.log("loss", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (torch.tensor([0.5], requires_grad=True), 0.5),
+        (torch.tensor(True), 1),
+        (np.array([[0.5]]), 0.5),
+        (np.int64(3), 3),
+        (Fraction(1, 2), 0.5),
+        (True, 1),
+    ],
+    ids=["tensor", "boolean tensor", "array", "integer of numpy", "fraction", "boolean"],
+)
+def test_loggers_callbacks_and_checkpoints_take_the_same_for_a_number(
+    value: Any, number: float, tmp_path: Path
+) -> None:
+    fabric = cpu(loggers=CSVLogger(tmp_path))
+    fabric.log("loss", value, step=1)
+    early = EarlyStopping("loss")
+    early.step({"loss": value})
+    checkpoints = Checkpoints(tmp_path, every=1)
+    checkpoints.save({"fabric": fabric}, {"loss": value})
+    [entry] = checkpoints.entries()
+    fabric.close()
+    assert csv_rows(fabric.logger) == [{"step": "1", "loss": str(number)}]
+    assert (early.best, entry.metrics) == (number, {"loss": number})
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
