@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -120,20 +121,21 @@ def test_a_value_that_is_not_there_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "given"),
     [
-        lambda: EarlyStopping("loss", mode="best"),
-        lambda: EarlyStopping("loss", patience=-1),
-        lambda: EarlyStopping("loss", min_delta=-0.1),
-        lambda: ModelCheckpoint("a", mode="best"),
-        lambda: ModelCheckpoint("a", save_top_k=-2),
-        lambda: ModelCheckpoint("a", save_top_k=0, save_last=False),
-        lambda: SpikeDetection(window=0),
-        lambda: LearningRateMonitor(every_n_steps=0),
+        (lambda: EarlyStopping("loss", mode="best"), "mode='best'"),
+        (lambda: EarlyStopping("loss", patience=-1), "patience=-1"),
+        (lambda: EarlyStopping("loss", min_delta=-0.1), "min_delta=-0.1"),
+        (lambda: ModelCheckpoint("a", mode="best"), "mode='best'"),
+        (lambda: ModelCheckpoint("a", save_top_k=-2), "save_top_k=-2"),
+        (lambda: ModelCheckpoint("a", save_top_k=0, save_last=False), "save_top_k=0"),
+        (lambda: SpikeDetection(mode="best"), "mode='best'"),
+        (lambda: SpikeDetection(window=0), "window=0"),
+        (lambda: LearningRateMonitor(every_n_steps=0), "every_n_steps=0"),
     ],
 )
-def test_values_that_are_not_allowed_are_refused(make: Callable[[], Any]) -> None:
-    with pytest.raises(FabricValueError):
+def test_values_that_are_not_allowed_are_refused(make: Callable[[], Any], given: str) -> None:
+    with pytest.raises(FabricValueError, match=rf"Given: .*{re.escape(given)}"):
         make()
 
 
@@ -345,7 +347,7 @@ def test_spikes_are_noted_in_a_file_and_known_after_a_resume(tmp_path: Path) -> 
     resumed["fabric"].load(tmp_path / "a.ckpt", resumed)
     assert again.excludes(7)
     assert not again.excludes(8)
-    with pytest.raises(TrainingSpikeError):
+    with pytest.raises(TrainingSpikeError, match=r"batch 8, loss 90 on rank 0"):
         resumed["fabric"].call("on_train_batch_end", fabric=resumed["fabric"], loss=90.0, batch_idx=8)
     assert json.loads(path.read_text()) == [7, 8]
 

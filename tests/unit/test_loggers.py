@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import pickle
 import re
 import resource
@@ -285,6 +286,44 @@ def test_rows_of_a_csv_are_on_the_disk_when_log_returns(tmp_path: Path) -> None:
     assert rows == [{"step": "0", "a": "1.0", "b": ""}, {"step": "1", "a": "", "b": "2.0"}]
 
 
+@dataclasses.dataclass
+class Disk:
+    """What a power cut would leave of files: their content when ``fsync`` was last called, and how often it was."""
+
+    committed: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    calls: int = 0
+
+    def fsync(self, descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        self.calls += 1
+        if path.is_file():
+            self.committed[str(path)] = path.read_bytes()
+        else:  # a folder, whose names are now those of the files
+            self.committed |= {str(file): file.read_bytes() for file in path.iterdir() if file.is_file()}
+
+
+@pytest.mark.parametrize(("every", "committed"), [(1, [1, 2, 3, 4, 5, 6]), (3, [0, 0, 3, 3, 3, 6])])
+def test_lines_of_a_csv_are_forced_onto_the_disk_after_so_many_calls(
+    every: int, committed: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names of the columns are in any case, since they are written as a whole file."""
+    disk = Disk()
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=every)
+    path = str(Path(logger.log_dir, "metrics.csv").resolve())
+    monkeypatch.setattr(os, "fsync", disk.fsync)
+    found, calls = [], []
+    for step in range(6):
+        before = disk.calls
+        logger.log_metrics({"a": float(step)}, step)
+        found.append(len(disk.committed[path].splitlines()) - 1)
+        calls.append(disk.calls - before)
+    assert found == committed
+    assert calls[1:] == [1 if every == 1 or step % 3 == 2 else 0 for step in range(1, 6)]
+    logger.log_metrics({"a": 6.0}, 6)
+    logger.save()
+    assert disk.committed[path] == Path(path).read_bytes()
+
+
 def test_a_csv_has_one_line_of_each_step_whatever_is_logged_of_it(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     for metrics, step in (({"a": 1.5}, 1), ({"b": 2.0}, 1), ({"a": 0.25}, 1), ({"a": 3.0}, 2), ({"c": 4.0}, 2)):
@@ -435,7 +474,7 @@ def test_a_backend_that_fails_is_one_warning_with_a_count_and_the_others_get_the
     assert len(BACKENDS[0].scalars(tmp_path, healthy)["loss"]) == 5
 
 
-def test_a_full_disk_does_not_stop_the_training(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_does_not_stop_the_training(tmp_path: Path) -> None:
     (tmp_path / "fabric_logs").write_text("a file where the folder should be")
     fabric = cpu(loggers=CSVLogger(tmp_path))
     with pytest.warns(UserWarning, match="CSVLogger failed"):
