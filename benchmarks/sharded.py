@@ -79,7 +79,7 @@ class Case:
 
     Args:
         precision: ``32-true`` or ``bf16-mixed``.
-        accumulate: Micro-batches to a step; gradients are synchronised by the last.
+        accumulate: Micro-batches to a step; gradients are synchronized by the last.
         width: Of the model, which has 4 blocks.
         batch: Sequences of 64 tokens to a micro-batch and rank.
         ranks: On one, nothing waits for another process, so that microseconds show.
@@ -143,7 +143,7 @@ def shard(model: Any, is_bf16: bool) -> Any:
 
 
 @contextlib.contextmanager
-def unsynchronised(model: Any) -> Iterator[None]:
+def unsynchronized(model: Any) -> Iterator[None]:
     model.set_requires_gradient_sync(False)
     yield
     model.set_requires_gradient_sync(True)
@@ -155,12 +155,12 @@ def ddp(model: nn.Module, is_bf16: bool) -> Any:  # noqa: ARG001
 
 def candidates_of(case: Case) -> dict[str, Step]:
     found = {
-        HAND: by_hand(case, shard, unsynchronised, autocast=False),
+        HAND: by_hand(case, shard, unsynchronized, autocast=False),
         OURS: with_fabric(case),
         DDP: by_hand(case, ddp, lambda model: model.no_sync(), autocast=True),
     }
     if case.precision != "32-true":
-        found[AUTOCAST] = by_hand(case, shard, unsynchronised, autocast=True)
+        found[AUTOCAST] = by_hand(case, shard, unsynchronized, autocast=True)
     return found
 
 

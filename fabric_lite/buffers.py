@@ -16,16 +16,16 @@ from fabric_lite.extension import recomputes
 __all__ = ["keep_statistics_alike", "keeps_statistics"]
 
 
-def keep_statistics_alike(module: nn.Module, group: Any, is_synchronising: Callable[[], bool]) -> Any:
+def keep_statistics_alike(module: nn.Module, group: Any, is_synchronizing: Callable[[], bool]) -> Any:
     """Let BatchNorm's running statistics follow rank 0's, so that the model evaluates alike on all ranks.
 
-    They are broadcast after each training forward that synchronises, one collective per dtype: what DDP does. Constant
+    They are broadcast after each training forward that synchronizes, one collective per dtype: what DDP does. Constant
     buffers (masks, rotary tables) are not sent.
 
     Args:
         module: The whole model; each call of it with gradients on is made by every rank of ``group``.
         group: The ranks that follow its first one; None is all.
-        is_synchronising: Whether the step being run synchronises gradients.
+        is_synchronizing: Whether the step being run synchronizes gradients.
 
     Returns:
         A handle with ``remove()``; None, and no hook at all, if no submodule keeps running statistics.
@@ -34,7 +34,7 @@ def keep_statistics_alike(module: nn.Module, group: Any, is_synchronising: Calla
         return None
 
     def broadcast(root: nn.Module, *_: Any) -> None:
-        if root.training and torch.is_grad_enabled() and is_synchronising() and not recomputes():
+        if root.training and torch.is_grad_enabled() and is_synchronizing() and not recomputes():
             _broadcast(list(_running_statistics(root)), group)
 
     # A compiled model runs its hooks under the compiler, and this one is a collective.

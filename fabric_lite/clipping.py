@@ -27,7 +27,7 @@ def clip_grad_norm(
         parameters: Plain tensors, equal on all ranks, and DTensors over any axes of the mesh of all ranks.
         max_norm: The largest norm allowed.
         norm_type: The p of the p-norm; ``math.inf`` for the largest absolute value.
-        error_if_nonfinite: Whether to raise on a norm that is infinite or no number; costs a synchronisation.
+        error_if_nonfinite: Whether to raise on a norm that is infinite or no number; costs a synchronization.
 
     Returns:
         The norm before, a plain 0-dim tensor, equal on all ranks.

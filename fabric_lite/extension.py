@@ -72,7 +72,7 @@ class ModuleExtension:
         return self.target(*args, **kwargs)
 
     def enter(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run ``target`` in the run's precision, through the engine where gradients are to be synchronised."""
+        """Run ``target`` in the run's precision, through the engine where gradients are to be synchronized."""
         if self.reset is not None and not torch.compiler.is_compiling() and not in_backward():
             self.reset()
         if self.waits and not self.windows and torch.is_grad_enabled():
@@ -138,7 +138,7 @@ class ModuleExtension:
     def _check_frozen(self) -> None:
         if any(parameter.requires_grad for parameter in self.frozen):
             raise StrategyError(
-                "Parameters were unfrozen after setup, so their gradients would not be synchronised.",
+                "Parameters were unfrozen after setup, so their gradients would not be synchronized.",
                 given=f"{sum(parameter.requires_grad for parameter in self.frozen)} that were frozen at setup",
                 fix="unfreeze before setup, or fabric.release(model) and fabric.setup(model) again",
             )

@@ -344,7 +344,7 @@ class Fabric(Stepping, Communication, Checkpointing, Reporting):
                 take on rank 0's random state.
         """
         if not (empty_init and self.strategy.is_sharded):
-            return tensors_on(self.device, self.precision.param_dtype, skip_initialisation=bool(empty_init))
+            return tensors_on(self.device, self.precision.param_dtype, skip_initialization=bool(empty_init))
         if self._launched().world_size > 1:
             # The values are made from the random state at this point, and all ranks keep shards of the same ones.
             state = collectives.broadcast_object(random_seed.shared_random_state(self.device))

@@ -86,7 +86,7 @@ def measure_flops(
         flops = measure_flops(model, lambda: model(batch), lambda output: output.sum())
 
     Give it the model before ``setup`` and not compiled: a compiled one hides its operations. The gradients of a real
-    model are afterwards what they were; its buffers and random numbers have moved on, as in any forward.
+    model are afterward what they were; its buffers and random numbers have moved on, as in any forward.
 
     Args:
         model: Whose gradients are left as they are.

@@ -14,13 +14,13 @@ from fabric_lite.adopt import HOLDER, extension_of
 from fabric_lite.errors import StrategyError
 from fabric_lite.extension import ModuleExtension, in_backward
 
-__all__ = ["SynchronisationGuard", "check_nothing_waits", "guarded", "own_methods"]
+__all__ = ["SynchronizationGuard", "check_nothing_waits", "guarded", "own_methods"]
 
 # So often a method is watched on its way through the engine before it is trusted.
 _WATCHED_CALLS = 3
 
 
-class SynchronisationGuard:
+class SynchronizationGuard:
     """A pre-hook of ``step`` that raises on gradients that went around the engine, and so stayed on their rank.
 
     It also frees gathered parameters, which the step would leave behind: torch keeps the root's after a forward without
@@ -53,7 +53,7 @@ class SynchronisationGuard:
         if any(id(p) in own and p.grad is not None and p.grad.any() for p in stepped):
             raise StrategyError(
                 f"{type(module).__name__} has gradients, but was not called since the last step: they were not "
-                "synchronised between the ranks.",
+                "synchronized between the ranks.",
                 given=f"{type(optimizer).__name__}.step() after submodules of it, or a generator method, ran directly",
                 fix="call model(...) itself, or model.mark_forward_method(name) for a method that runs submodules",
             )
@@ -63,12 +63,12 @@ def check_nothing_waits(module: nn.Module, optimizer: torch.optim.Optimizer, cal
     """Raise if gradients of ``module``'s shards are not there yet, which ``call`` would take for none at all.
 
     Raises:
-        StrategyError: A window of ``no_backward_sync`` ended without a micro-step that synchronises.
+        StrategyError: A window of ``no_backward_sync`` ended without a micro-step that synchronizes.
     """
     own = {id(parameter) for parameter in module.parameters()}
     if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
         raise StrategyError(
-            f"The gradients of {type(module).__name__} still wait to be synchronised: {call} would find none.",
+            f"The gradients of {type(module).__name__} still wait to be synchronized: {call} would find none.",
             given=f"{call} after micro-steps in no_backward_sync(), without one outside it",
             fix="no_backward_sync(model, enabled=False) for the last micro-step of every window, a short one too",
         )
@@ -115,7 +115,7 @@ def _watched(
         if around and any(parameter.requires_grad for parameter in submodule.parameters()):
             raise StrategyError(
                 f"{type(module).__name__}.{name}() runs {type(submodule).__name__} directly, "
-                "so its gradients would not be synchronised between the ranks.",
+                "so its gradients would not be synchronized between the ranks.",
                 given=f"a call of {name}() with gradients on, on a model set up for several ranks",
                 fix=f"model.mark_forward_method({name!r}) after setup, or call self(...) in {name}()",
             )

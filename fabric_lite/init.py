@@ -17,7 +17,7 @@ __all__ = ["place", "tensors_on"]
 
 @contextlib.contextmanager
 def tensors_on(
-    device: torch.device, dtype: torch.dtype | None, *, skip_initialisation: bool = False, deferred: bool = False
+    device: torch.device, dtype: torch.dtype | None, *, skip_initialization: bool = False, deferred: bool = False
 ) -> Iterator[None]:
     """A context in which new tensors are on ``device``, floats in ``dtype``.
 
@@ -27,14 +27,14 @@ def tensors_on(
     Args:
         device: Where.
         dtype: Default floating-point dtype; None leaves the process's own.
-        skip_initialisation: Whether ``torch.nn.init`` does nothing, so that parameters hold whatever memory held.
+        skip_initialization: Whether ``torch.nn.init`` does nothing, so that parameters hold whatever memory held.
         deferred: Whether the tensors get no memory yet: they are on the meta device, and what is done with them is
             recorded, see :mod:`fabric_lite.deferred`.
     """
     previous = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
-        if skip_initialisation:
-            stack.enter_context(_SkipInitialisation())
+        if skip_initialization:
+            stack.enter_context(_SkipInitialization())
         stack.enter_context(record(device) if deferred else device)
         try:
             if dtype is not None:
@@ -56,7 +56,7 @@ def place(module: nn.Module, device: torch.device | None, dtype: torch.dtype | N
         module.to(dtype)
 
 
-class _SkipInitialisation(TorchFunctionMode):
+class _SkipInitialization(TorchFunctionMode):
     """Turns the functions of ``torch.nn.init`` into no-ops."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -81,7 +81,7 @@ def profile(
 
 
 class Profile:
-    """What :func:`profile` returns: entered, told of each step, and asked for rows afterwards."""
+    """What :func:`profile` returns: entered, told of each step, and asked for rows afterward."""
 
     def __init__(self, fabric: Fabric | None, steps: int, warmup: int, folder: Path, memory: bool) -> None:
         self._fabric = fabric

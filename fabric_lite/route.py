@@ -37,7 +37,7 @@ def check_module(module: nn.Module) -> None:
     """Raise unless ``module`` can be extended; nothing is changed.
 
     Raises:
-        FabricTypeError: A scripted module, a lazy one that is not materialised yet, or a class that takes no extension.
+        FabricTypeError: A scripted module, a lazy one that is not materialized yet, or a class that takes no extension.
         StrategyError: A part of it is sharded as a part of another model.
     """
     if isinstance(module, torch.jit.ScriptModule):
@@ -118,7 +118,7 @@ def compiled_from(module: Any) -> nn.Module | None:
 class ForwardRoute:
     """A data descriptor: ``forward`` is the route, also after the user assigns another ``forward`` to the object.
 
-    A late ``model.forward = f`` on a plain class would hide the route, and skip gradient synchronisation silently.
+    A late ``model.forward = f`` on a plain class would hide the route, and skip gradient synchronization silently.
 
     Args:
         kind: The user's class; its ``forward`` is looked up at each call, since programs exchange it.

@@ -16,7 +16,7 @@ from fabric_lite.clearing import extend_zero_grad
 from fabric_lite.data import Window
 from fabric_lite.deferred import values_of
 from fabric_lite.extension import ModuleExtension
-from fabric_lite.guards import SynchronisationGuard
+from fabric_lite.guards import SynchronizationGuard
 from fabric_lite.hooks import call_hook, has_hook
 from fabric_lite.init import place
 from fabric_lite.loss_scaling import LossScaler
@@ -110,11 +110,11 @@ class Setup:
         # With several ranks, gradients that no engine has seen would let the ranks drift apart; and parts of a sharded
         # model that a forward without gradients has gathered would go on with the values from before the step.
         several = self.run.topology.world_size > 1 or strategy.is_sharded
-        guard = SynchronisationGuard(self.registry.modules) if several else None
+        guard = SynchronizationGuard(self.registry.modules) if several else None
         extend_optimizer(optimizer, self.owner, self.scaler, guard, engine_step, hooks)
         extension_of(optimizer).handles.append(_Forgotten(self.window, optimizer))
         if strategy.is_sharded:
-            extension_of(optimizer).handles.append(extend_zero_grad(optimizer, self._forget_unsynchronised))
+            extension_of(optimizer).handles.append(extend_zero_grad(optimizer, self._forget_unsynchronized))
         self.registry.add(optimizer)
         call_hook(self.callbacks, "on_after_setup_optimizer", fabric=self.owner, optimizer=optimizer)
 
@@ -131,13 +131,13 @@ class Setup:
         return handles
 
     def _forget_all(self, module: nn.Module) -> None:
-        self.run.strategy.forget_unsynchronised(module)
+        self.run.strategy.forget_unsynchronized(module)
         extension_of(module).waits = False
 
-    def _forget_unsynchronised(self, optimizer: Optimizer) -> None:
+    def _forget_unsynchronized(self, optimizer: Optimizer) -> None:
         parameters = {id(parameter) for parameter in parameters_of(optimizer)}
         for module in self.registry.modules():
-            self.run.strategy.forget_unsynchronised(module, parameters)
+            self.run.strategy.forget_unsynchronized(module, parameters)
             if any(id(parameter) in parameters for parameter in module.parameters()):
                 extension_of(module).waits = False
 

@@ -114,7 +114,7 @@ class Stepping(Identity):
         except BaseException:
             for parameter in module.parameters():
                 parameter.grad = None
-            self.strategy.forget_unsynchronised(module)
+            self.strategy.forget_unsynchronized(module)
             raise
         finally:
             extension.windows -= 1

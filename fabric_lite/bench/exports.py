@@ -116,7 +116,7 @@ def as_markdown(results: Results, shown: Sequence[Shown], verdict: Sequence[str]
 def write_whole(path: Path, text: str) -> None:
     """Let the file have this content, or be as it was before.
 
-    What of a script's path is no text (bytes that are not UTF-8) is spelt out.
+    What of a script's path is no text (bytes that are not UTF-8) is spelled out.
     """
     try:
         whole_file.write_whole(path, text.encode(errors="backslashreplace"))

@@ -11,7 +11,7 @@ from fabric_lite.bench.svg import WIDTH, drawing, elided, legend, marker, swatch
 
 __all__ = ["rounds_plot", "scaling_plot"]
 
-_LINE_STYLES = ("blue", "orange", "green", "purple", "sky", "red", "grey")
+_LINE_STYLES = ("blue", "orange", "green", "purple", "sky", "red", "gray")
 _MOST_DOTS = 400
 
 
@@ -60,13 +60,13 @@ def _panel(one: Shown, rounds: list[list[float]], reach: float, left: float, top
         words = f"{value * 100:+.0f} %" if value else "median"
         parts.append(text(inner - 6, across(value) + 4, words, "quiet small", "end"))
     every = max(1, sum(map(len, rounds)) // _MOST_DOTS)
-    labelled = max(1, -(-len(rounds) // 12))
+    labeled = max(1, -(-len(rounds) // 12))
     dots, medians = [], []
     for number, values in enumerate(rounds):
         start = inner + number * span
         if number:
             parts.append(f'<path class="grid" d="M{start:.1f} {top + 20}v{height}"/>')
-        if number % labelled == 0:
+        if number % labeled == 0:
             parts.append(text(start + span / 2, top + 20 + height + 14, str(number + 1), "quiet small", "middle"))
         for place, value in enumerate(values):
             if place % every == 0:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 __all__ = ["PICTURE_STYLE", "SCRIPT", "STYLE"]
 
-# The colours are those of Okabe and Ito, which people who can't tell red from green still tell apart; lighter in dark.
-_COLOURS = """
+# The colors are those of Okabe and Ito, which people who can't tell red from green still tell apart; lighter in dark.
+_COLORS = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --quiet: #59636e; --line: #d8dee4; --soft: #f4f6f8;
   --blue: #0072b2; --orange: #e69f00; --green: #009e73; --red: #d55e00; --purple: #cc79a7; --sky: #56b4e9;
-  --grey: #8b949e; --wrong: #a84300; --good: #00684b; }
+  --gray: #8b949e; --wrong: #a84300; --good: #00684b; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e6e9ed; --quiet: #9aa4ae; --line: #343b43;
   --soft: #1e2329; --blue: #4a9fd8; --orange: #e9ad2e; --green: #2bb58d; --red: #f07c2d; --purple: #d992b9;
-  --sky: #8accf2; --grey: #7d8790; --wrong: #ff9a57; --good: #4fd0a8; } }
+  --sky: #8accf2; --gray: #7d8790; --wrong: #ff9a57; --good: #4fd0a8; } }
 """
 
 _PAGE = """
@@ -54,24 +54,24 @@ _DRAWINGS = """
 svg text { fill: var(--ink); font-size: 12px; stroke: var(--paper); stroke-width: 3px; paint-order: stroke; }
 svg .quiet { fill: var(--quiet); }
 svg .small { font-size: 10px; }
-svg rect, svg path { fill: var(--colour, none); }
-.blue { --colour: var(--blue); } .orange { --colour: var(--orange); } .green { --colour: var(--green); }
-.red { --colour: var(--red); } .purple { --colour: var(--purple); } .sky { --colour: var(--sky); }
-.grey { --colour: var(--grey); } .ink { --colour: var(--ink); }
+svg rect, svg path { fill: var(--color, none); }
+.blue { --color: var(--blue); } .orange { --color: var(--orange); } .green { --color: var(--green); }
+.red { --color: var(--red); } .purple { --color: var(--purple); } .sky { --color: var(--sky); }
+.gray { --color: var(--gray); } .ink { --color: var(--ink); }
 svg .outlined { stroke: var(--red); }
 svg .grid { stroke: var(--line); }
 svg .whisker { stroke: var(--ink); stroke-width: 1.5; fill: none; }
 svg .hatching { stroke: var(--red); stroke-width: 3; }
 svg .dashed { stroke: var(--quiet); stroke-dasharray: 5 4; fill: none; }
-svg .line { stroke: var(--colour); stroke-width: 2; fill: none; }
+svg .line { stroke: var(--color); stroke-width: 2; fill: none; }
 svg .dots { stroke: var(--orange); stroke-width: 3.5; stroke-linecap: round; stroke-opacity: .55; }
 svg .median { stroke: var(--ink); stroke-width: 2; }
 """
 
-STYLE = _COLOURS + _PAGE + _DRAWINGS
+STYLE = _COLORS + _PAGE + _DRAWINGS
 # Of a picture by itself.
 PICTURE_STYLE = (
-    _COLOURS + 'svg { background: var(--paper); font-family: system-ui, "DejaVu Sans", sans-serif; }' + _DRAWINGS
+    _COLORS + 'svg { background: var(--paper); font-family: system-ui, "DejaVu Sans", sans-serif; }' + _DRAWINGS
 )
 
 SCRIPT = """

@@ -17,7 +17,7 @@ _PHASE_STYLES = {
     "backward": "blue",
     "optimizer": "green",
     "save": "purple",
-    "other": "grey",
+    "other": "gray",
 }
 _MEMORY_STYLES = {"resident": "blue", "tensors": "orange", "device_allocated": "green", "device_reserved": "purple"}
 _MEMORY_WORDS = {
@@ -35,7 +35,7 @@ def throughput_plot(shown: Sequence[Shown], unit: str) -> str | None:
         return None
     bars = [_throughput_bar(one, unit) for one in shown if one.throughput_unit == unit or one.row.failure is not None]
     used = {bar.segments[0].style for bar in bars if bar.segments}
-    words = {"green": "best", "blue": "ran", "grey": "not comparable", "hatched": "WRONG"}
+    words = {"green": "best", "blue": "ran", "gray": "not comparable", "hatched": "WRONG"}
     entries = [(style, name) for style, name in words.items() if style in used]
     most = max(rate.value for _, rate in known)
     return bar_chart(
@@ -54,7 +54,7 @@ def _throughput_bar(one: Shown, unit: str) -> Bar:
     rate = one.throughput
     if rate is None:
         return Bar(one.name, note="no figure")
-    styles = {"WRONG": "hatched", "not comparable": "grey"}
+    styles = {"WRONG": "hatched", "not comparable": "gray"}
     style = "green" if one.is_best else styles.get(one.flag, "blue")
     bar = Segment(0.0, rate.value, style, f"{one.name}: {rate} {unit}")
     return Bar(one.name, [bar], _noted(one, f"{rate}"), (rate.low, rate.high) if rate.says_something else None)

@@ -108,7 +108,7 @@ def about_line(results: Results) -> str:
 
 
 def one_line(text: str) -> str:
-    """Words of a script on one line that can't steer a terminal: what is no visible character is spelt out."""
+    """Words of a script on one line that can't steer a terminal: what is no visible character is spelled out."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in " ".join(text.split())

@@ -120,9 +120,9 @@ def throughput(row: Row) -> Estimate:
     figure by itself and has the machine's drift in it: :func:`compare` is much finer.
     """
     work = row.samples_per_step or 1.0
-    centre = _Centre.of([math.log(work / statistics.fmean(steps)) for steps in row.step_seconds if steps])
-    half = centre.half_width(0.05)
-    return Estimate(math.exp(centre.mean), math.exp(centre.mean - half), _exp(centre.mean + half))
+    center = _Center.of([math.log(work / statistics.fmean(steps)) for steps in row.step_seconds if steps])
+    half = center.half_width(0.05)
+    return Estimate(math.exp(center.mean), math.exp(center.mean - half), _exp(center.mean + half))
 
 
 def step_time(row: Row) -> tuple[float, float]:
@@ -136,10 +136,10 @@ def noise_of(rows: Sequence[Row], baseline: str) -> Noise | None:
     pairs = [_named(rows, baseline, is_repeat) for is_repeat in (False, True)]
     if pairs[0] is None or pairs[1] is None:
         return None
-    centre = _Centre.of(_log_ratios(pairs[0], pairs[1]))
-    if centre.rounds < 2:
+    center = _Center.of(_log_ratios(pairs[0], pairs[1]))
+    if center.rounds < 2:
         return None
-    return Noise(centre.spread, centre.rounds, _ratio(centre))
+    return Noise(center.spread, center.rounds, _ratio(center))
 
 
 def compare(row: Row, other: Row, noise: Noise | None) -> Ratio:
@@ -153,7 +153,7 @@ def compare(row: Row, other: Row, noise: Noise | None) -> Ratio:
         other: What it is divided by.
         noise: Of :func:`noise_of`. This pair's own noise counts as no smaller: of few rounds some look quiet by luck.
     """
-    return _ratio(_Centre.of(_log_ratios(row, other), 0.0 if noise is None else noise.spread))
+    return _ratio(_Center.of(_log_ratios(row, other), 0.0 if noise is None else noise.spread))
 
 
 def compare_with_all(row: Row, others: Sequence[Row], noise: Noise | None) -> list[Ratio]:
@@ -179,7 +179,7 @@ def compare_apart(row: Row, other: Row, noise: Noise | None, other_noise: Noise 
     """
     in_samples = row.samples_per_step is not None and other.samples_per_step is not None
     sides = [
-        _Centre.of([rate for rate in _log_rates(side, in_samples) if rate is not None], floor)
+        _Center.of([rate for rate in _log_rates(side, in_samples) if rate is not None], floor)
         for side, floor in ((row, _of_one(noise)), (other, _of_one(other_noise)))
     ]
     errors = [side.spread**2 / side.rounds for side in sides]
@@ -204,7 +204,7 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
         for beside in zip(*(line + [None] * (max(map(len, rates)) - len(line)) for line in rates), strict=True)
     ]
     speeds = [
-        _Centre.of([rate - level for rate, level in zip(line, levels, strict=False) if rate is not None]).mean
+        _Center.of([rate - level for rate, level in zip(line, levels, strict=False) if rate is not None]).mean
         for line in rates
     ]
     return [ran[index] for index in sorted(range(len(ran)), key=lambda index: -speeds[index])]
@@ -232,12 +232,12 @@ def rounds_needed(rows: Sequence[Row], baseline: str, *, difference: float = 0.0
     """
     first = _named(rows, baseline, False)
     others = [row for row in rows if row is not first and row.failure is None]
-    centres = [] if first is None else [_Centre.of(_log_ratios(first, other)) for other in others]
-    centres = [centre for centre in centres if centre.rounds > 1]
-    if not centres:
+    centers = [] if first is None else [_Center.of(_log_ratios(first, other)) for other in others]
+    centers = [center for center in centers if center.rounds > 1]
+    if not centers:
         return DEFAULT_ROUNDS
-    degrees = sum(centre.rounds - 1 for centre in centres)
-    middle = statistics.median(centre.spread for centre in centres)
+    degrees = sum(center.rounds - 1 for center in centers)
+    middle = statistics.median(center.spread for center in centers)
     spread = middle * math.sqrt(degrees / _chi_square(0.2, degrees))
     counts = range(PILOT_ROUNDS, _MOST_ROUNDS - _SPARE_ROUNDS)
     found = (count + _SPARE_ROUNDS for count in counts if smallest_difference(spread, count) <= difference)
@@ -280,7 +280,7 @@ def kept_efficiency(row: Row, rows: Sequence[Row], noise: Noise | None = None) -
 
 
 @dataclasses.dataclass(frozen=True)
-class _Centre:
+class _Center:
     """Mean and standard deviation of logarithms by round, without the rounds that were disturbed."""
 
     mean: float
@@ -289,21 +289,21 @@ class _Centre:
     disturbed: int
 
     @staticmethod
-    def of(values: Sequence[float], floor: float = 0.0) -> _Centre:
+    def of(values: Sequence[float], floor: float = 0.0) -> _Center:
         """What lies further from the median than four deviations is left out; fewer than half of the values can be.
 
         The deviation is the median absolute one, as a standard deviation; few values make it too small by about
         ``n / (n - 0.8)`` (Croux and Rousseeuw, Computational Statistics 1, 1992). Four keeps the errors near ``LEVEL``.
         """
         if not values:
-            return _Centre(0.0, math.inf, 0, 0)
+            return _Center(0.0, math.inf, 0, 0)
         middle = statistics.median(values)
         count = len(values)
         deviation = 1.4826 * statistics.median(abs(value - middle) for value in values) * count / (count - 0.8)
         limit = _DISTURBED * max(deviation, floor, _LEAST_SPREAD)
         kept = [value for value in values if abs(value - middle) <= limit]
         spread = statistics.stdev(kept) if len(kept) > 1 else math.inf
-        return _Centre(statistics.fmean(kept), max(spread, floor, _LEAST_SPREAD), len(kept), count - len(kept))
+        return _Center(statistics.fmean(kept), max(spread, floor, _LEAST_SPREAD), len(kept), count - len(kept))
 
     def half_width(self, chance: float) -> float:
         """Half of the interval that misses with this chance."""
@@ -312,11 +312,11 @@ class _Centre:
         return student.quantile(chance, self.rounds - 1) * self.spread / math.sqrt(self.rounds)
 
 
-def _ratio(centre: _Centre) -> Ratio:
-    if centre.rounds < 2:
-        return Ratio(math.exp(centre.mean), 0.0, math.inf, 1.0, centre.rounds, centre.disturbed)
-    error = centre.spread / math.sqrt(centre.rounds)
-    return _interval(centre.mean, error, centre.rounds - 1, centre.rounds, centre.disturbed)
+def _ratio(center: _Center) -> Ratio:
+    if center.rounds < 2:
+        return Ratio(math.exp(center.mean), 0.0, math.inf, 1.0, center.rounds, center.disturbed)
+    error = center.spread / math.sqrt(center.rounds)
+    return _interval(center.mean, error, center.rounds - 1, center.rounds, center.disturbed)
 
 
 def _interval(mean: float, error: float, degrees: int, rounds: int, disturbed: int) -> Ratio:

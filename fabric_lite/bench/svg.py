@@ -1,4 +1,4 @@
-"""Bars, axes and legends as SVG for the page, whose style sheet gives the colours by class."""
+"""Bars, axes and legends as SVG for the page, whose style sheet gives the colors by class."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def swatch(style: str, key: str = "") -> str:
 
 
 def marker(number: int, style: str, x: float, y: float, tip: str = "") -> str:
-    """A point of a line; the shape goes round with the line's number, for those who can't tell its colour."""
+    """A point of a line; the shape goes round with the line's number, for those who can't tell its color."""
     shape = ("M-5 -5h10v10h-10z", "M0 -6L6 5H-6z", "M0 -7L7 0L0 7L-7 0z", "M-6 -5H6L0 6z", "M-6 -3H6V3H-6z")[number % 5]
     more = f"<title>{escape(one_line(tip))}</title>" if tip else ""
     return f'<path class="{style}" transform="translate({x:.1f} {y:.1f})" d="{shape}">{more}</path>'

@@ -66,7 +66,7 @@ class Witness:
         self._turn_dropout_off(module)
         several = self._fabric.world_size > 1
         if several and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
-            self._reasons.append("batch normalisation sees each rank's batch alone")
+            self._reasons.append("batch normalization sees each rank's batch alone")
         self._before |= self._kept({f"{number}.{name}": value for name, value in module.named_parameters()})
 
     def seeing_losses(self, backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ class Gathering:
         size = min(largest, STAGING_BYTES)
         self._whole = torch.empty(size if rank() == 0 else 0, dtype=torch.uint8, device="cpu")
         devices = {shard.local.device for shard in shards}
-        self._travelling = {device: torch.empty(size, dtype=torch.uint8, device=device) for device in devices}
+        self._traveling = {device: torch.empty(size, dtype=torch.uint8, device=device) for device in devices}
 
     def blocks(self, shard: Shard, writers: Mapping[Box, int]) -> Iterator[memoryview]:
         """Yield the bytes of a whole tensor in row-major order, on rank 0; every rank iterates to the end.
@@ -54,8 +54,8 @@ class Gathering:
                     continue
                 mine = local[_slices(shared, box)] if rank() == writer else None
                 # Pieces travel on the tensor's own device: the ranks have a backend for that.
-                travelling = self._travelling[local.device]
-                values = mine if writer == 0 else self._moved(mine, shared[1], dtype, travelling, writer)
+                traveling = self._traveling[local.device]
+                values = mine if writer == 0 else self._moved(mine, shared[1], dtype, traveling, writer)
                 if whole is not None and values is not None:
                     whole[_slices(shared, block)].copy_(values)
             if whole is not None:
@@ -66,12 +66,12 @@ class Gathering:
         mine: torch.Tensor | None,
         shape: tuple[int, ...],
         dtype: torch.dtype,
-        travelling: torch.Tensor,
+        traveling: torch.Tensor,
         writer: int,
     ) -> torch.Tensor:
         """The values of ``shape`` on rank 0, from rank ``writer``; as bytes, since backends don't know all dtypes."""
-        values = _viewed(travelling, dtype, shape)
-        raw = travelling[: values.numel() * dtype.itemsize]
+        values = _viewed(traveling, dtype, shape)
+        raw = traveling[: values.numel() * dtype.itemsize]
         if mine is not None:
             values.copy_(mine)
         with lost_ranks_explained("save()"):

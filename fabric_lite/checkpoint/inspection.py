@@ -119,7 +119,7 @@ def lines(description: Description, name: str, with_tensors: bool) -> Iterator[s
 
 
 def printable(line: str) -> str:
-    """A line in which a checkpoint's own words can't steer the terminal: what is no visible character is spelt out."""
+    """A line in which a checkpoint's own words can't steer the terminal: what is not visible is spelled out."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in line
     )

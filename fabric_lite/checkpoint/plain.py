@@ -161,7 +161,7 @@ def _tensor(value: torch.Tensor, place: Place) -> torch.Tensor:
         raise FabricTypeError(
             f"{place} is a meta tensor: it has no data to save.",
             given=f"shape {tuple(value.shape)}, {value.dtype}",
-            fix="materialise the model first, for instance with fabric.setup(model)",
+            fix="materialize the model first, for instance with fabric.setup(model)",
         )
     if value.is_mkldnn:
         raise FabricTypeError(

@@ -1,7 +1,7 @@
 """The values that a load overwrites, kept until it has ended well.
 
 Everything in a checkpoint is compared with its checksums before anything changes, so that only a disk that fails
-afterwards can interrupt a load. Even then the objects are to be as they were. A copy of them in memory would double
+afterward can interrupt a load. Even then the objects are to be as they were. A copy of them in memory would double
 what a load takes; so the old values go into a nameless temporary file, tensor by tensor. It is never synced: as a rule
 it lives and ends in the system's cache, and costs a copy: of the processor's time 0.25 to 0.4 s a GiB, where a copy in
 memory takes 0.15 to 0.4 s, since it needs new pages as well, and one in a file of memory (memfd) 0.6 to 0.7 s. Where it

@@ -65,7 +65,7 @@ class Replay:
         self._real: dict[int, torch.UntypedStorage] = {}
 
     def tensor(self, piece: Piece) -> torch.Tensor:
-        """The real tensor of a piece; memory that nobody wrote yet is not initialised."""
+        """The real tensor of a piece; memory that nobody wrote yet is not initialized."""
         if piece.storage not in self._real:
             size = self._storages[piece.storage].nbytes()
             self._real[piece.storage] = torch.UntypedStorage(size, device=self._device)

@@ -148,7 +148,7 @@ def _check_can_fork() -> None:
     if torch.cuda.is_initialized():
         raise LaunchError(
             "Processes cannot be forked once CUDA is in use: CUDA does not work in them.",
-            given="start method 'fork' and an initialised CUDA context in this process",
+            given="start method 'fork' and an initialized CUDA context in this process",
             fix="launch before the first .cuda() or .to('cuda') (restart the notebook), or strategy='ddp_spawn'",
         )
 

@@ -272,7 +272,7 @@ class _Server:
 
     def _exit(self) -> NoReturn:
         end_descendants(os.getpid(), grace_seconds=_ORPHANED_GRACE_SECONDS)
-        # Finalising torch takes a tenth of a second and does nothing for anybody.
+        # Finalizing torch takes a tenth of a second and does nothing for anybody.
         os._exit(0)
 
 

@@ -145,7 +145,7 @@ class Strategy:
         Args:
             module: The user's module; it may be changed in place.
             optimizers: Those given to ``setup`` with it, for an engine that steps by itself; Fabric re-points their
-                parameters afterwards.
+                parameters afterward.
             run: What an engine beside the module calls in its own ``forward``, with the same arguments.
             placement: Device, precision and mesh.
         """
@@ -180,8 +180,8 @@ class Strategy:
         """
         return clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite)
 
-    def forget_unsynchronised(self, module: nn.Module, parameters: Container[int] | None = None) -> None:
-        """Forget gradients that wait to be synchronised and that ``parameter.grad`` does not show.
+    def forget_unsynchronized(self, module: nn.Module, parameters: Container[int] | None = None) -> None:
+        """Forget gradients that wait to be synchronized and that ``parameter.grad`` does not show.
 
         Args:
             module: Set up under this strategy.

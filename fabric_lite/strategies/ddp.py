@@ -24,7 +24,7 @@ __all__ = ["COMMUNICATION_HOOKS", "DDPStrategy"]
 class DDPStrategy(Strategy):
     """``DistributedDataParallel`` with its own options.
 
-    Buffers are broadcast from rank 0 after each training forward that synchronises, so that a model evaluates alike
+    Buffers are broadcast from rank 0 after each training forward that synchronizes, so that a model evaluates alike
     on all ranks (torch does it before the next forward).
 
     Args:
@@ -86,7 +86,7 @@ class DDPStrategy(Strategy):
         # Alone there is nobody to average with; a frozen teacher has nothing to average, and DDP refuses it.
         if placement.world_size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
             return Engine()
-        engine = _BufferSynchronisingDDP(
+        engine = _BufferSynchronizingDDP(
             _Inner(module, run),
             device_ids=None if placement.device.index is None else [placement.device.index],
             process_group=self.process_group,
@@ -145,7 +145,7 @@ class _Inner(nn.Module):
         return self.__dict__["_users"].named_buffers(*args, **kwargs)
 
 
-class _BufferSynchronisingDDP(DistributedDataParallel):
+class _BufferSynchronizingDDP(DistributedDataParallel):
     """DDP that broadcasts buffers after a forward instead of before the next one; not if ``follow_buffers`` is False.
 
     By torch's own rule the last forward before an evaluation is never followed by a broadcast, and BatchNorm then

@@ -151,8 +151,8 @@ class FSDPStrategy(Strategy):
     def no_sync(self, module: nn.Module, engine: nn.Module | None) -> contextlib.AbstractContextManager[Any]:
         return sharding.no_sync(module)
 
-    def forget_unsynchronised(self, module: nn.Module, parameters: Container[int] | None = None) -> None:
-        sharding.forget_unsynchronised(module, parameters)
+    def forget_unsynchronized(self, module: nn.Module, parameters: Container[int] | None = None) -> None:
+        sharding.forget_unsynchronized(module, parameters)
 
 
 def _offloads(cpu_offload: Any) -> bool:

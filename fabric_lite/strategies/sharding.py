@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = [
     "check_shardable",
     "follow_rank_zero",
-    "forget_unsynchronised",
-    "is_synchronising",
+    "forget_unsynchronized",
+    "is_synchronizing",
     "no_sync",
     "shard_module",
 ]
@@ -85,7 +85,7 @@ def shard_module(
         first, *others = type(part).__bases__
         if first is FSDPModule:
             type(part).__name__, type(part).__qualname__ = others[0].__name__, others[0].__qualname__
-    statistics = buffers.keep_statistics_alike(module, None, lambda: is_synchronising(module))
+    statistics = buffers.keep_statistics_alike(module, None, lambda: is_synchronizing(module))
     handles = () if statistics is None else (statistics,)
     return Engine(hooked=True, reset=lambda: _reset(module), handles=handles)
 
@@ -120,8 +120,8 @@ def no_sync(module: nn.Module) -> Iterator[None]:
             group.reduce_grads, group.all_reduce_grads = reduces, all_reduces
 
 
-def forget_unsynchronised(module: nn.Module, parameters: Container[int] | None = None) -> None:
-    """Drop the unsharded gradients that wait for a backward that synchronises.
+def forget_unsynchronized(module: nn.Module, parameters: Container[int] | None = None) -> None:
+    """Drop the unsharded gradients that wait for a backward that synchronizes.
 
     Neither ``module.zero_grad()`` nor the optimizer's reaches them, so that without this an accumulation that was given
     up would be added to the next step's gradients.
@@ -140,7 +140,7 @@ def forget_unsynchronised(module: nn.Module, parameters: Container[int] | None =
                     held._unsharded_param.grad = None
 
 
-def is_synchronising(module: nn.Module) -> bool:
+def is_synchronizing(module: nn.Module) -> bool:
     """Whether the next backward reduces gradients: False within :func:`no_sync`."""
     return all(group.reduce_grads for group in _parameter_groups(module))
 

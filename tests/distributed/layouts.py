@@ -71,7 +71,7 @@ def make_gpt(seed: int = 0) -> GPT:
 
 
 def token_batches(count: int, seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Global batches: tokens ``(sequences, context)`` of a noisy walk, which can be learnt, and their next tokens."""
+    """Global batches: tokens ``(sequences, context)`` of a noisy walk, which can be learned, and their next tokens."""
     generator = torch.Generator().manual_seed(seed)
     steps = torch.randint(1, 4, (count, SEQUENCES, CONTEXT + 1), generator=generator)
     walks = steps.cumsum(-1) % VOCABULARY

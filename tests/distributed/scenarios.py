@@ -122,7 +122,7 @@ def an_exception_in_forward(run: Any) -> list[torch.Tensor]:
 
 
 def a_window_without_an_end(run: Any) -> list[torch.Tensor]:
-    """Steps only after backwards that synchronise, each with ``enabled=False`` or outside."""
+    """Steps only after backwards that synchronize, each with ``enabled=False`` or outside."""
     model = make_gpt()
     optimizer = sgd(model.parameters())
     run.setup(model, optimizer)
@@ -136,7 +136,7 @@ def a_window_without_an_end(run: Any) -> list[torch.Tensor]:
 
 
 def interleaved_models(run: Any) -> list[torch.Tensor]:
-    """One accumulates while the other synchronises, and their backwards run in the other order."""
+    """One accumulates while the other synchronizes, and their backwards run in the other order."""
     models = [make_gpt(seed) for seed in range(2)]
     optimizers = [sgd(model.parameters()) for model in models]
     for model, optimizer in zip(models, optimizers, strict=True):

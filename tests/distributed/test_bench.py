@@ -97,7 +97,7 @@ def test_a_second_step_on_the_same_gradients_is_refused() -> None:
         ("dropout", "same", ""),  # it is turned off
         ("unseeded", "same", ""),  # all begin with the weights of the first run
         ("functional dropout", "not comparable", "draw random numbers"),
-        ("batch norm", "not comparable", "batch normalisation"),
+        ("batch norm", "not comparable", "batch normalization"),
     ],
 )
 def test_what_can_be_compared(script: str, verdict: str, reason: str) -> None:

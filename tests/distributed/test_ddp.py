@@ -149,7 +149,7 @@ def guarded_method() -> tuple[str, float]:
     except StrategyError as error:
         message = str(error)
     with torch.no_grad():
-        model.by_layers(halves[0])  # nothing to synchronise
+        model.by_layers(halves[0])  # nothing to synchronize
     model.mark_forward_method("by_layers")
     model.by_layers(halves[fabric.global_rank]).backward()
     for half in halves:
@@ -192,7 +192,7 @@ def methods_of_all_kinds() -> None:
     inner = fabric.setup(make_net())
     outer = fabric.setup(Outer(inner))
     x = batches(1)[0]
-    outer.encode(x).sum().backward()  # the inner one synchronises by itself
+    outer.encode(x).sum().backward()  # the inner one synchronizes by itself
     other = outer.target()
     other(x).sum().backward()  # a plain copy, without anything that was set up
     assert not any(module._forward_pre_hooks for module in other.modules())
@@ -262,14 +262,14 @@ def step_around_the_engine(way: str) -> str:
         optimizer.step()
     assert all(torch.equal(one, two) for one, two in zip(before, weights(model), strict=True))
     optimizer.zero_grad(set_to_none=False)
-    optimizer.step()  # zeros are nothing to synchronise
+    optimizer.step()  # zeros are nothing to synchronize
     return str(error.value)
 
 
 @pytest.mark.parametrize("way", AROUND)
 def test_a_step_on_gradients_that_went_around_the_engine_is_refused(ranks: RankPool, way: str) -> None:
     for message in ranks.run(step_around_the_engine, way):
-        assert "were not synchronised" in message
+        assert "were not synchronized" in message
         assert "model(...)" in message
 
 

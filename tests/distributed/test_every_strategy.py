@@ -167,7 +167,7 @@ def test_nested_outputs_of_mixed_precision_are_float32(ranks: RankPool, layout: 
     assert ranks.run(nested_outputs, layout, ranks=count) == [expected] * count
 
 
-class Initialised(GPT):
+class Initialized(GPT):
     """Its values come from everywhere: the layers' own, torch.nn.init, a direct write, and a computed buffer."""
 
     def __init__(self) -> None:
@@ -183,7 +183,7 @@ def made_in_place(layout: str, empty_init: bool | None, precision: str) -> tuple
     fabric = LAYOUTS[layout].fabric(precision=precision)
     torch.manual_seed(0)
     with fabric.init_module(empty_init=empty_init):
-        model = Initialised()
+        model = Initialized()
     was_whole = not any(parameter.is_meta for parameter in model.parameters())
     fabric.setup(model)
     values = [full(tensor) for tensor in model.state_dict().values()]
@@ -207,7 +207,7 @@ def test_a_module_made_in_place_has_the_values_of_a_plain_one(
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
-        expected = list(Initialised().state_dict().values())
+        expected = list(Initialized().state_dict().values())
     finally:
         torch.set_default_dtype(torch.float32)
     for was_whole, values in ranks.run(made_in_place, layout, empty_init, precision, ranks=LAYOUTS[layout].ranks):
@@ -222,7 +222,7 @@ def pretrained(layout: str, when: str, path: Path) -> tuple[list[torch.Tensor], 
     fabric = LAYOUTS[layout].fabric(precision="64-true")
     said = ""
     with fabric.init_module(empty_init=True):
-        model = Initialised()
+        model = Initialized()
     weights = torch.load(path, weights_only=True)
     if when == "written before":
         with pytest.warns(UserWarning, match="no-op"):
@@ -231,7 +231,7 @@ def pretrained(layout: str, when: str, path: Path) -> tuple[list[torch.Tensor], 
         model.load_state_dict(weights, assign=True)
     if when == "made elsewhere":
         with torch.device("meta"):
-            model = Initialised()
+            model = Initialized()
     try:
         fabric.setup(model)
         if when == "after":
@@ -245,7 +245,7 @@ def pretrained(layout: str, when: str, path: Path) -> tuple[list[torch.Tensor], 
 
 def written_weights(path: Path) -> list[torch.Tensor]:
     torch.manual_seed(3)
-    model = Initialised().double()
+    model = Initialized().double()
     torch.save(model.state_dict(), path)
     return list(model.state_dict().values())
 
@@ -276,7 +276,7 @@ def test_weights_written_where_there_is_no_memory_yet_are_told_the_ways_that_wor
 
 
 def by_hand(layout: str, mesh: Any) -> tuple[Any, Callable[[bool], contextlib.AbstractContextManager[Any]]]:
-    """The same layout in plain PyTorch, and what is around a micro-step, told whether it synchronises."""
+    """The same layout in plain PyTorch, and what is around a micro-step, told whether it synchronizes."""
     from torch.distributed.fsdp import fully_shard
 
     model: Any = make_gpt().double()

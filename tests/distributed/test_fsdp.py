@@ -311,7 +311,7 @@ def interleaved() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return [full(p) for p in one.parameters()], [full(p) for p in two.parameters()]
 
 
-def test_two_interleaved_models_stay_synchronised(ranks: RankPool) -> None:
+def test_two_interleaved_models_stay_synchronized(ranks: RankPool) -> None:
     expected = one_process()
     for one, two in ranks.run(interleaved):
         assert_equal(one, expected)
@@ -503,7 +503,7 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(ranks: RankPoo
     assert checkpointed[1] < plain[1] / 2
 
 
-class Initialised(Stack):
+class Initialized(Stack):
     """Has values from its constructors, from its own function, and a computed buffer; two weights are tied."""
 
     def __init__(self) -> None:
@@ -528,7 +528,7 @@ def without_memory(strategy: Any, precision: str, seeded: bool) -> Any:
     )
     torch.manual_seed(7 if seeded else 7 + fabric.global_rank)
     with fabric.init_module(empty_init=True):
-        model = Initialised()
+        model = Initialized()
     on_meta = all(parameter.is_meta for parameter in model.parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     fabric.setup(model, optimizer)
@@ -547,7 +547,7 @@ def test_a_model_made_without_memory_has_the_values_of_the_plain_construction(
 ) -> None:
     torch.manual_seed(7)
     with Fabric(accelerator="cpu", devices=1, precision=precision).init_module():
-        expected = Initialised()
+        expected = Initialized()
     drawn = torch.rand(1).item()
     for on_meta, values, after, moved, tied in ranks.run(without_memory, strategy, precision, seeded):
         assert (on_meta, moved, tied) == (True, True, True)
@@ -574,7 +574,7 @@ def test_batch_norm_evaluates_alike_on_all_ranks_and_as_under_ddp(ranks: RankPoo
     (first, sent), (second, _) = ranks.run(normed, "fsdp")
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
     assert_equal(first[1:], ranks.run(normed, "ddp")[0][0][1:], atol=1e-5)
-    assert sent == 2 * 2  # per synchronising forward, floats and counters
+    assert sent == 2 * 2  # per synchronizing forward, floats and counters
 
 
 def batch_norm_in(precision: str) -> float:
@@ -654,7 +654,7 @@ def test_a_group_of_two_dtypes_is_refused_with_their_names(ranks: RankPool) -> N
     assert "first.weight of torch.float32 and last.weight of torch.float64" in ranks.run(two_dtypes)[0]
 
 
-def step_before_synchronising() -> list[str]:
+def step_before_synchronizing() -> list[str]:
     fabric, model, optimizer = set_up("fsdp")
     other = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     fabric.setup_optimizers(other)
@@ -674,7 +674,7 @@ def step_before_synchronising() -> list[str]:
 
 
 def test_a_step_on_gradients_that_still_wait_is_refused(ranks: RankPool) -> None:
-    for step, clip in ranks.run(step_before_synchronising):
+    for step, clip in ranks.run(step_before_synchronizing):
         assert "step() after micro-steps" in step
         assert "clip_gradients() after micro-steps" in clip
 

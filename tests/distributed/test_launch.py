@@ -102,12 +102,12 @@ def test_raw_ddp_script_gives_torchruns_numbers(tmp_path: Path) -> None:
 
 
 def test_a_rank_is_like_python_script(tmp_path: Path) -> None:
-    write(tmp_path, "value = 7", "neighbour.py")
+    write(tmp_path, "value = 7", "neighbor.py")
     script = write(
         tmp_path,
         """
         import atexit, multiprocessing, pickle, sys, threading
-        import neighbour
+        import neighbor
         class Point:
             def __init__(self, x): self.x = x
         def double(point): return Point(point.x * 2)
@@ -119,7 +119,7 @@ def test_a_rank_is_like_python_script(tmp_path: Path) -> None:
             assert pickle.loads(pickle.dumps(Point(3))).x == 3
             for method in ("fork", "spawn"):
                 with multiprocessing.get_context(method).Pool(1) as pool:
-                    assert pool.map(double, [Point(neighbour.value)])[0].x == 14
+                    assert pool.map(double, [Point(neighbor.value)])[0].x == 14
             atexit.register(lambda: print("goodbye"))
             threading.Thread(target=lambda: print("thread")).start()
             print("no newline at the end", end="|")

@@ -169,7 +169,7 @@ def test_ranks_that_leave_for_preemption_take_their_time_and_this_program_leaves
     assert "rank 1 has saved" in capfd.readouterr().out
 
 
-SIGNALLED = """
+SIGNALED = """
     import os, pathlib, signal, sys, time
     import torch
     from fabric_lite import Fabric
@@ -222,7 +222,7 @@ SIGNALLED = """
 def test_a_signal_to_the_program_reaches_its_function_ranks_which_may_save(
     tmp_path: Path, function: str, number: int, code: int
 ) -> None:
-    with started(sys.executable, write(tmp_path, SIGNALLED), function, cwd=tmp_path) as process:
+    with started(sys.executable, write(tmp_path, SIGNALED), function, cwd=tmp_path) as process:
         wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)), "ranks are ready")
         os.killpg(process.pid, number)  # as a terminal and some schedulers do
         _, stderr = process.communicate(timeout=60)

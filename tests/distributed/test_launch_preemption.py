@@ -45,7 +45,7 @@ def ready(folder: Path, ranks: int = 2) -> None:
     wait_until(lambda: all((folder / f"ready{rank}").exists() for rank in range(ranks)), "ranks are ready")
 
 
-def signalled(script: Path, number: signal.Signals, *options: object, ranks: int = 2) -> tuple[int, str]:
+def signaled(script: Path, number: signal.Signals, *options: object, ranks: int = 2) -> tuple[int, str]:
     """Run a script on several ranks and signal ``fabric-run`` when they are ready; its exit code, and what it says."""
     command = [*FABRIC_RUN, "--accelerator", "cpu", "--devices", ranks, *options, script]
     with started(*command, cwd=script.parent) as process:
@@ -57,7 +57,7 @@ def signalled(script: Path, number: signal.Signals, *options: object, ranks: int
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_ranks_that_are_asked_to_leave_save_and_the_job_ends_with_75(tmp_path: Path, number: signal.Signals) -> None:
-    code, stderr = signalled(write(tmp_path, LEAVE_WHEN_ASKED), number, "--max-restarts", 3)
+    code, stderr = signaled(write(tmp_path, LEAVE_WHEN_ASKED), number, "--max-restarts", 3)
     assert code == 75, stderr
     assert stderr == "fabric-run: stopped for preemption; the ranks have saved their work.\n"
     assert [(tmp_path / f"saved{rank}").read_text() for rank in (0, 1)] == [number.name] * 2
@@ -92,7 +92,7 @@ def test_a_script_may_use_sigusr1_for_itself(tmp_path: Path) -> None:
         signal.pause()
         """,
     )
-    assert signalled(script, signal.SIGUSR1) == (0, "")
+    assert signaled(script, signal.SIGUSR1) == (0, "")
     assert all((tmp_path / f"noted{rank}").exists() for rank in (0, 1))
 
 
@@ -109,7 +109,7 @@ def test_a_rank_that_the_system_kills_after_sigusr1_is_a_failure(tmp_path: Path)
         os.kill(os.getpid(), signal.SIGKILL)
         """,
     )
-    code, stderr = signalled(script, signal.SIGUSR1, "--max-restarts", 1)
+    code, stderr = signaled(script, signal.SIGUSR1, "--max-restarts", 1)
     assert code == 128 + signal.SIGKILL, stderr
     assert stderr.startswith("fabric-run: restart 1 of 1: rank 1 failed: killed by SIGKILL\n")
     assert "\nfabric-run: rank 1 failed: killed by SIGKILL\n" in stderr
@@ -137,7 +137,7 @@ def test_a_rank_that_the_system_kills_while_it_saves_is_a_failure(tmp_path: Path
         """,
     )
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"] if is_elastic else []
-    code, stderr = signalled(script, signal.SIGTERM, *meeting, ranks=3)
+    code, stderr = signaled(script, signal.SIGTERM, *meeting, ranks=3)
     assert code == 128 + signal.SIGKILL, stderr
     assert stderr.startswith("fabric-run: rank 1 failed: killed by SIGKILL\n")
     assert "  Before it, rank 0 had left for preemption.\n" in stderr
@@ -153,7 +153,7 @@ def test_ranks_that_do_not_listen_die_of_sigusr1_which_is_no_failure_of_theirs(t
         signal.pause()
         """,
     )
-    assert signalled(script, signal.SIGUSR1) == (128 + signal.SIGUSR1, "fabric-run: ended by SIGUSR1.\n")
+    assert signaled(script, signal.SIGUSR1) == (128 + signal.SIGUSR1, "fabric-run: ended by SIGUSR1.\n")
 
 
 def slurm(folder: Path) -> list[str]:

@@ -145,7 +145,7 @@ def check(ranks: RankPool, cell: tuple[Any, ...], steps: int) -> None:
     for other in results[1:]:
         assert torch.equal(other.parameters, first.parameters)
         assert torch.equal(other.norms, first.norms)
-    # The cell says something: the model has learnt, clipping has clipped, and no step was left out.
+    # The cell says something: the model has learned, clipping has clipped, and no step was left out.
     assert (first.parameters - flat(make_gpt())).norm() > 0.5
     assert first.skipped == expected.skipped == 0
     assert len(first.norms) == (0 if clip is None else steps)

@@ -19,7 +19,7 @@ from fabric_lite.activation_checkpointing import checkpoint_activations
 from fabric_lite.buffers import keep_statistics_alike
 from fabric_lite.hooked import options_of
 from fabric_lite.strategies import Engine, FSDPStrategy, Placement
-from fabric_lite.strategies.sharding import is_synchronising
+from fabric_lite.strategies.sharding import is_synchronizing
 from fabric_lite.testing import RankPool
 from tests.models import CountCollectives, Net, batches, make_net
 
@@ -503,7 +503,7 @@ class Follows(FSDPStrategy):
         self, module: nn.Module, optimizers: Sequence[Optimizer], run: Callable[..., Any], placement: Placement
     ) -> Engine:
         engine = super().wrap(module, optimizers, run, placement)
-        keep_statistics_alike(module, None, lambda: is_synchronising(module))
+        keep_statistics_alike(module, None, lambda: is_synchronizing(module))
         return engine
 
 

@@ -75,7 +75,7 @@ class PlainStream(IterableDataset):
 
 
 class Pairs(BatchSampler):
-    """Batches of neighbours, in an order that Python's generator draws."""
+    """Batches of neighbors, in an order that Python's generator draws."""
 
     def __init__(self) -> None:
         self.batch_size, self.drop_last = 2, False

@@ -293,7 +293,7 @@ def test_work_for_which_nobody_waits_is_no_hang(tmp_path: Path, place: str) -> N
         fabric.backward(model(torch.ones(2, 4)).sum())
         fabric.barrier()
     if fabric.global_rank == 0 or sys.argv[1] == "before the first step":
-        time.sleep(2.5)  # tokenises, or uploads
+        time.sleep(2.5)  # tokenizes, or uploads
         print("done")
     """
     script = write(tmp_path, source)

@@ -111,7 +111,7 @@ def decoupled(fabric, updates):
 
 
 def coupled(fabric, updates):
-    """All ranks play and train; advantages are normalised over all of them."""
+    """All ranks play and train; advantages are normalized over all of them."""
     agent, optimizer = Agent(), None
     agent = fabric.setup_module(agent)
     optimizer = fabric.setup_optimizers(torch.optim.Adam(agent.parameters(), lr=1e-2))

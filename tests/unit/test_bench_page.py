@@ -121,7 +121,7 @@ def test_plots_are_read_out_and_their_names_are_their_own() -> None:
     assert set(re.findall(r"url\(#(.*?)\)", text)) <= set(names)
 
 
-def test_wrong_rows_are_hatched_and_labelled_and_the_best_is_marked() -> None:
+def test_wrong_rows_are_hatched_and_labeled_and_the_best_is_marked() -> None:
     plot = drawings(page_of(several()))["Throughput in samples/s by combination"]
     hatched = [bar for bar in plot.iter(f"{SVG}rect") if "hatch" in bar.get("style", "")]
     assert [bar.findtext(f"{SVG}title") for bar in hatched if len(bar)] == [

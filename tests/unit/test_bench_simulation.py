@@ -326,7 +326,7 @@ def test_the_examples_of_the_devices_hold() -> None:
 def test_a_cluster_is_read_or_refused() -> None:
     assert parse_cluster("devices=64,nodes=8,gpu=h100-80gb") == Cluster(64, 8, "h100-80gb")
     assert parse_cluster("devices=4") == Cluster(4, 1, None)
-    for text in ("64", "devices=x", "devices=0", "devices=4,colour=red", "nodes=2"):
+    for text in ("64", "devices=x", "devices=0", "devices=4,color=red", "nodes=2"):
         with pytest.raises(FabricValueError, match="cluster to simulate could not be read"):
             parse_cluster(text)
     with pytest.raises(FabricValueError, match=r"Given: devices=10,nodes=3\n  Try: devices= a multiple of nodes="):

@@ -236,16 +236,16 @@ def test_compressed_sparse_tensors_come_back(tmp_path: Path, layout: torch.layou
 @pytest.mark.filterwarnings("ignore:.*quantize:UserWarning", "ignore:TypedStorage:UserWarning")
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("zero_point", [torch.int64, torch.float32])
-def test_quantised_tensors_come_back(tmp_path: Path, per_channel: bool, zero_point: torch.dtype) -> None:
+def test_quantized_tensors_come_back(tmp_path: Path, per_channel: bool, zero_point: torch.dtype) -> None:
     values, scales = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0.5, 0.25])
     if per_channel:
         tensor = torch.quantize_per_channel(values, scales, torch.zeros(2, dtype=zero_point), 0, torch.qint8)
     else:
         tensor = torch.quantize_per_tensor(values, 0.5, 0, torch.qint8)
-    save(tmp_path / "a.ckpt", {"first": torch.ones(2), "quantised": tensor, "last": torch.zeros(3)})
+    save(tmp_path / "a.ckpt", {"first": torch.ones(2), "quantized": tensor, "last": torch.zeros(3)})
     loaded = load(tmp_path / "a.ckpt")
-    assert loaded["quantised"].qscheme() == tensor.qscheme()
-    assert torch.equal(loaded["quantised"].dequantize(), values)
+    assert loaded["quantized"].qscheme() == tensor.qscheme()
+    assert torch.equal(loaded["quantized"].dequantize(), values)
     assert (loaded["first"].tolist(), loaded["last"].tolist()) == ([1.0, 1.0], [0.0, 0.0, 0.0])
 
 

@@ -73,7 +73,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tied weights, an ``apply`` over all modules, and a scaled initialisation of some weights after it."""
+    """Tied weights, an ``apply`` over all modules, and a scaled initialization of some weights after it."""
 
     def __init__(self, width: int = 16, layers: int = 2) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ INITS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-def initialised(name: str) -> nn.Module:
+def initialized(name: str) -> nn.Module:
     module = nn.Linear(6, 5)
     INITS[name](module.weight)
     return module
@@ -241,7 +241,7 @@ def used_while_built() -> nn.Module:
     return module
 
 
-def initialised_lazily() -> nn.Module:
+def initialized_lazily() -> nn.Module:
     module = nn.LazyLinear(3)
     module(torch.randn(2, 4))
     return module
@@ -261,12 +261,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt": GPT,
     "computed": Computed,
     "written": Written,
-    **{name: lambda name=name: initialised(name) for name in INITS},
+    **{name: lambda name=name: initialized(name) for name in INITS},
     "dirac": dirac,
     "copies": copies,
     "conjugated": conjugated,
     "used_while_built": used_while_built,
-    "lazy": initialised_lazily,
+    "lazy": initialized_lazily,
     "cast": cast,
     "tied_by_data": tied_by_data,
     "seeded_inside": seeded_inside,
@@ -400,7 +400,7 @@ def test_what_is_drawn_after_the_block_is_the_same_in_each_run_and_not_the_model
 
 
 class Deep(nn.Module):
-    """Initialised by its layers, and again as a whole."""
+    """Initialized by its layers, and again as a whole."""
 
     def __init__(self, init: Callable[[torch.Tensor], Any]) -> None:
         super().__init__()

@@ -147,7 +147,7 @@ def test_modules_and_tensors_are_made_where_and_as_they_are_needed() -> None:
     state = torch.get_rng_state()
     with fabric.init_module(empty_init=True):
         Net()
-    assert torch.equal(torch.get_rng_state(), state), "an empty initialisation draws nothing"
+    assert torch.equal(torch.get_rng_state(), state), "an empty initialization draws nothing"
     with pytest.raises(ZeroDivisionError), fabric.init_module():
         raise ZeroDivisionError
 

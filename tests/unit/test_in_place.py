@@ -313,7 +313,7 @@ def test_a_scripted_module_is_refused_with_the_way_out() -> None:
         fabric_with().setup(scripted)
 
 
-def test_a_lazy_module_is_refused_until_it_is_materialised() -> None:
+def test_a_lazy_module_is_refused_until_it_is_materialized() -> None:
     lazy = nn.LazyLinear(3)
     with pytest.raises(FabricTypeError, match="run one forward pass before setup"):
         fabric_with().setup(lazy)
