@@ -32,6 +32,7 @@ class Combination:
 
     @property
     def name(self) -> str:
+        """As it stands in tables: ``ddp, 32-true, 2 devices``."""
         batch = [] if self.batch_size is None else [f"batch {self.batch_size}"]
         return ", ".join([self.strategy, self.precision, f"{self.devices} device{'s' * (self.devices > 1)}", *batch])
 

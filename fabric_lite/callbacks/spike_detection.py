@@ -30,7 +30,8 @@ class SpikeDetection:
 
         spikes = SpikeDetection(rtol=2.0, exclude_batches_path="runs/a/skip.json")
         fabric = Fabric(callbacks=spikes)
-        ...
+        for number, batch in enumerate(loader):
+            loss = ...
             fabric.call("on_train_batch_end", fabric=fabric, loss=loss, batch_idx=number)
 
     Numbers of such batches go to a file. Started again from a checkpoint, the run can leave them out:
