@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from fabric_lite.testing import RankPool
+from tests.faults import record
 from tests.test_readme import DIFF, ROOT, blocks, commands, run_block
 
 DOCS = ROOT / "docs"
@@ -48,6 +50,13 @@ def test_the_first_page_has_the_readmes_diff() -> None:
 def test_every_command_is_one_of_ours_or_of_torchs(page: Path) -> None:
     for command in commands(page.read_text(encoding="utf-8")):
         assert shlex.split(command)[0] in ("python", "fabric-run", "fabric-bench", "fabric-ckpt", "torchrun"), command
+
+
+def test_the_page_of_faults_is_made_of_the_recorded_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(record.FIGURES, tmp_path)
+    monkeypatch.setattr(record, "FIGURES", tmp_path / record.FIGURES.name)
+    record.write_table()
+    assert (tmp_path / "faults.md").read_text() == (DOCS / "faults.md").read_text()
 
 
 def test_every_page_is_in_the_navigation() -> None:
