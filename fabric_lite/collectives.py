@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from fabric_lite.collective_check import CollectiveCheck
+from fabric_lite.device import widest_dtype
 from fabric_lite.errors import CollectiveError, FabricError, FabricValueError
 from fabric_lite.trees import leaves, map_leaves
 
@@ -263,17 +264,13 @@ class Collectives:
         raise_together(error, "rank_zero_first()", CollectiveError)
 
     def _as_tensor(self, leaf: Any) -> torch.Tensor:
-        if isinstance(leaf, torch.Tensor):
-            return leaf.to(self.device)
-        # A Python float is a double; mps has none.
-        if isinstance(leaf, float):
-            return torch.tensor(
-                leaf, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device
-            )
         if isinstance(leaf, (bool, int)):
             return torch.tensor(leaf, device=self.device)
-        if isinstance(leaf, (np.ndarray, np.generic)):
-            return torch.as_tensor(leaf, device=self.device)
+        if isinstance(leaf, (torch.Tensor, float, np.ndarray, np.generic)):
+            # A Python float is a double.
+            tensor = torch.tensor(leaf, dtype=torch.float64) if isinstance(leaf, float) else torch.as_tensor(leaf)
+            is_wide = tensor.dtype == torch.float64 and tensor.device != self.device
+            return tensor.to(self.device, widest_dtype(self.device) if is_wide else None)
         raise FabricValueError(
             "A collective takes tensors, numbers and numpy arrays.",
             given=f"{type(leaf).__name__}: {leaf!r:.80}",
@@ -393,7 +390,7 @@ def _reduce(tensor: torch.Tensor, operation: str, group: Any) -> torch.Tensor:
     tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
     mean = operation in ("mean", "avg")
     if mean and not (tensor.is_floating_point() or tensor.is_complex()):
-        tensor = tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+        tensor = tensor.to(widest_dtype(tensor.device))
     if not is_distributed():
         return tensor
     kept = tensor.dtype

@@ -1,4 +1,7 @@
-"""Which devices there are and which of them this run uses; everything that differs by kind of device."""
+"""Which devices there are and which of them this run uses; everything that differs by kind of device.
+
+Where torch treats two kinds alike, so does the library. What they can't do stands in one table, :data:`KINDS`.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,128 @@ from collections.abc import Sequence
 import torch
 
 from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
+from fabric_lite.precision import Precision
 
-__all__ = ["ACCELERATOR_NAMES", "Accelerator", "choose_accelerator", "parse_devices"]
+__all__ = [
+    "ACCELERATOR_NAMES",
+    "KINDS",
+    "Accelerator",
+    "Kind",
+    "bytes_in_use",
+    "check_device",
+    "choose_accelerator",
+    "generator_state",
+    "kind_of",
+    "parse_devices",
+    "set_generator_state",
+    "widest_dtype",
+]
 
 ACCELERATOR_NAMES = ("auto", "cpu", "cuda", "gpu", "mps", "tpu", "xpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What devices of one kind can do.
+
+    Args:
+        is_single: There is one at most, without an index, and ranks cannot talk to each other from it.
+        has_float64: None: it differs from device to device.
+        pins_memory: Whether copies between it and pinned memory of the host run beside the program.
+    """
+
+    is_single: bool = False
+    has_float64: bool | None = True
+    pins_memory: bool = True
+
+
+# Of kinds that are not here, which torch knows by a plug-in, the defaults hold.
+KINDS: dict[str, Kind] = {
+    "cpu": Kind(pins_memory=False),
+    "meta": Kind(pins_memory=False),
+    # Metal has no doubles; memory is one with the host's, and torch refuses to pin it there.
+    "mps": Kind(is_single=True, has_float64=False, pins_memory=False),
+    "xpu": Kind(has_float64=None),  # Intel's Arc has none, its data center GPUs have
+}
+
+
+def kind_of(device: torch.device) -> Kind:
+    """What devices of this kind can do."""
+    return KINDS.get(device.type, _OTHER)
+
+
+_OTHER = Kind()
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The floating-point dtype with the most bits that the device computes in: float64, or float32."""
+    return torch.float64 if _has_float64(device) else torch.float32
+
+
+def _has_float64(device: torch.device) -> bool:
+    told = kind_of(device).has_float64
+    return bool(torch.xpu.get_device_capability(device)["has_fp64"]) if told is None else told
+
+
+def check_device(device: torch.device, precision: Precision, world_size: int, is_sharded: bool) -> None:
+    """Raise where the device can't do what was asked for, before the first step would fail.
+
+    Args:
+        device: Of this rank.
+        precision: The run's.
+        world_size: The number of ranks.
+        is_sharded: Whether the strategy lays parameters out over ranks.
+
+    Raises:
+        FabricValueError: It can't.
+    """
+    if kind_of(device).is_single and (world_size > 1 or is_sharded):
+        raise FabricValueError(
+            f"{device.type} has one device and no communication between ranks.",
+            given=f"{world_size} ranks" + ", a strategy that shards" * is_sharded,
+            fix="devices=1 and strategy='auto', or accelerator='cpu'",
+        )
+    if precision.param_dtype == torch.float64 and not _has_float64(device):
+        raise FabricValueError(
+            f"{device} has no float64.", given=f"precision={precision.name!r}", fix="precision='32-true'"
+        )
+    # torch's GradScaler inverts the scale in float64, but on mps.
+    if precision.loss_scale and device.type != "mps" and not _has_float64(device):
+        raise FabricValueError(
+            f"{device} has no float64, in which torch scales the loss.",
+            given=f"precision={precision.name!r}",
+            fix="precision='bf16-mixed'",
+        )
+    if precision.compute_dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise FabricValueError(
+            f"{device} has no autocast to bfloat16.", given=f"precision={precision.name!r}", fix="precision='16-mixed'"
+        )
+
+
+def bytes_in_use(device: torch.device) -> dict[str, int]:
+    """Memory of an accelerator that this process uses, in bytes: ``allocated``, ``reserved``; if known, ``peak``."""
+    if device.type == "mps":  # has no peak
+        return {"allocated": torch.mps.current_allocated_memory(), "reserved": torch.mps.driver_allocated_memory()}
+    return {
+        "allocated": torch.accelerator.memory_allocated(device),
+        "reserved": torch.accelerator.memory_reserved(device),
+        "peak": torch.accelerator.max_memory_allocated(device),
+    }
+
+
+def generator_state(device_type: str, index: int) -> torch.Tensor:
+    """The state of an accelerator's generator, uint8 on the host."""
+    module = torch.get_device_module(device_type)
+    return module.get_rng_state() if KINDS.get(device_type, _OTHER).is_single else module.get_rng_state(index)
+
+
+def set_generator_state(device_type: str, index: int, state: torch.Tensor) -> None:
+    """Go on from :func:`generator_state`."""
+    module = torch.get_device_module(device_type)
+    if KINDS.get(device_type, _OTHER).is_single:
+        module.set_rng_state(state)
+    else:
+        module.set_rng_state(state, index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +156,10 @@ class Accelerator:
         return 1 if self.device_type == "cpu" else torch.accelerator.device_count()
 
     def device(self, index: int) -> torch.device:
-        """The device with this index; CPU and mps have no indices."""
-        return (
-            torch.device(self.device_type)
-            if self.device_type in ("cpu", "mps")
-            else torch.device(self.device_type, index)
-        )
+        """The device with this index, where devices of its kind have one."""
+        device = torch.device(self.device_type)
+        has_index = self.device_type != "cpu" and not kind_of(device).is_single
+        return torch.device(self.device_type, index) if has_index else device
 
 
 def choose_accelerator(name: str | Accelerator) -> Accelerator:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fabric_lite.device import Accelerator, choose_accelerator, parse_devices
+from fabric_lite.device import Accelerator, check_device, choose_accelerator, parse_devices
 from fabric_lite.errors import FabricTypeError, FabricValueError, LaunchError
 from fabric_lite.mesh import existing_group
 from fabric_lite.precision import AMBIGUOUS_ALIASES, Precision, parse_precision
@@ -90,11 +90,11 @@ def resolve(arguments: Arguments, plugins: Any, config: RunConfig | None, enviro
         if arguments.precision is not None and strategy.precision != precision:
             raise _precision_twice(f"precision={precision.name!r} and {strategy.precision.name!r} in the strategy")
         precision = strategy.precision
-    if accelerator.device_type == "mps":
-        _check_mps(precision, topology)
+    device = accelerator.device(indices[topology.local_rank])
+    check_device(device, precision, topology.world_size, strategy.is_sharded)
     return Run(
         accelerator,
-        accelerator.device(indices[topology.local_rank]),
+        device,
         strategy.with_precision(precision),
         precision,
         topology,
@@ -218,15 +218,6 @@ def _reconcile(
             fix="start one process per device, or accelerator='cpu'",
         )
     return indices[: topology.local_world_size]
-
-
-def _check_mps(precision: Precision, topology: Topology) -> None:
-    if topology.world_size > 1:
-        raise FabricValueError(
-            "mps has one device and no communication.", given=f"{topology.world_size} ranks", fix="devices=1"
-        )
-    if precision.param_dtype == torch.float64:
-        raise FabricValueError("mps has no float64.", given=f"precision={precision.name!r}", fix="precision='32-true'")
 
 
 def _config_of(arguments: Arguments, indices: tuple[int, ...], config: RunConfig | None) -> RunConfig:

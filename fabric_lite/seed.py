@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fabric_lite.device import generator_state, set_generator_state
 from fabric_lite.errors import FabricTypeError, FabricValueError
 
 __all__ = [
@@ -102,7 +103,7 @@ def random_state() -> dict[str, Any]:
     if accelerator is not None:
         name, module = accelerator
         state["accelerator"] = name
-        state["devices"] = [_device_state(module, index) for index in range(module.device_count())]
+        state["devices"] = [generator_state(name, index) for index in range(module.device_count())]
     return state
 
 
@@ -133,9 +134,9 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     accelerator = _accelerator_in_use()
     if accelerator is not None and accelerator[0] == state.get("accelerator"):
-        module = accelerator[1]
+        name, module = accelerator
         for index, device_state in enumerate(state["devices"][: module.device_count()]):
-            _set_device_state(module, index, device_state.cpu())
+            set_generator_state(name, index, device_state.cpu())
 
 
 def shared_random_state(device: torch.device) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def set_shared_random_state(state: Mapping[str, Any], device: torch.device) -> N
     """Set this process's generators, and ``device``'s, to what :func:`shared_random_state` returned on another rank."""
     set_random_state(state)
     if "device" in state:
-        _set_device_state(torch.get_device_module(device), device.index, state["device"])
+        set_generator_state(device.type, device.index, state["device"])
 
 
 def _checked(seed: Any) -> int:
@@ -182,15 +183,3 @@ def _accelerator_in_use() -> tuple[str, Any] | None:
     # Asking an unused accelerator for its state would start it, also in a run on the CPU.
     started = getattr(module, "is_initialized", None)
     return None if started is not None and not started() else (accelerator.type, module)
-
-
-def _device_state(module: Any, index: int) -> torch.Tensor:
-    # mps has one device and takes no index
-    return module.get_rng_state() if module.__name__ == "torch.mps" else module.get_rng_state(index)
-
-
-def _set_device_state(module: Any, index: int, state: torch.Tensor) -> None:
-    if module.__name__ == "torch.mps":
-        module.set_rng_state(state)
-    else:
-        module.set_rng_state(state, index)

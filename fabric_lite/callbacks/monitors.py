@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from fabric_lite.clipping import total_norm
+from fabric_lite.device import bytes_in_use
 from fabric_lite.errors import FabricValueError
 from fabric_lite.parameters import mesh_of, parameters_of
 
@@ -115,11 +116,7 @@ class DeviceMemoryMonitor:
 def _bytes(device: torch.device) -> dict[str, int]:
     if device.type == "cpu":
         return {"memory/resident_bytes": _resident_bytes(), "memory/peak_bytes": _peak_resident_bytes()}
-    return {
-        "memory/allocated_bytes": torch.accelerator.memory_allocated(device),
-        "memory/reserved_bytes": torch.accelerator.memory_reserved(device),
-        "memory/peak_bytes": torch.accelerator.max_memory_allocated(device),
-    }
+    return {f"memory/{name}_bytes": count for name, count in bytes_in_use(device).items()}
 
 
 def _resident_bytes() -> int:

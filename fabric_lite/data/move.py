@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fabric_lite.device import kind_of
 from fabric_lite.trees import map_leaves
 
 __all__ = ["move_to_device", "mover"]
@@ -23,7 +24,7 @@ def move_to_device(data: Any, device: torch.device | str) -> Any:
 
 def mover(device: torch.device) -> Callable[[Any], Any]:
     """Return the function that moves one batch to ``device``; loops, since torch's pytree costs five times as much."""
-    may_overlap = device.type not in ("cpu", "meta")
+    may_overlap = kind_of(device).pins_memory
     to_cpu = device.type == "cpu"
     tensor_type = torch.Tensor
 

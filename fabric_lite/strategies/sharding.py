@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fabric_lite import buffers
+from fabric_lite.device import kind_of
 from fabric_lite.errors import StrategyError
 from fabric_lite.strategies.base import Engine, Placement
 
@@ -62,7 +63,7 @@ def shard_module(
         "mesh": mesh,
         "reshard_after_forward": reshard_after_forward,
         "offload_policy": (
-            CPUOffloadPolicy(pin_memory=placement.device.type != "cpu") if cpu_offload else OffloadPolicy()
+            CPUOffloadPolicy(pin_memory=kind_of(placement.device).pins_memory) if cpu_offload else OffloadPolicy()
         ),
     }
     for part, own in _groups(module, blocks):

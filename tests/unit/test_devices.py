@@ -8,10 +8,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 import torch
 
+from fabric_lite import Fabric, FabricValueError
 from fabric_lite.device import Accelerator, choose_accelerator, parse_devices
 from fabric_lite.mesh import backend_for
 from fabric_lite.topology import Topology
@@ -174,3 +176,117 @@ def test_seeding_and_random_state_reach_the_accelerator() -> None:
 def test_the_group_of_an_accelerator_also_carries_what_is_in_the_hosts_memory() -> None:
     assert backend_for(torch.device("cpu")) == "gloo"
     assert backend_for(torch.device("cuda", 1)) == "cpu:gloo,cuda:nccl"
+
+
+def present(monkeypatch: pytest.MonkeyPatch, kind: str, count: int = 1) -> None:
+    """Let torch say that devices of this kind are here; none is used."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"precision": "64-true"}, "mps has no float64"),
+        ({"strategy": "fsdp"}, "a strategy that shards"),
+        ({"devices": 2}, "devices=2, and 1 of type mps"),
+    ],
+)
+def test_what_mps_can_not_do_is_said_when_the_fabric_is_made(
+    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], said: str
+) -> None:
+    present(monkeypatch, "mps")
+    with pytest.raises(FabricValueError, match=said):
+        Fabric(**arguments)
+
+
+def test_ranks_that_a_launcher_started_can_not_share_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    present(monkeypatch, "mps")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(FabricValueError, match="mps has one device and no communication"):
+        Fabric()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "16-true", "bf16-true"])
+def test_mps_takes_every_other_precision_and_has_no_index(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    present(monkeypatch, "mps")
+    fabric = Fabric(precision=precision)
+    assert fabric.device == torch.device("mps")
+    assert fabric.world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("has_float64", "precision", "said"),
+    [
+        (False, "64-true", "xpu:0 has no float64"),
+        (False, "16-mixed", "in which torch scales the loss"),
+        (False, "bf16-mixed", None),
+        (True, "64-true", None),
+        (True, "16-mixed", None),
+    ],
+)
+def test_an_xpu_has_float64_if_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, has_float64: bool, precision: str, said: str | None
+) -> None:
+    present(monkeypatch, "xpu", 2)
+    monkeypatch.setattr(torch.xpu, "get_device_capability", lambda _: {"has_fp64": has_float64})
+    if said is None:
+        assert Fabric(devices=1, precision=precision).device == torch.device("xpu", 0)
+        return
+    with pytest.raises(FabricValueError, match=said):
+        Fabric(devices=1, precision=precision)
+
+
+def test_a_cuda_device_without_bfloat16_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    present(monkeypatch, "cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    with pytest.raises(FabricValueError, match="no autocast to bfloat16"):
+        Fabric(precision="bf16-mixed")
+
+
+def test_a_run_on_a_device_like_mps_makes_no_double_there_and_copies_in_order() -> None:
+    output = on_a_simulated_device("""
+        from torch.utils._python_dispatch import TorchDispatchMode
+        from torch.utils._pytree import tree_leaves
+        from torch.utils.data import DataLoader, TensorDataset
+        from fabric_lite import device
+        device.KINDS["simdev"] = device.KINDS["mps"]
+
+        class LikeMetal(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                kwargs = kwargs or {}
+                result = func(*args, **kwargs)
+                for leaf in tree_leaves(result):
+                    if isinstance(leaf, torch.Tensor) and leaf.device.type == "simdev":
+                        seen.append(str(func))
+                        assert leaf.dtype not in (torch.float64, torch.complex128), func
+                        assert not kwargs.get("non_blocking"), func
+                return result
+
+        seen = []
+        fabric = Fabric(devices=1)
+        print(fabric.device, fabric.world_size)
+        with FakeTensorMode(), LikeMetal():
+            with fabric.init_module():
+                model = nn.Linear(4, 1)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+            model, optimizer = fabric.setup(model, optimizer, move_to_device=False)  # fakes can't be swapped
+            for x in (torch.ones(2, 4, device="cpu"), torch.ones(2, 4, device="cpu")):
+                x = fabric.to_device({"x": x})["x"]
+                loss = model(x).mean()
+                (loss * 2).backward()
+                fabric.clip_gradients(model, optimizer, max_norm=1.0, error_if_nonfinite=False)
+            doubles, whole = (torch.ones(2, dtype=dtype, device="cpu") for dtype in (torch.float64, torch.int64))
+            means = [fabric.all_reduce(value) for value in (doubles, whole)]
+            print([mean.dtype for mean in means], {mean.device.type for mean in means})
+            try:
+                torch.ones(1, dtype=torch.float64, device="simdev")
+            except AssertionError:
+                print("refused")
+        print(len(seen) > 20)
+    """)
+    lines = output.splitlines()
+    assert lines == ["simdev 1", "[torch.float32, torch.float32] {'simdev'}", "refused", "True"]
