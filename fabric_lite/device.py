@@ -6,6 +6,9 @@ Where torch treats two kinds alike, so does the library. What they can't do stan
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +25,7 @@ __all__ = [
     "check_device",
     "choose_accelerator",
     "generator_state",
+    "generators_in_use",
     "kind_of",
     "parse_devices",
     "set_generator_state",
@@ -52,6 +56,7 @@ KINDS: dict[str, Kind] = {
     "meta": Kind(pins_memory=False),
     # Metal has no doubles; memory is one with the host's, and torch refuses to pin it there.
     "mps": Kind(is_single=True, has_float64=False, pins_memory=False),
+    "xla": Kind(is_single=True, pins_memory=False),  # one process drives all of them
     "xpu": Kind(has_float64=None),  # Intel's Arc has none, its data center GPUs have
 }
 
@@ -120,14 +125,34 @@ def bytes_in_use(device: torch.device) -> dict[str, int]:
     }
 
 
+def generators_in_use() -> tuple[str, int] | None:
+    """The kind and number of accelerators whose generators this process has; None: it has used none.
+
+    Asking an unused accelerator for its state would start it, also in a run on the CPU.
+    """
+    if "torch_xla" in sys.modules:
+        return "xla", 1
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or not torch.accelerator.is_available():
+        return None
+    module = torch.get_device_module(accelerator)
+    started = getattr(module, "is_initialized", None)
+    return None if started is not None and not started() else (accelerator.type, module.device_count())
+
+
 def generator_state(device_type: str, index: int) -> torch.Tensor:
-    """The state of an accelerator's generator, uint8 on the host."""
+    """The state of an accelerator's generator, a tensor on the host."""
+    if device_type == "xla":
+        return torch.tensor(importlib.import_module("torch_xla").core.xla_model.get_rng_state())
     module = torch.get_device_module(device_type)
     return module.get_rng_state() if KINDS.get(device_type, _OTHER).is_single else module.get_rng_state(index)
 
 
 def set_generator_state(device_type: str, index: int, state: torch.Tensor) -> None:
     """Go on from :func:`generator_state`."""
+    if device_type == "xla":
+        importlib.import_module("torch_xla").core.xla_model.set_rng_state(int(state))
+        return
     module = torch.get_device_module(device_type)
     if KINDS.get(device_type, _OTHER).is_single:
         module.set_rng_state(state)
@@ -149,11 +174,13 @@ class Accelerator:
         """Whether this machine has one."""
         if self.device_type == "cpu":
             return True
+        if self.device_type == "xla":
+            return _xla_problem() is None
         return self.device_type == _present_type()
 
     def auto_device_count(self) -> int:
         """How many ``devices="auto"`` uses: every accelerator, one process on CPU."""
-        return 1 if self.device_type == "cpu" else torch.accelerator.device_count()
+        return 1 if self.device_type in ("cpu", "xla") else torch.accelerator.device_count()
 
     def device(self, index: int) -> torch.device:
         """The device with this index, where devices of its kind have one."""
@@ -173,7 +200,7 @@ def choose_accelerator(name: str | Accelerator) -> Accelerator:
         name = name.device_type
     wanted = name.lower() if isinstance(name, str) else name
     present = _present_type()
-    if wanted not in (*ACCELERATOR_NAMES, present):
+    if wanted not in (*ACCELERATOR_NAMES, "xla", present):
         raise FabricValueError(
             "This accelerator does not exist.",
             given=f"accelerator={name!r}",
@@ -181,12 +208,19 @@ def choose_accelerator(name: str | Accelerator) -> Accelerator:
         )
     if wanted == "auto":
         return Accelerator(present or "cpu")
+    if wanted in ("tpu", "xla"):
+        if problem := _xla_problem():
+            raise FabricRuntimeError(
+                "A TPU needs torch-xla 2.9, the last one, which fits torch 2.9 alone.",
+                given=f"torch {torch.__version__}; {problem}",
+                fix="an environment of its own: pip install 'torch==2.9.*' 'torch-xla[tpu]==2.9.*'",
+            )
+        return Accelerator("xla")
     device_type = (present if present in ("cuda", "mps", "xpu") else "cuda") if wanted == "gpu" else wanted
     accelerator = Accelerator(str(device_type))
     if not accelerator.is_available():
-        what = "needs torch-xla, which is not supported yet" if wanted == "tpu" else "is not present on this machine"
         raise FabricRuntimeError(
-            f"The accelerator {wanted!r} {what}.",
+            f"The accelerator {wanted!r} is not present on this machine.",
             given=f"accelerator={name!r}; present: {', '.join(filter(None, ('cpu', present)))}",
             fix="accelerator='auto' takes the best one present",
         )
@@ -251,6 +285,17 @@ def _absent(devices: object, accelerator: Accelerator, count: int) -> FabricValu
         given=f"devices={devices!r}, and {count} of type {accelerator.device_type}",
         fix="devices='auto' takes all",
     )
+
+
+def _xla_problem() -> str | None:
+    """Why torch-xla can't be used here; None: it can."""
+    if importlib.util.find_spec("torch_xla") is None:
+        return "torch-xla is not installed"
+    try:
+        importlib.import_module("torch_xla")
+    except ImportError as error:  # made for another torch
+        return f"torch-xla cannot be imported: {error}"
+    return None
 
 
 def _present_type() -> str | None:

@@ -366,6 +366,7 @@ class Fabric(Stepping, Communication, Checkpointing, Reporting):
 
     def _connect(self) -> None:
         """Join the other ranks and take this rank's device; the first thing that communicates."""
+        self.strategy.start()
         if self.device.index is not None:
             torch.accelerator.set_device_index(self.device.index)
         axes = self.strategy.mesh_axes(self.world_size, self._run.topology.local_world_size)

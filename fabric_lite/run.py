@@ -83,7 +83,9 @@ def resolve(arguments: Arguments, plugins: Any, config: RunConfig | None, enviro
         indices = _by_itself(arguments, indices, accelerator)
         needs_launch = len(indices) > 1
         topology = dataclasses.replace(topology, world_size=len(indices), local_world_size=len(indices))
-    strategy = parse_strategy(arguments.strategy, topology.world_size)
+    is_tpu = arguments.strategy == "auto" and accelerator.device_type == "xla"
+    strategy = parse_strategy("xla" if is_tpu else arguments.strategy, topology.world_size)
+    _check_fits(strategy, accelerator)
     if strategy.precision is not None:
         strategy = strategy.with_precision(parse_precision(strategy.precision))
         assert strategy.precision is not None
@@ -218,6 +220,17 @@ def _reconcile(
             fix="start one process per device, or accelerator='cpu'",
         )
     return indices[: topology.local_world_size]
+
+
+def _check_fits(strategy: Strategy, accelerator: Accelerator) -> None:
+    kind, needed = accelerator.device_type, strategy.device_type
+    # On XLA a strategy has to say when what was collected runs.
+    if needed not in (None, kind) or (needed is None and kind == "xla"):
+        raise FabricValueError(
+            "This strategy and this accelerator do not go together.",
+            given=f"{type(strategy).__name__} is for {needed or 'all devices but xla'}, accelerator {kind!r}",
+            fix="accelerator='tpu', strategy='auto' for a TPU; else another strategy",
+        )
 
 
 def _config_of(arguments: Arguments, indices: tuple[int, ...], config: RunConfig | None) -> RunConfig:

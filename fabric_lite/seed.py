@@ -6,13 +6,14 @@ import dataclasses
 import operator
 import random
 import secrets
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from fabric_lite.device import generator_state, set_generator_state
+from fabric_lite.device import generator_state, generators_in_use, set_generator_state
 from fabric_lite.errors import FabricTypeError, FabricValueError
 
 __all__ = [
@@ -99,11 +100,11 @@ def random_state() -> dict[str, Any]:
         "gauss": float(legacy["gauss"]),
     }
     state: dict[str, Any] = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
-    accelerator = _accelerator_in_use()
+    accelerator = generators_in_use()
     if accelerator is not None:
-        name, module = accelerator
+        name, count = accelerator
         state["accelerator"] = name
-        state["devices"] = [generator_state(name, index) for index in range(module.device_count())]
+        state["devices"] = [generator_state(name, index) for index in range(count)]
     return state
 
 
@@ -132,10 +133,10 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         }
     )
     torch.set_rng_state(state["torch"].cpu())
-    accelerator = _accelerator_in_use()
+    accelerator = generators_in_use()
     if accelerator is not None and accelerator[0] == state.get("accelerator"):
-        name, module = accelerator
-        for index, device_state in enumerate(state["devices"][: module.device_count()]):
+        name, count = accelerator
+        for index, device_state in enumerate(state["devices"][:count]):
             set_generator_state(name, index, device_state.cpu())
 
 
@@ -173,13 +174,5 @@ def _seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)  # also every accelerator, at its first use if it was not used yet
-
-
-def _accelerator_in_use() -> tuple[str, Any] | None:
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or not torch.accelerator.is_available():
-        return None
-    module = torch.get_device_module(accelerator)
-    # Asking an unused accelerator for its state would start it, also in a run on the CPU.
-    started = getattr(module, "is_initialized", None)
-    return None if started is not None and not started() else (accelerator.type, module)
+    if "torch_xla" in sys.modules:  # but these
+        set_generator_state("xla", 0, torch.tensor(seed))

@@ -26,7 +26,7 @@ from fabric_lite.registry import Registry
 from fabric_lite.route import check_module, compiled_from, extend_module
 from fabric_lite.run import Run
 from fabric_lite.steps import Steps
-from fabric_lite.strategies import Placement
+from fabric_lite.strategies import Placement, Strategy
 
 __all__ = ["Setup"]
 
@@ -65,9 +65,9 @@ class Setup:
             strategy.materialize(module, placement, fill)
         # A sharded model comes to its device in wrap, block by block: it need not fit there as a whole.
         moves = move_to_device and not strategy.is_sharded
+        named = list(module.named_parameters(remove_duplicate=False))
         place(module, placement.device if moves else None, precision.param_dtype)
         extension = ModuleExtension(self.owner, placement.device.type, precision)
-        named = list(module.named_parameters(remove_duplicate=False))
         # A compiled module is a shell: the hooks that shard belong on the module inside.
         inside = (compiled_from(module) if strategy.is_sharded else None) or module
         if strategy.is_sharded:
@@ -102,10 +102,10 @@ class Setup:
             )
 
         wanted = after_step if has_hook(self.callbacks, "on_after_optimizer_step") else None
-        hooks = [
-            hook for hook in (self.window.follow(optimizer), self.steps.follow(optimizer), wanted) if hook is not None
-        ]
         strategy = self.run.strategy
+        ends = None if type(strategy).after_step is Strategy.after_step else lambda one, *_: strategy.after_step(one)
+        followers = (self.window.follow(optimizer), self.steps.follow(optimizer), ends, wanted)
+        hooks = [hook for hook in followers if hook is not None]
         engine_step = strategy.step if strategy.owns_step else None
         # With several ranks, gradients that no engine has seen would let the ranks drift apart; and parts of a sharded
         # model that a forward without gradients has gathered would go on with the values from before the step.

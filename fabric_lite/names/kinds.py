@@ -158,9 +158,9 @@ class MPSAccelerator(metaclass=_AcceleratorKind):
 
 
 class XLAAccelerator(metaclass=_AcceleratorKind):
-    """TPUs, which fabric_lite does not support; none is available."""
+    """TPUs, by torch-xla."""
 
-    device_type = "tpu"
+    device_type = "xla"
 
 
 class ClusterEnvironment(abc.ABC):

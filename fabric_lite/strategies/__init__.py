@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fabric_lite.errors import FabricTypeError, FabricValueError
-from fabric_lite.strategies.absent import DeepSpeedStrategy, XLAStrategy
+from fabric_lite.strategies.absent import DeepSpeedStrategy
 from fabric_lite.strategies.base import Engine, Placement, Strategy
 from fabric_lite.strategies.ddp import DDPStrategy
 from fabric_lite.strategies.fsdp import FSDPStrategy
 from fabric_lite.strategies.model_parallel import ModelParallelStrategy
 from fabric_lite.strategies.single import SingleDeviceStrategy
+from fabric_lite.strategies.xla import XLAStrategy
 
 __all__ = [
     "STRATEGY_REGISTRY",
@@ -37,6 +38,8 @@ STRATEGY_REGISTRY: dict[str, Callable[[], Strategy]] = {
     "fsdp": FSDPStrategy,
     "fsdp_cpu_offload": lambda: FSDPStrategy(cpu_offload=True),
     "hsdp": lambda: FSDPStrategy(replicas="auto"),
+    "xla": XLAStrategy,
+    "xla_spmd": lambda: XLAStrategy(spmd=True),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from fabric_lite.errors import StrategyError
 from fabric_lite.strategies.base import Strategy
 
-__all__ = ["DeepSpeedStrategy", "XLAStrategy"]
+__all__ = ["DeepSpeedStrategy"]
 
 
 class DeepSpeedStrategy(Strategy):
@@ -18,13 +18,4 @@ class DeepSpeedStrategy(Strategy):
             "fabric_lite has no DeepSpeed strategy.",
             given="DeepSpeedStrategy(...)",
             fix="FSDPStrategy(), which shards too",
-        )
-
-
-class XLAStrategy(Strategy):
-    """Not here: it raises StrategyError."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        raise StrategyError(
-            "fabric_lite does not support TPUs.", given="XLAStrategy(...)", fix="a strategy for GPUs or CPUs"
         )

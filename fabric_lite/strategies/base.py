@@ -86,6 +86,11 @@ class Strategy:
         return True
 
     @property
+    def device_type(self) -> str | None:
+        """The only kind of device that it is for, by torch's name; None: any kind."""
+        return None
+
+    @property
     def is_sharded(self) -> bool:
         """Whether parameters are spread over the ranks.
 
@@ -112,6 +117,9 @@ class Strategy:
             local_world_size: How many of them are on this node.
         """
         return {}
+
+    def start(self) -> None:
+        """Called once, before anything is put on a device."""
 
     def materialize(self, module: nn.Module, placement: Placement, fill: Callable[[torch.device], None] | None) -> None:
         """Give a module that was made on the meta device its memory and its values.
@@ -169,6 +177,9 @@ class Strategy:
 
     def step(self, optimizer: Optimizer) -> None:
         """Step, where an engine owns the step; gradients and state are as the engine left them."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Called after each step of an optimizer; one that does not override it costs no step anything."""
 
     def clip_grad_norm(
         self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool

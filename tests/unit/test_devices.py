@@ -5,15 +5,17 @@ No accelerator is needed: a process of its own registers a device named ``simdev
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fabric_lite import Fabric, FabricValueError
+from fabric_lite import Fabric, FabricRuntimeError, FabricValueError
 from fabric_lite.device import Accelerator, choose_accelerator, parse_devices
 from fabric_lite.mesh import backend_for
 from fabric_lite.topology import Topology
@@ -290,3 +292,35 @@ def test_a_run_on_a_device_like_mps_makes_no_double_there_and_copies_in_order() 
     """)
     lines = output.splitlines()
     assert lines == ["simdev 1", "[torch.float32, torch.float32] {'simdev'}", "refused", "True"]
+
+
+def test_a_tpu_says_what_it_needs() -> None:
+    with pytest.raises(
+        FabricRuntimeError, match=r"torch 2\.9 alone[\s\S]*torch-xla is not installed[\s\S]*torch==2\.9"
+    ):
+        Fabric(accelerator="tpu")
+
+
+def test_a_torch_xla_that_fits_another_torch_is_said(tmp_path: Path) -> None:
+    package = tmp_path / "torch_xla"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('undefined symbol: deleteNode')")
+    code = """
+import importlib.util, sys
+from fabric_lite import Fabric
+try:
+    Fabric(accelerator="tpu")
+except RuntimeError as error:
+    print(error)
+Fabric(accelerator="cpu")
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path.cwd())])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "torch-xla cannot be imported: undefined symbol: deleteNode" in done.stdout
+
+
+def test_strategies_of_other_devices_are_refused() -> None:
+    for strategy in ("xla", "xla_spmd"):
+        with pytest.raises(FabricValueError, match="XLAStrategy is for xla, accelerator 'cpu'"):
+            Fabric(accelerator="cpu", devices=1, strategy=strategy)

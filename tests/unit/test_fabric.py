@@ -277,3 +277,19 @@ def test_a_subprocess_of_a_rank_runs_by_itself() -> None:
         resolve(Arguments(accelerator="cpu"), None, RunConfig(), {**inherited, "LOCAL_WORLD_SIZE": "2"}).topology.rank
         == 1
     )
+
+
+def test_parameters_that_a_move_exchanges_are_stepped_on() -> None:
+    """As on XLA, whose tensors can't take the place of others."""
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model = nn.Linear(2, 1)
+        before = model.weight
+        model, optimizer = cpu(precision="bf16-true").setup(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert model.weight is not before
+    model(torch.ones(1, 2)).sum().backward()
+    old = model.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(model.weight, old - 1)

@@ -1,0 +1,1 @@
+"""A run on XLA's CPU device, for an environment that has torch-xla; ``python -m tests.xla`` there."""
