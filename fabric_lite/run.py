@@ -196,14 +196,11 @@ def _reconcile(
 ) -> tuple[int, ...]:
     """Hold what was asked for against the processes that are there."""
     asked = None if arguments.devices in ("auto", -1, "-1") else len(indices)
-    if asked is not None and asked != topology.local_world_size:
-        raise LaunchError(
-            "The number of devices asked for is not the number of processes started on this node.",
-            given=f"devices={arguments.devices!r} and {topology.local_world_size} started by {topology.source}",
-            fix=f"fabric-run --devices {asked}, or devices='auto' in the script",
-        )
-    told_nodes = config.num_nodes if config is not None else None
-    if arguments.num_nodes not in (1, topology.num_nodes) and told_nodes is None:
+    # fabric-run's may be the greatest number of nodes.
+    nodes = topology.num_nodes if config is not None and config.num_nodes is not None else arguments.num_nodes
+    if asked is not None:
+        _check_devices(arguments, asked, max(nodes, topology.num_nodes), topology)
+    if nodes not in (1, topology.num_nodes):
         raise LaunchError(
             "The number of nodes asked for is not the number started.",
             given=f"num_nodes={arguments.num_nodes} and {topology.num_nodes} by {topology.source}",
@@ -220,6 +217,28 @@ def _reconcile(
             fix="start one process per device, or accelerator='cpu'",
         )
     return indices[: topology.local_world_size]
+
+
+def _check_devices(arguments: Arguments, asked: int, nodes: int, topology: Topology) -> None:
+    """Raise unless every node has as many processes as devices were asked for; on all ranks, or those that are left
+    would wait for them."""
+    if asked == topology.local_world_size and asked * nodes == topology.world_size:
+        return
+    raise LaunchError(
+        "The number of devices asked for is not the number of processes started on this node, or on another.",
+        given=f"devices={arguments.devices!r} on {nodes} nodes, so {asked * nodes} processes, and "
+        f"{topology.world_size} started by {topology.source} on {topology.num_nodes} nodes, "
+        f"{topology.local_world_size} of them here",
+        fix=f"{_command(topology, asked, nodes)}, or devices='auto' in the script",
+    )
+
+
+def _command(topology: Topology, devices: int, nodes: int) -> str:
+    if topology.source.startswith("Slurm"):
+        return f"srun --nodes={nodes} --ntasks-per-node={devices}"
+    if "mpirun" in topology.source:
+        return f"mpirun -n {devices * nodes}"
+    return f"fabric-run --devices {devices}"
 
 
 def _check_fits(strategy: Strategy, accelerator: Accelerator) -> None:

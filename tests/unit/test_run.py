@@ -29,8 +29,26 @@ def test_all_devices_under_a_launcher_are_as_many_as_it_started_however_it_is_wr
 @pytest.mark.parametrize("devices", [" 2 ", "2", [0, 1], "0, 1"])
 def test_a_number_of_devices_is_held_against_what_was_started(devices: Any) -> None:
     assert resolved(TWO_RANKS, devices=devices).topology.world_size == 2
-    with pytest.raises(LaunchError, match="2 started by torchelastic"):
+    with pytest.raises(LaunchError, match="so 3 processes, and 2 started by torchelastic"):
         resolved(TWO_RANKS, devices=3)
+
+
+@pytest.mark.parametrize("task", [0, 2])
+def test_ranks_whose_own_node_is_right_see_too_that_another_is_not(task: int) -> None:
+    """Of three tasks on two nodes, two each were asked for: without this, the first two would wait for a fourth."""
+    srun = {"SLURM_STEP_ID": "0", "SLURM_PROCID": str(task), "SLURM_LOCALID": "0", "SLURM_NODEID": str(task // 2)}
+    srun |= {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
+    with pytest.raises(LaunchError, match=r"so 4 processes, and 3 started by Slurm.*\n.*--nodes=2 --ntasks-per-node=2"):
+        resolved({**srun, "MASTER_ADDR": "127.0.0.1"}, devices=2)
+
+
+def test_a_number_of_nodes_is_held_against_what_was_started() -> None:
+    with pytest.raises(LaunchError, match=r"devices=4 on 2 nodes, so 8 processes, and 2 started"):
+        resolved(TWO_RANKS, devices=4, num_nodes=2)
+    with pytest.raises(LaunchError, match=r"num_nodes=2 and 1 by torchelastic"):
+        resolved(TWO_RANKS, num_nodes=2)
+    # Of fabric-run's range of nodes not all may have come.
+    assert resolved(TWO_RANKS, RunConfig(num_nodes=2, devices="2")).topology.num_nodes == 1
 
 
 @pytest.mark.parametrize("precision", ["bf16", "BF16", " bf16 ", 16, "16"])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from fabric_lite import topology as topologies
 from fabric_lite.errors import LaunchError
-from fabric_lite.topology import ALONE, Topology, read_topology
+from fabric_lite.topology import ALONE, Topology
+from fabric_lite.topology.variables import expand_hosts, resolves
 
 TORCHRUN = {
     "RANK": "5",
@@ -42,6 +46,45 @@ OPEN_MPI = {
     "PMIX_NAMESPACE": "prterun-host-4711@1",
 }
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2", "HYDI_CONTROL_FD": "5"}
+# jsrun sets Open MPI's variables as well. The first host is where the batch script runs.
+JSRUN = {
+    "JSM_NAMESPACE_RANK": "5",
+    "JSM_NAMESPACE_SIZE": "8",
+    "JSM_NAMESPACE_LOCAL_RANK": "1",
+    "JSM_NAMESPACE_LOCAL_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "LSB_JOBID": "4711",
+    "LSB_MCPU_HOSTS": "batch3 1 c1 42 c2 42",
+}
+# As seen in a rank that `mpirun -n 4 --map-by ppr:2:node` has started in a job of two nodes: its daemon's SLURM_*.
+DAEMON = {
+    "SLURM_JOB_ID": "5",
+    "SLURM_JOB_NAME": "run.sh",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+}
+MPIRUN_IN_SLURM = {
+    **DAEMON,
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+HYDRA_IN_SLURM = {**DAEMON, "PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+
+
+def read_topology(environ: dict[str, str]) -> Topology:
+    """On a machine that knows all hosts but one."""
+    return topologies.read_topology(environ, lambda host: host != "nobody")
 
 
 def place(topology: Topology) -> tuple[int, ...]:
@@ -68,6 +111,9 @@ def test_process_alone(environ: dict[str, str]) -> None:
         (SRUN, (3, 5, 0, 2, 1, 2), "gpu07", "Slurm"),
         (OPEN_MPI, (1, 2, 1, 2, 0, 1), "127.0.0.1", "Open MPI"),
         (MPICH, (1, 2, 1, 2, 0, 1), "127.0.0.1", "PMI"),
+        (JSRUN, (5, 8, 1, 4, 1, 2), "c1", "LSF"),
+        (MPIRUN_IN_SLURM, (3, 4, 1, 2, 1, 2), "n1", "Open MPI"),
+        (HYDRA_IN_SLURM, (3, 4, 1, 2, 1, 2), "n1", "PMI"),
         ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2, 0, 1, 1, 2), "127.0.0.1", "torchelastic"),
         ({**SRUN, **TORCHRUN}, (5, 8, 1, 4, 1, 2), "node0", "torchelastic"),
     ],
@@ -110,10 +156,29 @@ def test_slurms_short_form_of_task_counts() -> None:
         read_topology({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "many"})
 
 
-def test_interactive_slurm_shell_is_a_process_alone() -> None:
-    environ = {**SRUN, "SLURM_JOB_NAME": "bash", "SLURM_NTASKS": "1"}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"SLURM_JOB_NAME": "bash"},
+        {"SLURM_JOB_NAME": "interactive"},
+        {"SLURM_PTY_PORT": "42201"},
+        {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "2"},
+    ],
+    ids=["srun --pty bash", "in salloc", "srun --pty zsh", "salloc with a shell on a node"],
+)
+def test_a_persons_shell_is_a_process_alone(changes: dict[str, str]) -> None:
+    environ = {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", **changes}
     del environ["PMI_RANK"]
     assert read_topology(environ) == ALONE
+
+
+@pytest.mark.parametrize("name", ["bash", "interactive"], ids=["srun bash run.sh", "srun in salloc"])
+def test_a_step_of_several_tasks_is_one_whatever_the_jobs_name(name: str) -> None:
+    assert place(read_topology({**SRUN, "SLURM_JOB_NAME": name})) == (3, 5, 0, 2, 1, 2)
+
+
+def test_salloc_on_the_login_node_is_a_process_alone() -> None:
+    assert read_topology({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "interactive"}) == ALONE
 
 
 def test_batch_scripts_own_shell_is_told_to_use_srun() -> None:
@@ -141,3 +206,91 @@ def test_mpi_over_several_nodes_needs_the_main_address() -> None:
 def test_variables_that_do_not_fit_are_an_error(changes: dict[str, str], message: str) -> None:
     with pytest.raises(LaunchError, match=message):
         read_topology({**TORCHRUN, **changes})
+
+
+def test_the_number_of_tasks_per_node_need_not_be_given() -> None:
+    assert "SLURM_NTASKS_PER_NODE" not in SRUN
+    assert read_topology({**SRUN, "SLURM_NTASKS_PER_NODE": "9"}) == read_topology(SRUN)
+
+
+@pytest.mark.parametrize("environ", [SRUN, MPIRUN_IN_SLURM, JSRUN], ids=["srun", "mpirun", "jsrun"])
+def test_a_name_that_nobody_knows_is_told_at_once(environ: dict[str, str]) -> None:
+    lists = {"SLURM_STEP_NODELIST": "nobody,n2", "SLURM_JOB_NODELIST": "nobody,n2", "LSB_MCPU_HOSTS": "b 1 nobody 4"}
+    unknown = {**environ, **{name: text for name, text in lists.items() if name[:3] in str(environ.keys())}}
+    with pytest.raises(LaunchError, match="The host of rank 0, 'nobody', has no address") as raised:
+        read_topology(unknown)
+    assert "MASTER_ADDR=" in str(raised.value)
+    assert read_topology({**unknown, "MASTER_ADDR": "known"}).main_address == "known"
+    with pytest.raises(LaunchError, match="'nobody'"):
+        read_topology({**environ, "MASTER_ADDR": "nobody"})
+
+
+def test_nodes_that_are_one_machine_need_no_names() -> None:
+    environ = {**SRUN, "SLURM_STEP_NODELIST": "nobody,n2", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
+    assert read_topology(environ).main_address == "127.0.0.1"
+    with pytest.raises(LaunchError, match="'nobody'"):  # srun runs on some node, rank 0 perhaps on another
+        read_topology({**environ, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"})
+
+
+def test_this_machine_knows_itself_and_no_host_of_an_invalid_name() -> None:
+    assert resolves("localhost")
+    assert not resolves("nobody.invalid")
+    assert not resolves("")
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("n[1-2,5]", ["n1", "n2", "n5"]),
+        ("n[01-03]-ib,login", ["n01-ib", "n02-ib", "n03-ib", "login"]),
+        ("n[08-11]", ["n08", "n09", "n10", "n11"]),
+        ("a[1-2]b[3,5],c", ["a1b3", "a1b5", "a2b3", "a2b5", "c"]),
+        ("gpu-a.site.edu", ["gpu-a.site.edu"]),
+        ("", []),
+    ],
+)
+def test_lists_of_nodes_are_expanded(text: str, hosts: list[str]) -> None:
+    assert expand_hosts(text) == hosts
+
+
+def test_a_list_of_nodes_that_is_none_is_an_error() -> None:
+    with pytest.raises(LaunchError, match=r"list of nodes.*\n.*n\[a-b\]"):
+        expand_hosts("n[a-b]")
+
+
+def test_lsf_without_a_host_for_the_batch_script_and_with_a_file(tmp_path: Path) -> None:
+    assert read_topology({**JSRUN, "LSB_MCPU_HOSTS": "c1 4 c2 4"}).main_address == "c1"
+    ranks = tmp_path / "ranks"
+    ranks.write_text("batch3\nc7\nc7\nc8\nc8\n")
+    environ = {**JSRUN, "LSB_DJOB_RANKFILE": str(ranks)}
+    del environ["LSB_MCPU_HOSTS"]
+    assert read_topology(environ).main_address == "c7"
+    with pytest.raises(LaunchError, match=r"could not be read.*\n.*nowhere"):
+        read_topology({**environ, "LSB_DJOB_RANKFILE": str(tmp_path / "nowhere")})
+
+
+def test_mpirun_of_lsf_starts_on_its_first_host() -> None:
+    environ = {name: text for name, text in JSRUN.items() if not name.startswith("JSM")}
+    environ |= {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "LSB_MCPU_HOSTS": "c1 4 c2 4"}
+    assert read_topology(environ).main_address == "c1"
+
+
+def test_one_mpi_inside_another_is_an_error_that_shows_both_sizes() -> None:
+    with pytest.raises(LaunchError, match="OMPI_COMM_WORLD_SIZE=1 and PMI_SIZE=2"):
+        read_topology({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", **MPICH})
+    assert place(read_topology({**OPEN_MPI, **MPICH})) == (1, 2, 1, 2, 0, 1)
+
+
+@pytest.mark.parametrize("processes", ["2", "auto", "gpu"])
+def test_the_rank_of_a_kubeflow_pod_is_not_taken_for_that_of_a_process(processes: str) -> None:
+    pod = {
+        "RANK": "1",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "master-0",
+        "PET_NNODES": "2",
+        "PET_NPROC_PER_NODE": processes,
+    }
+    with pytest.raises(LaunchError, match=r"RANK is the number of this pod.*\n.*RANK=1.*\n.*fabric-run"):
+        read_topology(pod)
+    assert place(read_topology({**pod, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"})) == (1, 4, 0, 2, 0, 2)
+    assert place(read_topology({**pod, "PET_NPROC_PER_NODE": "1", "WORLD_SIZE": "2"})) == (1, 2, 0, 1, 1, 2)

@@ -1,0 +1,15 @@
+"""Who am I among the processes? Read once from the environment, then plain data.
+
+place.py      the answer
+launchers.py  who may have started this process, most specific first, and how each says it
+slurm.py      Slurm's steps
+mpi.py        Open MPI, MPICH and Intel MPI, and LSF
+variables.py  reading numbers, lists of hosts, and names
+"""
+
+from __future__ import annotations
+
+from fabric_lite.topology.launchers import read_topology, topology_of_group
+from fabric_lite.topology.place import ALONE, Topology
+
+__all__ = ["ALONE", "Topology", "read_topology", "topology_of_group"]

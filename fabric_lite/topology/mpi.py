@@ -1,0 +1,167 @@
+"""Ranks that an MPI's launcher started; MPI itself is not needed, and not used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from fabric_lite.errors import LaunchError
+from fabric_lite.topology.place import Topology
+from fabric_lite.topology.variables import expand_hosts, number, port_of
+
+__all__ = ["is_lsf", "is_open_mpi", "is_pmi", "is_started_by_mpirun", "read_lsf", "read_open_mpi", "read_pmi"]
+
+
+def is_started_by_mpirun(environ: Mapping[str, str]) -> bool:
+    """Whether mpirun has started this process, be it through srun.
+
+    In a job of Slurm's, mpirun lets srun start one daemon on each node, whose children the ranks are: they have the
+    daemon's SLURM_PROCID and SLURM_STEP_NUM_TASKS, and on a node all the same. ``srun --mpi=pmi2`` sets PMI_RANK too,
+    but none of these.
+    """
+    return "OMPI_COMM_WORLD_RANK" in environ or "MPI_LOCALRANKID" in environ
+
+
+def is_open_mpi(environ: Mapping[str, str]) -> bool:
+    """Whether the ``mpirun`` was Open MPI's."""
+    return "OMPI_COMM_WORLD_RANK" in environ
+
+
+def read_open_mpi(environ: Mapping[str, str]) -> Topology:
+    """The place of a rank of Open MPI's mpirun."""
+    _check_one_mpi(environ)
+    # OMPI_COMM_WORLD_NODE_RANK is the rank within the node, in spite of its name; there is no node index.
+    return _place(
+        environ,
+        rank=number(environ, "OMPI_COMM_WORLD_RANK"),
+        world_size=number(environ, "OMPI_COMM_WORLD_SIZE"),
+        local_rank=number(environ, "OMPI_COMM_WORLD_LOCAL_RANK", 0),
+        local_world_size=number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", 1),
+        job=environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid"),
+        source="Open MPI (mpirun)",
+    )
+
+
+def _check_one_mpi(environ: Mapping[str, str]) -> None:
+    """Raise where one MPI's mpirun has started another's: the inner one's ranks would all be rank 0 of the outer."""
+    inner = environ.get("PMI_SIZE") if "MPI_LOCALRANKID" in environ else None
+    if inner not in (None, environ.get("OMPI_COMM_WORLD_SIZE")):
+        raise LaunchError(
+            "Two MPIs have started this process, one inside the other, and they do not agree on how many there are.",
+            given=f"OMPI_COMM_WORLD_SIZE={environ.get('OMPI_COMM_WORLD_SIZE')} and PMI_SIZE={inner}",
+            fix="one mpirun, of either of them: which mpirun",
+        )
+
+
+def is_pmi(environ: Mapping[str, str]) -> bool:
+    """Whether PMI tells the rank: MPICH's and Intel MPI's mpirun, and others."""
+    return "PMI_RANK" in environ and "PMI_SIZE" in environ
+
+
+def read_pmi(environ: Mapping[str, str]) -> Topology:
+    """The place of a rank of MPICH's or Intel MPI's mpirun."""
+    return _place(
+        environ,
+        rank=number(environ, "PMI_RANK"),
+        world_size=number(environ, "PMI_SIZE"),
+        local_rank=number(environ, "MPI_LOCALRANKID", 0),
+        local_world_size=number(environ, "MPI_LOCALNRANKS", 1),
+        job=environ.get("PMI_JOBID") or environ.get("PMI_PORT") or _proxy(),
+        source="PMI (mpirun or mpiexec)",
+    )
+
+
+def _proxy() -> str | None:
+    """The process that started all ranks of this node, by its number: MPICH gives a job no other name."""
+    process = os.getppid()
+    while process > 1:
+        try:
+            # "PID (NAME) STATE PARENT ...", and a name may hold anything.
+            name, _, rest = Path(f"/proc/{process}/stat").read_text().partition("(")[2].rpartition(")")
+        except OSError:
+            return None
+        if name.startswith("hydra_"):
+            return str(process)
+        process = int(rest.split()[1])
+    return None
+
+
+def is_lsf(environ: Mapping[str, str]) -> bool:
+    """Whether LSF's jsrun has started this process."""
+    return "JSM_NAMESPACE_RANK" in environ
+
+
+def read_lsf(environ: Mapping[str, str]) -> Topology:
+    """The place of a task of jsrun."""
+    return _place(
+        environ,
+        rank=number(environ, "JSM_NAMESPACE_RANK"),
+        world_size=number(environ, "JSM_NAMESPACE_SIZE"),
+        local_rank=number(environ, "JSM_NAMESPACE_LOCAL_RANK"),
+        local_world_size=number(environ, "JSM_NAMESPACE_LOCAL_SIZE", 1),
+        job=environ.get("LSB_JOBID"),
+        source="LSF (jsrun)",
+    )
+
+
+def _place(
+    environ: Mapping[str, str],
+    *,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    local_world_size: int,
+    job: str | None,
+    source: str,
+) -> Topology:
+    # All nodes are taken to have as many ranks as this one; no variable tells more.
+    local_world_size = max(1, local_world_size)
+    address = environ.get("MASTER_ADDR")
+    if address is None and local_world_size < world_size:
+        address = _first_of_allocation(environ)
+        if address is None:
+            raise LaunchError(
+                f"{source} started processes on several nodes but tells no rank where rank 0 is.",
+                given=f"{world_size} processes, {local_world_size} on this node, no MASTER_ADDR",
+                fix="mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=29500 (MPICH: -genv MASTER_ADDR <host>)",
+            )
+    return Topology(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        node_rank=rank // local_world_size,
+        num_nodes=-(-world_size // local_world_size),
+        main_address=address or "127.0.0.1",
+        main_port=number(environ, "MASTER_PORT", port_of(job)),
+        source=source,
+    )
+
+
+def _first_of_allocation(environ: Mapping[str, str]) -> str | None:
+    """The first host that the job system has given to the job, on which mpirun and jsrun start rank 0."""
+    if "SLURM_JOB_NODELIST" in environ:
+        return expand_hosts(environ["SLURM_JOB_NODELIST"])[0]
+    slots = _lsf_slots(environ)
+    # Where jsrun is, the first host is the one of the batch script, with one slot, and computes nothing.
+    if is_lsf(environ) and len(slots) > 1 and slots[0][1] == 1 and max(count for _, count in slots) > 1:
+        del slots[0]
+    return slots[0][0] if slots else None
+
+
+def _lsf_slots(environ: Mapping[str, str]) -> list[tuple[str, int]]:
+    """Each host of an LSF job and its number of slots: ``LSB_MCPU_HOSTS="a 4 b 4"``, or a file with a line for each."""
+    words = environ.get("LSB_MCPU_HOSTS", "").split()
+    if words:
+        return [(host, int(count)) for host, count in zip(words[::2], words[1::2], strict=True)]
+    path = environ.get("LSB_DJOB_RANKFILE")
+    if path is None:
+        return []
+    try:
+        hosts = Path(path).read_text().split()
+    except OSError as error:
+        raise LaunchError(
+            "LSF's list of hosts could not be read.", given=f"LSB_DJOB_RANKFILE={path}: {error}"
+        ) from None
+    return [(host, hosts.count(host)) for host in dict.fromkeys(hosts)]
