@@ -15,12 +15,22 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from fabric_lite.errors import LaunchError
+from fabric_lite.meeting import meet
 from fabric_lite.topology import Topology
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["backend_for", "build_mesh", "data_share", "existing_group", "join", "leave", "sequence_numbers"]
+__all__ = [
+    "backend_for",
+    "build_mesh",
+    "connect",
+    "data_share",
+    "existing_group",
+    "join",
+    "leave",
+    "sequence_numbers",
+]
 
 
 def join(topology: Topology, device: torch.device, timeout_seconds: float | None = None) -> bool:
@@ -58,6 +68,8 @@ def join(topology: Topology, device: torch.device, timeout_seconds: float | None
             dist.init_process_group(
                 backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout
             )
+    except LaunchError:
+        raise
     except (RuntimeError, OSError, ValueError) as error:
         raise LaunchError(
             "The ranks could not be connected.",
@@ -178,7 +190,7 @@ class _OwnGroup:
 
 _own = _OwnGroup()
 # How long a rank waits for those that have not started; once they have met, the group's own timeout holds.
-_MEETING_TIMEOUT = datetime.timedelta(seconds=300)
+_MEETING_TIMEOUT_SECONDS = 300.0
 # By device type and axes: the default group that it was made over, and the mesh.
 _meshes: dict[tuple[Any, ...], tuple[Any, DeviceMesh]] = {}
 _stores: dict[tuple[str, int], Store] = {}
@@ -189,25 +201,46 @@ def _store(topology: Topology) -> Store:
     """The store of ranks that a launcher without one (srun, mpirun) started; rank 0 serves it."""
     if topology.main_address is None or topology.main_port is None:
         return HashStore()  # a process alone, in a strategy that wants a group all the same
-    # Kept for the groups to come: a rank that joins again at once would else reach the store that rank 0 is closing.
-    key = (topology.main_address, topology.main_port)
-    if key not in _stores:
-        _stores[key] = _served(topology)
-    return PrefixStore(f"group {next(_group_numbers)}", _stores[key])
+    return PrefixStore(f"group {next(_group_numbers)}", connect(topology))
 
 
-def _served(topology: Topology) -> Store:
+def connect(topology: Topology, timeout_seconds: float = _MEETING_TIMEOUT_SECONDS) -> Store:
+    """Return the store in which the ranks meet, once all of them have come to it; every rank calls.
+
+    Kept for the next call: a rank that joined again at once would else reach the store that rank 0 is closing.
+
+    Args:
+        topology: This process's place.
+        timeout_seconds: How long to wait for those that have not come.
+
+    Raises:
+        LaunchError: Some have not come, which it names.
+    """
     assert topology.main_address is not None
     assert topology.main_port is not None
-    listener = None
-    if topology.rank == 0:
+    key = (topology.main_address, topology.main_port)
+    if key in _stores:
+        return _stores[key]
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    serves, listener = topology.rank == 0 and not topology.store_is_hosted, None
+    if serves:
         # TCPStore by itself listens on every interface; a socket of our own listens only where it is needed.
         listener = socket.create_server((topology.main_address, topology.main_port), backlog=2048)
-    return TCPStore(
-        topology.main_address,
-        topology.main_port,
-        topology.world_size,
-        is_master=topology.rank == 0,
-        timeout=_MEETING_TIMEOUT,
-        master_listen_fd=None if listener is None else listener.detach(),
-    )
+    try:
+        store = TCPStore(
+            topology.main_address,
+            topology.main_port,
+            is_master=serves,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=None if listener is None else listener.detach(),
+        )
+    except (RuntimeError, OSError) as error:
+        raise LaunchError(
+            f"Rank {topology.rank} does not reach the store of rank 0.",
+            given=f"{topology.main_address}:{topology.main_port}, by {topology.source}: {error}",
+            fix="see whether rank 0 has started, and that its host and port can be reached from here",
+        ) from error
+    meet(PrefixStore("meeting", store), "rank", topology.rank, topology.world_size, timeout_seconds)
+    _stores[key] = store
+    return store

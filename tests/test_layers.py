@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "trees", "attribute_dict", "process_end", "whole_file", "progress_bar", "machine"},
     {"policy"},
     {"precision", "topology", "run_config", "deferred", "parameters", "activation_checkpointing"},
-    {"call_site", "movement", "side_store", "device"},
+    {"call_site", "movement", "side_store", "device", "meeting"},
     {"collective_check"},
     {"adopt", "mesh", "collectives", "init", "seed", "hooks", "clearing", "loss_scaling", "clipping"},
     {"extension", "optim", "notices", "signals", "watch_position"},
@@ -31,7 +31,7 @@ LAYERS = [
     {"fabric", "kept"},
     {"checkpoints", "flops"},
     {"throughput", "profiling", "callbacks"},
-    {"testing", "bench", "trainer", "names"},
+    {"testing", "bench", "trainer", "names", "check"},
     {"accelerators", "plugins", "utilities", "wrappers"},
     {"__main__"},
 ]

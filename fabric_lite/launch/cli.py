@@ -10,20 +10,28 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fabric_lite.errors import FabricError, LaunchError
+from fabric_lite.launch.engines import with_defaults
 from fabric_lite.launch.plan import LaunchPlan, Rendezvous, parse_devices, parse_num_nodes
 from fabric_lite.launch.rank import ScriptCall
 from fabric_lite.run_config import RunConfig
+from fabric_lite.topology import read_topology
 
 __all__ = ["main", "parse_arguments"]
 
 _ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps", "tpu", "xpu")
 _DEFAULT_MAIN_PORT = 29500
+# A module above this one, which ranks import by its name.
+_CHECK = "fabric_lite.check"
+_CHECK_LIMIT_SECONDS = 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: the first failing rank's; 2 for a line that asks for nonsense."""
     try:
-        plan = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        options = _read(sys.argv[1:] if arguments is None else arguments)
+        if options.check and _is_rank(options):
+            _become_check(options)
+        plan = _plan(options)
     except LaunchError as error:
         print(f"fabric-run: {error}", file=sys.stderr)
         return 2
@@ -42,7 +50,22 @@ def parse_arguments(arguments: Sequence[str]) -> LaunchPlan:
     Raises:
         LaunchError: It asks for something that is not possible.
     """
+    return _plan(_read(arguments))
+
+
+def _read(arguments: Sequence[str]) -> argparse.Namespace:
     options = _parser().parse_args(arguments)
+    if options.check and options.script:
+        raise LaunchError(
+            "--check runs no script.", given=f"--check and {options.script[0]}", fix="fabric-run --check --devices 2"
+        )
+    return options
+
+
+def _plan(options: argparse.Namespace) -> LaunchPlan:
+    options, line = with_defaults(options, os.environ)
+    if line is not None:
+        print(line, file=sys.stderr)
     least, most = (None, None) if options.num_nodes is None else parse_num_nodes(options.num_nodes)
     _check_at_least("--max-restarts", options.max_restarts, 0)
     _check_at_least("--hang-timeout", options.hang_timeout, 0)
@@ -85,7 +108,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fabric-run",
-        usage="fabric-run [OPTIONS] SCRIPT [ARGS...]\n       fabric-run [OPTIONS] -m MODULE [ARGS...]",
+        usage="fabric-run [OPTIONS] SCRIPT [ARGS...]\n       fabric-run [OPTIONS] -m MODULE [ARGS...]\n"
+        "       fabric-run [OPTIONS] --check",
         description="Start a script in one process per device. Everything after SCRIPT belongs to the script.",
         # An option must be written out: --dev for --devices would change its meaning when options are added.
         allow_abbrev=False,
@@ -114,14 +138,32 @@ def _parser() -> argparse.ArgumentParser:
         "--hang-timeout",
         type=float,
         metavar="SECONDS",
-        help="end a job in which nothing has moved for so long, and say who did not arrive (default: 600; 0: never)",
+        help="end a job in which nothing has moved for so long, and say who did not arrive (default: 600; 0: never); "
+        "with --check: how long to wait for each (default: 60)",
     )
+    add("--check", action="store_true", help="run no script: connect all ranks, time the way between each two, and end")
     add("-m", dest="is_module", action="store_true", help="SCRIPT is the name of a module")
     add("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS...]", help="what to run, and its own arguments")
     return parser
 
 
+def _is_rank(options: argparse.Namespace) -> bool:
+    """Whether srun, mpirun or torchrun has started this process as one of the ranks to check, not as a node."""
+    return options.devices is None and options.num_nodes is None and read_topology(os.environ).is_managed
+
+
+def _become_check(options: argparse.Namespace) -> NoReturn:
+    """Go on as the program that every rank of a check runs."""
+    os.execv(sys.executable, [sys.executable, "-m", _CHECK, *_check_words(options)])
+
+
+def _check_words(options: argparse.Namespace) -> tuple[str, ...]:
+    return "--limit", str(options.hang_timeout or _CHECK_LIMIT_SECONDS), "--accelerator", options.accelerator or "auto"
+
+
 def _script(options: argparse.Namespace) -> ScriptCall:
+    if options.check:
+        return ScriptCall(_CHECK, True, _check_words(options))
     words = options.script
     if not words:
         raise LaunchError("There is no script to run.", fix="fabric-run --devices 2 script.py")
@@ -156,7 +198,8 @@ def _rendezvous(options: argparse.Namespace, least: int, most: int) -> Rendezvou
             given=f"--rdzv-backend {backend} without --rdzv-endpoint",
             fix="--rdzv-endpoint HOST:PORT, the same on all nodes",
         )
-    return Rendezvous(most, backend, options.node_rank, endpoint, options.rdzv_id or "none", least)
+    timeout = {"timeout_seconds": options.hang_timeout or _CHECK_LIMIT_SECONDS} if options.check else {}
+    return Rendezvous(most, backend, options.node_rank, endpoint, options.rdzv_id or "none", least, **timeout)
 
 
 def _check_static(options: argparse.Namespace, num_nodes: int) -> None:

@@ -24,6 +24,7 @@ class Rendezvous:
         endpoint: ``host:port`` at which they meet.
         run_id: The job's name.
         min_nodes: How many suffice; None: all of them.
+        timeout_seconds: How long a node waits for the others.
     """
 
     num_nodes: int
@@ -32,6 +33,7 @@ class Rendezvous:
     endpoint: str
     run_id: str
     min_nodes: int | None = None
+    timeout_seconds: float = 600.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined] # documented, not in torch's __all__
+from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined] # not in torch's __all__
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -17,10 +16,10 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.environment import listen_on, serve_store
 from fabric_lite.launch.plan import Rendezvous
+from fabric_lite.meeting import meet
 
 __all__ = ["rendezvous_handler"]
 
-_RENDEZVOUS_TIMEOUT_SECONDS = 600
 # How long a number of nodes that suffices waits for more; and how often a node says that it is there, and how many of
 # these words may be missing.
 _LAST_CALL_SECONDS = 3
@@ -50,11 +49,11 @@ class _StaticRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         host, port = _split(self._rendezvous.endpoint)
-        if self._store is None and self._node_rank == 0:
-            self._store = serve_store(self._listen(host, port))
-        elif self._store is None:
-            timeout = timedelta(seconds=_RENDEZVOUS_TIMEOUT_SECONDS)
-            self._store = TCPStore(host, port, None, False, timeout=timeout, wait_for_workers=False)
+        if self._store is None:
+            self._store = self._serve(host, port) if self._node_rank == 0 else self._connect(host, port)
+            begins = PrefixStore(f"{self._rendezvous.run_id} begins", self._store)
+            count, timeout = self._rendezvous.num_nodes, self._rendezvous.timeout_seconds
+            meet(begins, "node", self._node_rank, count, timeout, may_come_again=True)
         return RendezvousInfo(
             PrefixStore(self._rendezvous.run_id, self._store),
             self._node_rank,
@@ -62,9 +61,20 @@ class _StaticRendezvous(RendezvousHandler):
             RendezvousStoreInfo(host, port),
         )
 
-    def _listen(self, host: str, port: int) -> socket.socket:
+    def _connect(self, host: str, port: int) -> TCPStore:
+        timeout = timedelta(seconds=self._rendezvous.timeout_seconds)
         try:
-            return listen_on(host, port)
+            return TCPStore(host, port, None, False, timeout=timeout, wait_for_workers=False)
+        except DistError as error:
+            raise LaunchError(
+                f"Node {self._node_rank} does not reach node 0.",
+                given=f"--main-address {host} --main-port {port}: {error}",
+                fix="see whether fabric-run runs on node 0, and that its address and port can be reached from here",
+            ) from error
+
+    def _serve(self, host: str, port: int) -> TCPStore:
+        try:
+            return serve_store(listen_on(host, port))
         except OSError as error:
             raise LaunchError(
                 "Node 0 cannot listen on the main address.",
@@ -95,7 +105,7 @@ def _torch_handler(rendezvous: Rendezvous) -> RendezvousHandler:
         run_id=rendezvous.run_id,
         min_nodes=rendezvous.min_nodes or rendezvous.num_nodes,
         max_nodes=rendezvous.num_nodes,
-        timeout=_RENDEZVOUS_TIMEOUT_SECONDS,
+        timeout=rendezvous.timeout_seconds,
         last_call_timeout=_LAST_CALL_SECONDS,
         keep_alive_interval=_KEEP_ALIVE_SECONDS,
         keep_alive_max_attempt=_KEEP_ALIVE_MISSING,

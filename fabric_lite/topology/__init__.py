@@ -11,5 +11,6 @@ from __future__ import annotations
 
 from fabric_lite.topology.launchers import read_topology, topology_of_group
 from fabric_lite.topology.place import ALONE, Topology
+from fabric_lite.topology.slurm import is_batch_shell
 
-__all__ = ["ALONE", "Topology", "read_topology", "topology_of_group"]
+__all__ = ["ALONE", "Topology", "is_batch_shell", "read_topology", "topology_of_group"]

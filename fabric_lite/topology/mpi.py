@@ -61,19 +61,27 @@ def is_pmi(environ: Mapping[str, str]) -> bool:
 
 def read_pmi(environ: Mapping[str, str]) -> Topology:
     """The place of a rank of MPICH's or Intel MPI's mpirun."""
+    world_size, local_world_size = number(environ, "PMI_SIZE"), number(environ, "MPI_LOCALNRANKS", 1)
+    is_one_node = local_world_size == world_size
+    # MPICH gives a job no name of its own.
+    job = environ.get("PMI_JOBID") or environ.get("PMI_PORT") or (_proxy() if is_one_node else _job(environ))
     return _place(
         environ,
         rank=number(environ, "PMI_RANK"),
-        world_size=number(environ, "PMI_SIZE"),
+        world_size=world_size,
         local_rank=number(environ, "MPI_LOCALRANKID", 0),
-        local_world_size=number(environ, "MPI_LOCALNRANKS", 1),
-        job=environ.get("PMI_JOBID") or environ.get("PMI_PORT") or _proxy(),
+        local_world_size=local_world_size,
+        job=job,
         source="PMI (mpirun or mpiexec)",
     )
 
 
+def _job(environ: Mapping[str, str]) -> str | None:
+    return environ.get("SLURM_JOB_ID") or environ.get("LSB_JOBID")
+
+
 def _proxy() -> str | None:
-    """The process that started all ranks of this node, by its number: MPICH gives a job no other name."""
+    """The process that started all ranks of this node, by its number."""
     process = os.getppid()
     while process > 1:
         try:

@@ -1,0 +1,156 @@
+"""What starts one program on each of several machines, and tells it which one it is: ``fabric-run``'s defaults.
+
+Kubeflow's Trainer, SkyPilot, dstack and Kubernetes' Indexed Jobs know nodes, not processes; one table reads them all.
+A step of Slurm's with one task on each node is such a node too, and so is what ``mpirun`` starts once on each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from fabric_lite.errors import LaunchError
+from fabric_lite.topology import Topology, is_batch_shell, read_topology
+from fabric_lite.topology.variables import number
+
+__all__ = ["ENGINES", "Engine", "with_defaults"]
+
+# Where several nodes meet: of no use on one.
+_MEETING = ("node_rank", "main_address", "main_port", "rdzv_backend", "rdzv_endpoint", "rdzv_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """Which variable of an engine stands for which option of ``fabric-run``; empty: none does.
+
+    Args:
+        name: What it is called in messages.
+        mark: The variable by which it is known.
+        num_nodes: ``--num-nodes``, also as a range.
+        node_rank: ``--node-rank``.
+        main_address: ``--main-address``; of several lines the first one.
+        main_port: ``--main-port``.
+        processes_per_node: ``--devices``, where it is a number.
+        gpus_per_node: ``--devices``, unless the run is on CPUs.
+        rdzv_backend: ``--rdzv-backend``.
+        rdzv_endpoint: ``--rdzv-endpoint``.
+        rdzv_id: ``--rdzv-id``.
+    """
+
+    name: str
+    mark: str
+    num_nodes: str = ""
+    node_rank: str = ""
+    main_address: str = ""
+    main_port: str = ""
+    processes_per_node: str = ""
+    gpus_per_node: str = ""
+    rdzv_backend: str = ""
+    rdzv_endpoint: str = ""
+    rdzv_id: str = ""
+
+
+ENGINES = (
+    Engine(
+        "SkyPilot",
+        mark="SKYPILOT_NUM_NODES",
+        num_nodes="SKYPILOT_NUM_NODES",
+        node_rank="SKYPILOT_NODE_RANK",
+        main_address="SKYPILOT_NODE_IPS",
+        gpus_per_node="SKYPILOT_NUM_GPUS_PER_NODE",
+    ),
+    Engine(
+        "dstack",
+        mark="DSTACK_NODES_NUM",
+        num_nodes="DSTACK_NODES_NUM",
+        node_rank="DSTACK_NODE_RANK",
+        main_address="DSTACK_MASTER_NODE_IP",
+        gpus_per_node="DSTACK_GPUS_PER_NODE",
+    ),
+    # Its older PyTorchJob sets RANK and WORLD_SIZE too, which number the pods: they are not read.
+    Engine(
+        "Kubeflow",
+        mark="PET_NNODES",
+        num_nodes="PET_NNODES",
+        node_rank="PET_NODE_RANK",
+        main_address="PET_MASTER_ADDR",
+        main_port="PET_MASTER_PORT",
+        processes_per_node="PET_NPROC_PER_NODE",
+        rdzv_backend="PET_RDZV_BACKEND",
+        rdzv_endpoint="PET_RDZV_ENDPOINT",
+        rdzv_id="PET_RDZV_ID",
+    ),
+    Engine("Kubernetes' Indexed Job", mark="JOB_COMPLETION_INDEX", node_rank="JOB_COMPLETION_INDEX"),
+)
+
+
+def with_defaults(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[argparse.Namespace, str | None]:
+    """Return the options with what the engine says in place of those not given, and one line about it.
+
+    Raises:
+        LaunchError: A variable of the engine's is no number; or srun or mpirun has started several on this node.
+    """
+    engine, told = _told(environ, options.accelerator)
+    given = vars(options)
+    taken = {option: value for option, value in told.items() if given[option] is None}
+    is_one_node = (given["num_nodes"] or taken.get("num_nodes", "1")) == "1"
+    if is_one_node:
+        taken = {option: value for option, value in taken.items() if option == "devices"}
+    elif given["rdzv_endpoint"] is not None:
+        # The nodes are numbered by those who meet there.
+        taken = {option: value for option, value in taken.items() if option not in _MEETING}
+    if not taken:
+        return options, None
+    words = " ".join(f"--{option.replace('_', '-')} {value}" for option, value in taken.items())
+    return argparse.Namespace(**{**given, **taken}), f"fabric-run: from {engine}: {words}"
+
+
+def _told(environ: Mapping[str, str], accelerator: str | None) -> tuple[str, dict[str, Any]]:
+    """Who tells, and what, by the names of ``fabric-run``'s options."""
+    engine = next((engine for engine in ENGINES if environ.get(engine.mark)), None)
+    if engine is None:
+        topology = _tasks(environ)
+        return ("", {}) if topology is None else (topology.source, _of_tasks(topology))
+    told: dict[str, Any] = {}
+    for option in ("num_nodes", "main_address", "rdzv_backend", "rdzv_endpoint", "rdzv_id"):
+        # Of a list of addresses, one a line, the first is that of node 0.
+        words = environ.get(getattr(engine, option), "").split()
+        if words:
+            told[option] = words[0]
+    for option in ("node_rank", "main_port"):
+        name = getattr(engine, option)
+        if environ.get(name):
+            told[option] = number(environ, name)
+    processes = environ.get(engine.processes_per_node, "")
+    gpus = "" if accelerator == "cpu" else environ.get(engine.gpus_per_node, "")
+    # Torchrun's "auto" and "gpu" are fabric-run's own default.
+    devices = next((text for text in (processes, gpus) if text.isdigit() and text != "0"), None)
+    if devices is not None:
+        told["devices"] = devices
+    return engine.name, told
+
+
+def _tasks(environ: Mapping[str, str]) -> Topology | None:
+    """The place of this ``fabric-run`` among those that srun or mpirun has started, if there are several."""
+    # A batch script may well run it by itself, on its own node.
+    if is_batch_shell(environ) or "RANK" in environ:
+        return None
+    topology = read_topology(environ)
+    if topology.local_world_size > 1:
+        raise LaunchError(
+            f"{topology.source} has started fabric-run {topology.local_world_size} times on this node.",
+            given=f"{topology.world_size} times on {topology.num_nodes} nodes, and each would start ranks of its own",
+            fix="srun python script.py; or fabric-run once on each node: srun --ntasks-per-node=1 fabric-run script.py",
+        )
+    return topology if topology.num_nodes > 1 else None
+
+
+def _of_tasks(topology: Topology) -> dict[str, Any]:
+    return {
+        "num_nodes": str(topology.num_nodes),
+        "node_rank": topology.node_rank,
+        "main_address": topology.main_address,
+        "main_port": topology.main_port,
+    }
