@@ -72,10 +72,7 @@ def resolve(arguments: Arguments, plugins: Any, config: RunConfig | None, enviro
         notices.append(f"precision={arguments.precision!r} means {precision.name!r}; write it out to silence this line")
     accelerator = choose_accelerator(arguments.accelerator)
     indices = parse_devices(arguments.devices, accelerator)
-    topology = read_topology(_own_variables(environ, config, notices))
-    group = existing_group()
-    if group is not None and not topology.is_managed:
-        topology = topology_of_group(environ, *group)
+    topology = _place(_own_variables(environ, config, notices))
     needs_launch = False
     if topology.is_managed:
         indices = _reconcile(arguments, indices, topology, accelerator, config)
@@ -104,6 +101,24 @@ def resolve(arguments: Arguments, plugins: Any, config: RunConfig | None, enviro
         _config_of(arguments, indices, config),
         tuple(notices),
     )
+
+
+def _place(environ: Mapping[str, str]) -> Topology:
+    """This process's place; in a process group that exists already, that of the group.
+
+    Ray's workers, say, have the Slurm variables of the daemon that started them.
+    """
+    group = existing_group()
+    if group is None:
+        return read_topology(environ)
+    try:
+        topology = read_topology(environ)
+    except LaunchError:
+        return topology_of_group(environ, *group)
+    # RANK and WORLD_SIZE are for those who make a group: one of another size is a mistake, see join().
+    if (topology.rank, topology.world_size) == group or "RANK" in environ:
+        return topology
+    return topology_of_group(environ, *group)
 
 
 def _own_variables(environ: Mapping[str, str], config: RunConfig | None, notices: list[str]) -> Mapping[str, str]:

@@ -7,6 +7,7 @@ import math
 import os
 import select
 import socket
+import stat
 import threading
 import weakref
 from collections.abc import Callable
@@ -17,10 +18,12 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from fabric_lite.errors import CollectiveError
 
-__all__ = ["SideThread", "connect", "reconnect"]
+__all__ = ["SideThread", "address_of", "connect", "reconnect"]
 
 _JOIN_SECONDS = 10.0
 _CONNECT_SECONDS = 0.9
+# After so long without a sign from the other machine the system ends a connection: see _clone().
+_LOST_SECONDS = 3
 
 
 def connect(name: str) -> Any:
@@ -38,7 +41,7 @@ def connect(name: str) -> Any:
 
     store = _get_default_store()
     try:
-        return PrefixStore(f"fabric_lite/{name}", store.clone())  # type: ignore[attr-defined]
+        return PrefixStore(f"fabric_lite/{name}", _clone(store))
     except (AttributeError, RuntimeError) as error:
         # Any other error is not of all ranks alike: its server does not answer, say.
         if isinstance(error, RuntimeError) and "pure virtual" not in str(error):
@@ -56,13 +59,57 @@ def reconnect(store: Any) -> Any:
     Raises:
         OSError: Nobody listens where the store was; DistError: it does not answer.
     """
-    server = store
-    while hasattr(server, "underlying_store"):
-        server = server.underlying_store
+    server = _server_of(store)
     if hasattr(server, "port"):
         # torch would try for long, and write lines about each try.
         socket.create_connection((server.host, server.port), timeout=_CONNECT_SECONDS).close()
-    return store.clone()
+    return _clone(store)
+
+
+def address_of(store: Any) -> str:
+    """Where the store is served, ``host:port``, as far as it says."""
+    server = _server_of(store)
+    return f"{getattr(server, 'host', '?')}:{getattr(server, 'port', '?')}"
+
+
+def _server_of(store: Any) -> Any:
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return store
+
+
+def _clone(store: Any) -> Any:
+    """Another connection, which the system ends when the other machine is out of reach.
+
+    torch waits without a limit for most answers, also for that to its own "I wait no longer" after a timeout: when a
+    cable is pulled, its thread would stay there for as long as the system tries, which is a quarter of an hour.
+    """
+    port = getattr(_server_of(store), "port", None)
+    before = _connections_to(port)
+    connection = store.clone()
+    for descriptor in _connections_to(port) - before:
+        with socket.socket(fileno=os.dup(descriptor)) as made:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in (("KEEPIDLE", 1), ("KEEPINTVL", 1), ("USER_TIMEOUT", 1000 * _LOST_SECONDS)):
+                made.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{option}"), value)
+    return connection
+
+
+def _connections_to(port: int | None) -> set[int]:
+    """The descriptors of this process that are connected to a port; none where the system does not list them."""
+    found: set[int] = set()
+    if port is None or not os.path.isdir("/proc/self/fd"):
+        return found
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(descriptor)) as connection:
+                if connection.family != socket.AF_UNIX and connection.getpeername()[1] == port:
+                    found.add(descriptor)
+        except OSError:
+            continue  # closed since the listing, or listening
+    return found
 
 
 class SideThread:

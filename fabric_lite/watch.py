@@ -27,7 +27,7 @@ from fabric_lite.errors import FabricTypeError, FabricValueError
 from fabric_lite.mesh import sequence_numbers
 from fabric_lite.movement import movement_count
 from fabric_lite.run_config import hang_reporter
-from fabric_lite.side_store import SideThread, reconnect
+from fabric_lite.side_store import SideThread, address_of, reconnect
 from fabric_lite.watch_position import is_debugged, position_of
 from fabric_lite.watch_report import RankStatus, absent_ranks, explain, explain_late
 
@@ -108,6 +108,7 @@ class HangWatch:
         self._talked_at = 0.0
         self._read_at = -math.inf
         self._said_late: set[Any] = set()
+        self._store_address = ""
         self._thread = SideThread(f"watch {next(_numbers)}", self._run)
 
     def close(self) -> None:
@@ -120,6 +121,7 @@ class HangWatch:
 
     def _run(self, thread: SideThread, store: Any) -> None:
         # A rank that serves the store may be the one that is stopped.
+        self._store_address = address_of(store)
         store.set_timeout(_seconds(min(max(0.9, self._limit / 20), 10.0)))
         connection: _Connection | None = _Connection(store)
         at_first, is_hanging = self._moved_by_fabrics(), False
@@ -268,7 +270,7 @@ class HangWatch:
             missing = []
         lines = explain(self._statuses(), self._silent(), missing, self._limit)
         if connection is None:
-            lines[1:1] = ["  the other ranks cannot be asked: the store does not answer"]
+            lines[1:1] = [f"  the other ranks cannot be asked: the store at {self._store_address} does not answer"]
         limit = f"{self._limit:g} s, the limit: --hang-timeout or Fabric(hang_timeout=), 0 for none"
         lines.append(f"  Nothing moved on any rank for {limit}.")
         if connection is None or connection.may_speak(self._rank, "hang"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import shutil
@@ -10,11 +11,13 @@ from typing import NamedTuple
 
 import pytest
 
+from fabric_lite.launch.cli import _read
 from fabric_lite.testing import RankPool
 from tests.faults import record
 from tests.test_readme import DIFF, ROOT, blocks, commands, run_block
 
 DOCS = ROOT / "docs"
+OURS = ("python", "fabric-run", "fabric-bench", "fabric-ckpt")
 PAGES = sorted(path for path in DOCS.rglob("*.md") if path.parent.name != "decisions")
 
 
@@ -47,9 +50,20 @@ def test_the_first_page_has_the_readmes_diff() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
-def test_every_command_is_one_of_ours_or_of_torchs(page: Path) -> None:
+def test_every_command_is_one_of_ours_or_starts_one(page: Path) -> None:
     for command in commands(page.read_text(encoding="utf-8")):
-        assert shlex.split(command)[0] in ("python", "fabric-run", "fabric-bench", "fabric-ckpt", "torchrun"), command
+        assert shlex.split(command)[0] in (*OURS, "torchrun", "srun", "sbatch", "mpirun"), command
+
+
+def test_every_option_of_fabric_run_in_the_pages_exists() -> None:
+    pages = [page.read_text(encoding="utf-8") for page in PAGES]
+    lines = [line for text in pages for line in commands(text) if line.startswith("fabric-run")]
+    for line in lines:
+        words = shlex.split(line)[1:]
+        own = list(itertools.takewhile(lambda word: not word.endswith(".py"), words))
+        options = _read([*own, *(["script.py"] if "--check" not in own else [])])
+        assert options.check == ("--check" in own), line
+    assert len(lines) > 5
 
 
 def test_the_page_of_faults_is_made_of_the_recorded_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

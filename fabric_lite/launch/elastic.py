@@ -30,6 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from fabric_lite.errors import LaunchError
+from fabric_lite.launch.board import Board
 from fabric_lite.launch.ending import begin_to_end, is_by_signal
 from fabric_lite.launch.environment import cores, rank_environment
 from fabric_lite.launch.failure import Failure, exit_status, summary
@@ -154,6 +155,7 @@ class _Agent(SimpleElasticAgent):
         self._has_told = False
         self._look_at = 0.0
         self._knows_failure = False
+        self._board: tuple[Any, Board] | None = None
 
     def close(self) -> None:
         """Give the signals back."""
@@ -215,6 +217,10 @@ class _Agent(SimpleElasticAgent):
         store: Any = worker_group.store
         key = f"fabric_lite/port/{attempt}"
         if worker_group.group_rank == 0:
+            # Before any node can read them.
+            nodes = range(worker_group.group_world_size or 1)
+            for kind in ("any", *nodes, *(f"told by {node}" for node in nodes)):
+                store.set(f"fabric_lite/failure/{attempt}/{kind}", "")
             store.set(key, str(self.group.host_store(str(worker_group.master_addr), 0)))
         return int(store.get(key))
 
@@ -275,14 +281,16 @@ class _Agent(SimpleElasticAgent):
         now = time.monotonic()
         if now >= self._look_at:
             self._look_at = now + _FAILURE_ELSEWHERE_SECONDS
-            store: Any = worker_group.store
-            was_known = self._knows_failure
-            try:
-                self._knows_failure = store.check([f"fabric_lite/failure/{self._attempts - 1}/any"])
-            except DistError:
-                return False  # who held the store has finished, which is no reason to end ranks that still work
+            was_known, key = self._knows_failure, f"fabric_lite/failure/{self._attempts - 1}/any"
+            # Who held the store may have finished, which is no reason to end ranks that still work.
+            self._knows_failure = self._board_of(worker_group).ask(lambda store: bool(store.get(key)), False)
             return was_known and self._knows_failure
         return False
+
+    def _board_of(self, worker_group: WorkerGroup) -> Board:
+        if self._board is None or self._board[0] is not worker_group.store:
+            self._board = (worker_group.store, Board(worker_group.store))
+        return self._board[1]
 
     def _are_asked_to_change(self, worker_group: WorkerGroup, signals: Signals) -> bool:
         """Whether the ranks have left because another node has told its own to, for a node that comes."""
@@ -299,42 +307,43 @@ class _Agent(SimpleElasticAgent):
             or (failure.details is None and failure.exit_code == -signal.SIGABRT)
         )
         order = [is_effect, time.time() - (time.monotonic() - failure.time)]
-        store: Any = worker_group.store
-        key = f"fabric_lite/failure/{attempt}"
-        store.set(f"{key}/any", "")
-        store.set(f"{key}/{node}", json.dumps([*order, node, summary(failure)]))
+        board, key = self._board_of(worker_group), f"fabric_lite/failure/{attempt}"
+        told = json.dumps([*order, node, summary(failure)])
         self.group.stop_failed()
+        board.ask(lambda store: (store.set(f"{key}/any", "yes"), store.set(f"{key}/{node}", told)), None)
         while not self.group.has_ended:
             self._read_events(self.group.seconds_to_deadline())
             if self._signals is not None:
                 self._signals.pass_on(self.group.send_signal)
             if self.group.is_failure_settled and not self._has_told:
-                self._tell(store, key, worker_group, failure)
+                self._tell(board, key, told, worker_group, failure)
         if not self._has_told:
-            self._tell(store, key, worker_group, failure)
+            self._tell(board, key, told, worker_group, failure)
         self.group.end_leftovers()
         self._read_logs()
         if self._remaining_restarts == 0:
-            self._let_others_tell(store, key, worker_group.group_world_size or 1)
+            self._let_others_tell(board, key, worker_group.group_world_size or 1)
 
-    def _tell(self, store: Any, key: str, worker_group: WorkerGroup, failure: Failure) -> None:
+    def _tell(self, board: Board, key: str, own: str, worker_group: WorkerGroup, failure: Failure) -> None:
         self._has_told = True
-        nodes = range(worker_group.group_world_size or 1)
-        told = [json.loads(store.get(f"{key}/{node}")) for node in nodes if store.check([f"{key}/{node}"])]
-        *_, node, words = min(told)
-        store.add(f"{key}/told", 1)
+        keys = [f"{key}/{node}" for node in range(worker_group.group_world_size or 1)]
+        nothing: list[str] = []
+        told = board.ask(lambda store: [store.get(each).decode() for each in keys], nothing)
+        *_, node, words = min(json.loads(each) for each in (own, *told) if each)
+        board.ask(lambda store: store.set(f"{key}/told by {worker_group.group_rank}", "yes"), None)
         max_restarts = worker_group.spec.max_restarts
         if node == worker_group.group_rank:
             self._job.report(failure, max_restarts - self._remaining_restarts, max_restarts)
         elif self._remaining_restarts == 0:
             print_line(f"fabric-run: ended because on node {node} {words}")
 
-    def _let_others_tell(self, store: Any, key: str, nodes: int) -> None:
+    def _let_others_tell(self, board: Board, key: str, nodes: int) -> None:
         """Wait a moment for the other nodes, which read in the store that this one may hold what has failed first."""
         deadline = time.monotonic() + _OTHERS_TELL_SECONDS
-        with contextlib.suppress(DistError):  # who held the store has waited as long, and left
-            while store.add(f"{key}/told", 0) < nodes and time.monotonic() < deadline:
-                time.sleep(_MONITOR_INTERVAL_SECONDS / 4)
+        # Who held the store has waited as long, and left.
+        keys = [f"{key}/told by {node}" for node in range(nodes)]
+        while time.monotonic() < deadline and not board.ask(lambda store: all(map(store.get, keys)), True):
+            time.sleep(_MONITOR_INTERVAL_SECONDS / 4)
 
     def _process_failure(self, worker_group: WorkerGroup) -> ProcessFailure:
         failure = self.group.first_failure

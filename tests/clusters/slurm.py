@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -109,16 +110,18 @@ class Slurm:
         shown = self.run("scontrol", "show", "job", "--oneliner", job).stdout
         return shown.partition("JobState=")[2].partition(" ")[0]
 
-    def wait_for(self, job: str, *states: str, limit_seconds: float = 90.0) -> str:
-        """Wait until the job is in one of these states, and return it."""
-        wait_until(
-            lambda: self.state(job) in states, f"job {job} is {' or '.join(states)}", limit_seconds=limit_seconds
-        )
-        return self.state(job)
+    def finish(self, job: str, *, limit_seconds: float = 240.0) -> str:
+        """Wait until the job has ended, and return how; one that waits for its turn begins at once.
 
-    def start_now(self, job: str) -> None:
-        """Let a job that was requeued begin at once; Slurm by itself waits two minutes."""
-        self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+        Slurm by itself lets a job that was requeued wait for two minutes.
+        """
+        deadline = time.monotonic() + limit_seconds
+        while (state := self.state(job)) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "PREEMPTED"):
+            assert time.monotonic() < deadline, f"job {job} is {state} after {limit_seconds} s"
+            if state == "PENDING":
+                self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+            time.sleep(0.2)  # each look starts a program
+        return state
 
     def end_all(self) -> None:
         """End all jobs, and wait until they have."""

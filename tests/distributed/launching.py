@@ -26,13 +26,15 @@ def write(folder: Path, source: str, name: str = "script.py") -> Path:
     return path
 
 
-def run(command: Sequence[object], *, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    command: Sequence[object], *, cwd: Path | None = None, limit_seconds: float = LIMIT_SECONDS
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
         [str(word) for word in command],
         capture_output=True,
         text=True,
-        timeout=LIMIT_SECONDS,
+        timeout=limit_seconds,
         env=ENVIRONMENT,
         cwd=cwd,
         check=False,

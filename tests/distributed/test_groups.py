@@ -52,7 +52,16 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("told", [[{}, {}], [{"LOCAL_RANK": "0"}, {"LOCAL_RANK": "1"}]], ids=["nothing", "LOCAL_RANK"])
+# A worker of Ray's inherits the variables of the Slurm task, or of the batch script, that runs Ray's daemon.
+DAEMON = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "4"}
+BATCH = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [[{}, {}], [{"LOCAL_RANK": "0"}, {"LOCAL_RANK": "1"}], [DAEMON, DAEMON], [BATCH, BATCH]],
+    ids=["nothing", "LOCAL_RANK", "a daemon's step", "a batch script"],
+)
 def test_a_group_of_the_users_own_is_adopted_whole_and_never_destroyed(tmp_path: Path, told: Any) -> None:
     for rank, lines in enumerate(run_two(ADOPTS, tmp_path, told)):
         assert lines == [f"2 {rank} {rank} 0 {rank == 0}", "DDPStrategy 1", "0.5", "True"]

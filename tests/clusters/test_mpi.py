@@ -1,0 +1,63 @@
+"""Ranks that mpirun has started, Open MPI's and MPICH's, on one machine; inside Slurm, see test_slurm.py."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.clusters.programs import PLACE
+from tests.distributed.launching import FABRIC_RUN, run, started, write
+
+OPEN_MPI = "mpirun.openmpi --allow-run-as-root --oversubscribe"
+MPICH = "mpirun.mpich"
+
+
+def words_of(mpirun: str) -> list[str]:
+    words = mpirun.split()
+    if shutil.which(words[0]) is None:
+        pytest.skip(f"{words[0]} not found: apt-get install openmpi-bin mpich")
+    return words
+
+
+@pytest.mark.parametrize("mpirun", [OPEN_MPI, MPICH])
+def test_ranks_find_their_places(tmp_path: Path, mpirun: str) -> None:
+    """OMPI_COMM_WORLD_NODE_RANK is 1 for the second of these, and both are on node 0."""
+    done = run([*words_of(mpirun), "-n", 2, sys.executable, write(tmp_path, PLACE)], cwd=tmp_path)
+    lines = [line.split() for line in sorted(done.stdout.splitlines())]
+    assert [line[:7] for line in lines] == [[r, "2", r, "2", "0", "1", "127.0.0.1"] for r in "01"], done
+    assert lines[0][7] == lines[1][7]
+
+
+@pytest.mark.parametrize("mpirun", [OPEN_MPI, MPICH])
+def test_two_jobs_at_once_have_two_ports(tmp_path: Path, mpirun: str) -> None:
+    script = write(tmp_path, PLACE + "sys.stdin.read()")  # both run until both have spoken
+    with contextlib.ExitStack() as stack:
+        command = [*words_of(mpirun), "-n", 1, sys.executable, "-u", script]
+        jobs = [stack.enter_context(started(*command, cwd=tmp_path)) for _ in range(2)]
+        ports = {job.stdout.readline().split()[7] for job in jobs if job.stdout}
+    assert len(ports) == 2
+
+
+def test_one_mpirun_inside_anothers_is_an_error(tmp_path: Path) -> None:
+    inner = [*words_of(MPICH), "-n", 2, sys.executable, write(tmp_path, PLACE)]
+    done = run([*words_of(OPEN_MPI), "-n", 1, *inner], cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("OMPI_COMM_WORLD_SIZE=1 and PMI_SIZE=2") == 2, done
+
+
+def test_check_connects_the_ranks(tmp_path: Path) -> None:
+    done = run([*words_of(MPICH), "-n", 2, *FABRIC_RUN, "--check"], cwd=tmp_path)
+    assert done.returncode == 0, done
+    assert done.stdout.startswith("fabric-run --check: 2 ranks on 1 node, by PMI (mpirun or mpiexec)")
+    assert "all is well" in done.stdout
+
+
+@pytest.mark.parametrize("mpirun", [OPEN_MPI, MPICH])
+def test_fabric_run_started_twice_on_a_node_is_an_error(tmp_path: Path, mpirun: str) -> None:
+    done = run([*words_of(mpirun), "-n", 2, *FABRIC_RUN, "--devices", 1, write(tmp_path, PLACE)], cwd=tmp_path)
+    assert done.returncode == 2, done
+    assert "has started fabric-run 2 times on this node" in done.stderr

@@ -1,0 +1,155 @@
+"""One script, unedited, however it is started on two ranks: the weights are those of a plain loop, to the last bit."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.clusters.namespaces import Hosts
+from tests.clusters.programs import TRAIN, trained
+from tests.clusters.slurm import Slurm, free_ports
+from tests.distributed.launching import FABRIC_RUN, assert_nothing_left, run, started, write
+
+LIMIT_SECONDS = 120.0
+MPI_VARIABLES = ["env", "OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"]
+WAYS = (
+    "python", "fabric-run", "torchrun", "two fabric-run", "srun on two nodes", "mpirun.openmpi", "mpirun.mpich",
+    "Ray", "two network namespaces",
+)  # fmt: skip
+
+Request = pytest.FixtureRequest
+
+
+def by_python(script: Path, _: Request) -> list[str]:
+    return output(run([sys.executable, script, "--devices", 2], cwd=script.parent, limit_seconds=LIMIT_SECONDS))
+
+
+def by_fabric_run(script: Path, _: Request) -> list[str]:
+    return output(run([*FABRIC_RUN, "--devices", 2, script], cwd=script.parent, limit_seconds=LIMIT_SECONDS))
+
+
+def by_torchrun(script: Path, _: Request) -> list[str]:
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", 2]
+    # By itself torchrun meets on the machine's name, which others may reach.
+    here = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    return output(run([*torchrun, *here, script], cwd=script.parent, limit_seconds=LIMIT_SECONDS))
+
+
+def by_two_agents(script: Path, _: Request) -> list[str]:
+    meeting = ["--devices", 1, "--num-nodes", 2, "--main-address", "127.0.0.1", "--main-port", free_ports(1)[0]]
+    return of_two(script, *([*FABRIC_RUN, *meeting, "--node-rank", node, script] for node in (0, 1)))
+
+
+def by_srun(script: Path, request: Request) -> list[str]:
+    slurm: Slurm = request.getfixturevalue("slurm")
+    words = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, script]
+    return output(slurm.run(*words, cwd=script.parent, timeout_seconds=LIMIT_SECONDS))
+
+
+def by_open_mpi(script: Path, _: Request) -> list[str]:
+    need("mpirun.openmpi", "openmpi-bin")
+    start = [*MPI_VARIABLES, "mpirun.openmpi", "--oversubscribe", "-n", 2]
+    return output(run([*start, sys.executable, script], cwd=script.parent, limit_seconds=LIMIT_SECONDS))
+
+
+def by_mpich(script: Path, _: Request) -> list[str]:
+    need("mpirun.mpich", "mpich")
+    return output(
+        run(["mpirun.mpich", "-n", 2, sys.executable, script], cwd=script.parent, limit_seconds=LIMIT_SECONDS)
+    )
+
+
+RAY = """
+import os, runpy, sys
+import ray.train.torch
+from ray.train import ScalingConfig
+
+ray.init(include_dashboard=False, num_cpus=2, object_store_memory=200 << 20, _node_ip_address="127.0.0.1")
+
+
+def train():
+    sys.argv = [os.environ["SCRIPT"]]
+    runpy.run_path(os.environ["SCRIPT"], run_name="__main__")
+
+
+ray.train.torch.TorchTrainer(train, scaling_config=ScalingConfig(num_workers=2)).fit()
+"""
+
+
+def by_ray(script: Path, request: Request) -> list[str]:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed: pip install 'ray[train]'")
+    hosts: Hosts = request.getfixturevalue("hosts")
+    driver = write(script.parent, RAY, "driver.py")
+    # Ray listens on the machine's first address: in the namespace there is none but loopback once the cable is out.
+    hosts.pull_plug(0)
+    command = ["env", f"SCRIPT={script}", "RAY_USAGE_STATS_ENABLED=0", "GLOO_SOCKET_IFNAME=lo", sys.executable, driver]
+    with started(*hosts.on(0, *command), cwd=script.parent) as process:
+        said, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    # A line of a worker's begins with its name.
+    return ["rank" + line.partition("rank")[2] for line in said.splitlines() if "rank" in line and " of 2: " in line]
+
+
+def by_namespaces(script: Path, request: Request) -> list[str]:
+    hosts: Hosts = request.getfixturevalue("hosts")
+    meeting = ["--devices", 1, "--num-nodes", 2, "--main-address", hosts.address(0)]
+    return of_two(script, *(hosts.on(node, *FABRIC_RUN, *meeting, "--node-rank", node, script) for node in (0, 1)))
+
+
+STARTS: dict[str, Callable[[Path, Request], list[str]]] = dict(
+    zip(
+        WAYS,
+        (by_python, by_fabric_run, by_torchrun, by_two_agents, by_srun, by_open_mpi, by_mpich, by_ray, by_namespaces),
+        strict=True,
+    )
+)
+
+
+def need(program: str, package: str) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} not found: apt-get install {package}")
+
+
+def output(done: object) -> list[str]:
+    assert done.returncode == 0, done  # type: ignore[attr-defined]
+    return str(done.stdout).splitlines()  # type: ignore[attr-defined]
+
+
+def of_two(script: Path, *commands: list[object]) -> list[str]:
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(started(*command, cwd=script.parent)) for command in commands]
+        outputs = [process.communicate(timeout=LIMIT_SECONDS) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return [line for said, _ in outputs for line in said.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, str]:
+    """What each way of starting has come to."""
+    return {}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_script_ends_with_the_weights_of_a_plain_loop(
+    tmp_path: Path, request: Request, table: dict[str, str], way: str
+) -> None:
+    table[way] = "skipped"
+    script = write(tmp_path, TRAIN, "train.py")
+    expected = trained()
+    assert sorted(STARTS[way](script, request)) == [f"rank {rank} of 2: {expected}" for rank in (0, 1)]
+    table[way] = expected
+    assert_nothing_left(tmp_path)
+
+
+def test_all_ways_come_to_the_same_weights(table: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The table of all that were started before."""
+    with capsys.disabled():
+        print("\n" + "\n".join(f"  {way:24} {found}" for way, found in {"a plain loop": trained(), **table}.items()))
+    assert set(table.values()) <= {trained(), "skipped"}

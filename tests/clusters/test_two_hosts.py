@@ -1,0 +1,67 @@
+"""Two hosts with a cable between them that is pulled, or slow: who is not there is said by name, in time."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+from tests.clusters.namespaces import Hosts
+from tests.distributed.launching import FABRIC_RUN, assert_nothing_left, started, wait_until, write
+
+HANG_SECONDS = 4
+# From the last word of a host on: the limit, as much again to notice it, and for all to end.
+LIMIT_SECONDS = 60.0
+
+LOOP = """
+import sys, torch
+from pathlib import Path
+from fabric_lite import Fabric
+fabric = Fabric(accelerator="cpu")
+model = fabric.setup(torch.nn.Linear(4, 4))
+for step in range(10 ** 9):
+    fabric.backward(model(torch.ones(2, 4)).sum())
+    if step == 20:
+        (Path(sys.argv[1]) / f"trains {fabric.global_rank}").touch()
+"""
+
+
+def on_both(hosts: Hosts, *words: object) -> list[list[str]]:
+    meeting = ["--accelerator", "cpu", "--num-nodes", 2, "--main-address", hosts.address(0), "--hang-timeout"]
+    return [hosts.on(node, *FABRIC_RUN, *meeting, HANG_SECONDS, "--node-rank", node, *words) for node in (0, 1)]
+
+
+def test_a_pulled_cable_is_told_on_both_hosts_by_who_is_not_reached(tmp_path: Path, hosts: Hosts) -> None:
+    script = write(tmp_path, LOOP)
+    with contextlib.ExitStack() as stack:
+        nodes = [stack.enter_context(started(*words, cwd=tmp_path)) for words in on_both(hosts, script, tmp_path)]
+        wait_until(lambda: len(list(tmp_path.glob("trains *"))) == 2, "both train")
+        hosts.pull_plug(1)
+        outputs = [node.communicate(timeout=LIMIT_SECONDS) for node in nodes]
+    assert [node.returncode for node in nodes] == [1, 1], outputs
+    assert "fabric-run: rank 1 did not arrive and does not respond" in outputs[0][1]
+    # The other host knows only that it reaches nobody, and where it has asked.
+    assert "fabric-run: rank 1 wait in backward (script.py:8), which does not end" in outputs[1][1]
+    assert f"cannot be asked: the store at {hosts.address(0)}:" in outputs[1][1]
+    assert_nothing_left(tmp_path)
+
+
+def test_check_shows_how_slow_a_cable_is(tmp_path: Path, hosts: Hosts) -> None:
+    hosts.slow_down(0, "80mbit")
+    with contextlib.ExitStack() as stack:
+        nodes = [stack.enter_context(started(*words, cwd=tmp_path)) for words in on_both(hosts, "--check")]
+        outputs = [node.communicate(timeout=LIMIT_SECONDS) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    (speed,) = re.findall(r"the slowest way is between rank 0 and 1: \d+ us, (\S+) GB/s", outputs[0][0])
+    # Half of the way at 10 MB/s.
+    assert float(speed) <= 0.02
+
+
+def test_check_names_a_host_that_is_not_connected(tmp_path: Path, hosts: Hosts) -> None:
+    hosts.pull_plug(1)
+    with contextlib.ExitStack() as stack:
+        nodes = [stack.enter_context(started(*words, cwd=tmp_path)) for words in on_both(hosts, "--check")]
+        outputs = [node.communicate(timeout=LIMIT_SECONDS) for node in nodes]
+    assert [node.returncode for node in nodes] == [1, 1], outputs
+    assert f"fabric-run: Node 1 of 2 has not come within {HANG_SECONDS} s." in outputs[0][1]
+    assert "fabric-run: Node 1 does not reach node 0." in outputs[1][1]
