@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from fabric_lite import checkpoint, collectives, run_config
 from fabric_lite import seed as random_seed
 from fabric_lite.checkpoint import SaveHandle
+from fabric_lite.checkpoint.plain import Place, stateful_objects
 from fabric_lite.collectives import Collectives
 from fabric_lite.identity import Identity
 from fabric_lite.loggers.sending import Sender
@@ -74,7 +75,8 @@ class Checkpointing(Identity):
             self._sender.save()  # what is logged until here belongs to the checkpoint, whatever happens next
         path = run_config.redirected(path)
         # Shards that inference mode makes views of cannot be detached.
-        with torch.inference_mode(False), torch.no_grad():
+        held = self.strategy.holding_state(_objects_of(state), changes=False)
+        with torch.inference_mode(False), torch.no_grad(), held:
             return checkpoint.save(
                 path,
                 state,
@@ -100,7 +102,8 @@ class Checkpointing(Identity):
         self._launched()
         self._collectives.enter("load")
         path = run_config.redirected(path, to_read=True)
-        return checkpoint.load(path, state, strict=strict, weights_only=weights_only)
+        with self.strategy.holding_state(_objects_of(state), changes=True):
+            return checkpoint.load(path, state, strict=strict, weights_only=weights_only)
 
     def load_raw(self, path: str | Path, obj: nn.Module | Optimizer, strict: bool = True) -> None:
         """Load one bare state dict, from anything that :meth:`load` reads, into a module or optimizer.
@@ -110,7 +113,8 @@ class Checkpointing(Identity):
         self._launched()
         self._collectives.enter("load_raw")
         path = run_config.redirected(path, to_read=True)
-        checkpoint.load_raw(path, obj, strict=strict)
+        with self.strategy.holding_state([obj], changes=True):
+            checkpoint.load_raw(path, obj, strict=strict)
 
     def state_dict(self) -> dict[str, Any]:
         """The steps, random states of all ranks, states of loss scaler, callbacks and loggers; every rank calls."""
@@ -146,3 +150,8 @@ class Checkpointing(Identity):
                 same = sum(type(other).__name__ == name for other in found.values())
                 found[f"{name} {same + 1}" if same else name] = companion
         return found
+
+
+def _objects_of(state: Any) -> list[Any]:
+    """The objects with a state of their own that are nested in ``state``, in order."""
+    return [instance for _, instance in stateful_objects(state, Place())]

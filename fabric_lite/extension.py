@@ -33,6 +33,8 @@ class ModuleExtension:
             ``model.forward(x)`` by hand must go through ``__call__``.
         reset: Called before each forward from outside, see ``Engine``.
         handles: Hooks that are removed on release.
+        gathers: Whether forwards without gradients go through the engine too, which alone has whole parameters.
+        is_copyable: Whether a copy or a pickle of the module is a plain one.
     """
 
     owner: Any
@@ -42,6 +44,8 @@ class ModuleExtension:
     hooked: bool = False
     reset: Callable[[], None] | None = None
     handles: list[Any] = dataclasses.field(default_factory=list)
+    gathers: bool = False
+    is_copyable: bool = True
     # Plain attributes, since a threading.local breaks torch.compile: whether the engine is calling back, what it is to
     # run, and the thread in which it does.
     is_inside: bool = False
@@ -120,7 +124,7 @@ class ModuleExtension:
         # Without gradients nothing is communicated: rank 0 may evaluate alone. Inside backward (recomputation by
         # activation checkpointing) the engine has had its forward already.
         engine = self.engine
-        if engine is None or not torch.is_grad_enabled():
+        if engine is None or not (torch.is_grad_enabled() or self.gathers):
             return target(*args, **kwargs)
         if not torch.compiler.is_compiling():
             if in_backward() and recomputes():

@@ -173,10 +173,18 @@ def _replace_step(optimizer: torch.optim.Optimizer, engine_step: Callable[[torch
     """By hooks, since a scheduler made earlier would go around an exchanged method."""
     hidden: list[Hidden] = []
 
-    def before(*_: Any) -> None:
+    def before(_: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        # Torch would run a closure inside its step, and then find the gradients that it made.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            result = (args[0], lambda: loss), {key: value for key, value in kwargs.items() if key != "closure"}
         if any(parameter.grad is not None for parameter in parameters_of(optimizer)):
             hidden.clear()  # left by a step that raised; nested steps find no gradients
         hidden.append(Hidden.of(optimizer))
+        return result
 
     def after(*_: Any) -> None:
         hidden.pop().restore(optimizer)

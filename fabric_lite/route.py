@@ -73,7 +73,7 @@ def extend_module(module: nn.Module, extension: ModuleExtension) -> None:
         extend(original, _routed_members, extension)
     else:
         compiled = module.__dict__.get("_compiled_call_impl")
-        extend(module, _routed_members, extension)
+        extend(module, _routed_members if extension.is_copyable else _uncopied_members, extension)
         if compiled is not None:
             _route_compiled_call(module, extension, compiled)
 
@@ -183,6 +183,10 @@ def _routed_members(kind: type) -> dict[str, Any]:
     return {**_quiet_members(kind), **methods, "forward": ForwardRoute(kind, reach), "compile": _compile}
 
 
+def _uncopied_members(kind: type) -> dict[str, Any]:
+    return {**_routed_members(kind), **_NO_COPIES}
+
+
 def _compiled_module_members(kind: type) -> dict[str, Any]:
     # An OptimizedModule keeps its compiled call as a ``forward`` of its own, which the route finds and runs.
     def reach(_: Any, extension: ModuleExtension, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -222,7 +226,7 @@ def _hooked_members(kind: type) -> dict[str, Any]:
 def _refuse_copy(self: Any, _: Any) -> Any:
     """A copy would hold this rank's shards, and hooks that no rank shares."""
     raise StrategyError(
-        f"A {type(self).__name__} that is sharded over the ranks cannot be copied or pickled.",
+        f"A {type(self).__name__} that is laid out over the ranks cannot be copied or pickled.",
         given="copy.deepcopy, pickle or torch.save(model)",
         fix="fabric.save(path, {'model': model}), or get_model_state_dict of torch.distributed.checkpoint.state_dict",
     )

@@ -76,6 +76,7 @@ class Setup:
         if strategy.is_sharded and fill is not None:
             strategy.materialize(module, placement, fill)
         extension.engine, extension.hooked, extension.reset = engine.module, engine.hooked, engine.reset
+        extension.gathers, extension.is_copyable = engine.gathers, engine.is_copyable
         extension.frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
         extend_module(module, extension)
         # Also those that are not given here: of setup_optimizers(), or of several models.
@@ -86,7 +87,8 @@ class Setup:
                 carry_over(old, new)
         for optimizer in dict.fromkeys([*optimizers, *self.registry.optimizers()]):  # in one order on all ranks
             repoint(optimizer, extension.former, module)
-        extension.handles += [*engine.handles, *self._hooks({id(inside): inside, id(module): module}, engine.hooked)]
+        hides = engine.hooked or (engine.module is not None and strategy.hides_gradients)
+        extension.handles += [*engine.handles, *self._hooks({id(inside): inside, id(module): module}, hides)]
         self.registry.add(module)
         call_hook(self.callbacks, "on_after_setup", fabric=self.owner, module=module)
 
@@ -113,15 +115,15 @@ class Setup:
         guard = SynchronizationGuard(self.registry.modules) if several else None
         extend_optimizer(optimizer, self.owner, self.scaler, guard, engine_step, hooks)
         extension_of(optimizer).handles.append(_Forgotten(self.window, optimizer))
-        if strategy.is_sharded:
+        if strategy.hides_gradients:
             extension_of(optimizer).handles.append(extend_zero_grad(optimizer, self._forget_unsynchronized))
         self.registry.add(optimizer)
         call_hook(self.callbacks, "on_after_setup_optimizer", fabric=self.owner, optimizer=optimizer)
 
-    def _hooks(self, modules: dict[int, nn.Module], hooked: bool) -> list[Any]:
+    def _hooks(self, modules: dict[int, nn.Module], hides_gradients: bool) -> list[Any]:
         """What is removed again when the module, or a compiled module and the one inside, is released."""
         handles: list[Any] = []
-        if hooked:
+        if hides_gradients:
             handles += [extend_zero_grad(module, self._forget_all) for module in modules.values()]
         if self.scaler is not None:
             check = self.scaler.check_plain_backward

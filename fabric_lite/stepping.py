@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_lite.adopt import extension_of
-from fabric_lite.clipping import clip_grad_value
 from fabric_lite.collectives import Collectives
 from fabric_lite.data import Window
 from fabric_lite.errors import FabricTypeError, FabricValueError
@@ -81,7 +80,7 @@ class Stepping(Identity):
             self._scaler.unscale(optimizer)
         parameters = parameters_of(optimizer)
         if clip_val is not None:
-            clip_grad_value(parameters, clip_val)
+            self.strategy.clip_grad_value(parameters, clip_val)
             return None
         assert max_norm is not None
         if self._collectives.check and any(mesh_of(parameter) is not None for parameter in parameters):

@@ -111,6 +111,11 @@ def make_stack(seed: int = 0) -> Stack:
 
 def full(tensor: Any) -> torch.Tensor:
     """A copy of the whole tensor, also of a sharded one; then every rank calls."""
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fabric_lite.errors import FabricTypeError, FabricValueError
-from fabric_lite.strategies.absent import DeepSpeedStrategy
 from fabric_lite.strategies.base import Engine, Placement, Strategy
 from fabric_lite.strategies.ddp import DDPStrategy
+from fabric_lite.strategies.deepspeed import DeepSpeedStrategy
 from fabric_lite.strategies.fsdp import FSDPStrategy
 from fabric_lite.strategies.model_parallel import ModelParallelStrategy
 from fabric_lite.strategies.single import SingleDeviceStrategy
@@ -38,6 +38,13 @@ STRATEGY_REGISTRY: dict[str, Callable[[], Strategy]] = {
     "fsdp": FSDPStrategy,
     "fsdp_cpu_offload": lambda: FSDPStrategy(cpu_offload=True),
     "hsdp": lambda: FSDPStrategy(replicas="auto"),
+    "deepspeed": DeepSpeedStrategy,
+    "deepspeed_stage_1": lambda: DeepSpeedStrategy(stage=1),
+    "deepspeed_stage_1_offload": lambda: DeepSpeedStrategy(stage=1, offload_optimizer=True),
+    "deepspeed_stage_2": lambda: DeepSpeedStrategy(stage=2),
+    "deepspeed_stage_2_offload": lambda: DeepSpeedStrategy(stage=2, offload_optimizer=True),
+    "deepspeed_stage_3": lambda: DeepSpeedStrategy(stage=3),
+    "deepspeed_stage_3_offload": lambda: DeepSpeedStrategy(stage=3, offload_optimizer=True, offload_parameters=True),
     "xla": XLAStrategy,
     "xla_spmd": lambda: XLAStrategy(spmd=True),
 }

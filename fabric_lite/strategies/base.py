@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_lite.clipping import clip_grad_norm
+from fabric_lite.clipping import clip_grad_norm, clip_grad_value
 from fabric_lite.errors import StrategyError
 from fabric_lite.precision import Precision
 
@@ -53,12 +53,17 @@ class Engine:
         hooked: Whether the work is done by forward hooks on the user's module (as ``fully_shard`` does).
         reset: Called before a forward from outside; makes hooks usable again that an exception has interrupted.
         handles: Hooks that are removed when the module is released.
+        gathers: Whether parameters are whole in ``module`` alone, so that forwards without gradients go there too, and
+            every rank makes them.
+        is_copyable: Whether a copy or a pickle of the user's module would be a plain module of its own.
     """
 
     module: nn.Module | None = None
     hooked: bool = False
     reset: Callable[[], None] | None = None
     handles: tuple[Any, ...] = ()
+    gathers: bool = False
+    is_copyable: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +103,12 @@ class Strategy:
         are filled in after it, and checkpoints are folders unless ``state_dict_type`` says otherwise.
         """
         return False
+
+    @property
+    def hides_gradients(self) -> bool:
+        """Whether gradients wait where ``parameter.grad`` does not show them; ``zero_grad()`` then asks for
+        :meth:`forget_unsynchronized`."""
+        return self.is_sharded
 
     @property
     def state_dict_type(self) -> str:
@@ -190,6 +201,21 @@ class Strategy:
             The norm before, a plain 0-dim tensor, equal on all ranks.
         """
         return clip_grad_norm(parameters, max_norm, norm_type, error_if_nonfinite)
+
+    def clip_grad_value(self, parameters: Iterable[torch.Tensor], clip_value: float) -> None:
+        """Bring every element of the gradients into ``[-clip_value, clip_value]``."""
+        clip_grad_value(parameters, clip_value)
+
+    def holding_state(self, objects: Sequence[Any], changes: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which modules and optimizers hold their state themselves, in tensors or DTensors.
+
+        Around every save and load, for an engine that keeps values or optimizer state elsewhere.
+
+        Args:
+            objects: Those that are saved or loaded, in one order on all ranks; of them some are set up.
+            changes: Whether what they hold at the end of the block is their state from then on, unless it raises.
+        """
+        return contextlib.nullcontext()
 
     def forget_unsynchronized(self, module: nn.Module, parameters: Container[int] | None = None) -> None:
         """Forget gradients that wait to be synchronized and that ``parameter.grad`` does not show.

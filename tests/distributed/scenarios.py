@@ -195,7 +195,7 @@ def a_game_of_two_models(run: Any) -> list[torch.Tensor]:
         first.step()
         first.zero_grad()
         judge.requires_grad_(True)
-        real = nn.functional.one_hot(targets, VOCABULARY).double()
+        real = nn.functional.one_hot(targets, VOCABULARY).to(judge.up.weight.dtype)
         run.backward((judge(writer(tokens).softmax(-1).detach()) - judge(real)).mean())
         second.step()
         second.zero_grad()
