@@ -168,7 +168,7 @@ def test_training_equals_the_hand_written_loop(ranks: RankPool, name: str, preci
 def test_clipping_is_that_of_one_process(ranks: RankPool, name: str, clip: str) -> None:
     norms, values = train_by_hand("32-true", CLIPS[clip])
     for mine, weights in ranks.run(train, name, "32-true", CLIPS[clip]):
-        assert mine == pytest.approx(norms, abs=1e-6)
+        assert mine == pytest.approx(norms, rel=2e-6)
         for one, other in zip(weights, values, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
 
@@ -249,8 +249,7 @@ ANY: dict[str, tuple[int, Any]] = {
 
 
 def any_strategy(name: str) -> tuple[int, str | Strategy]:
-    devices, strategy = ANY[name]
-    return devices, deepspeed(name) if name in STAGES else strategy
+    return (2, deepspeed(name)) if name in STAGES else ANY[name]
 
 
 def train_and_save(name: str, path: str, start: str | None, steps: int, precision: str = "32-true") -> Any:
@@ -278,7 +277,7 @@ def train_and_save(name: str, path: str, start: str | None, steps: int, precisio
 
 
 def run(ranks: RankPool, name: str, path: Path, *arguments: Any) -> dict[str, Any]:
-    if ANY[name][0] == 1:
+    if name == "single_device":
         result = train_and_save(name, str(path), *arguments)
     else:
         result, _ = ranks.run(train_and_save, name, str(path), *arguments)
@@ -316,7 +315,6 @@ def test_a_checkpoint_of_one_layout_goes_on_under_any_other(
 def test_a_run_that_is_resumed_is_the_same_to_the_bit(
     ranks: RankPool, tmp_path: Path, name: str, precision: str
 ) -> None:
-    ANY.setdefault(name, (2, name))
     whole = run(ranks, name, tmp_path / "whole", None, 8, precision)
     run(ranks, name, tmp_path / "half", None, 4, precision)
     resumed = run(ranks, name, tmp_path / "end", str(tmp_path / "half"), 4, precision)

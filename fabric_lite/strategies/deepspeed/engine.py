@@ -16,6 +16,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.utils import groups
+from deepspeed.utils.debug import debug_clear_module_and_param_names
 from torch import nn
 from torch.optim import Optimizer
 
@@ -155,6 +156,7 @@ class ZeroEngine(DeepSpeedEngine):
         """Take hooks off where this leaves the model usable, and forget it."""
         if not self.zero_optimization_partition_weights():
             self.destroy()
+        debug_clear_module_and_param_names()  # by which DeepSpeed would keep every model for ever
         stack = parameter_offload.FWD_MODULE_STACK
         stack[:] = [module for module in stack if module is not self.module]
 
@@ -232,4 +234,5 @@ def _use_current_group() -> None:
         groups._ALL_TO_ALL_GROUP.clear()
     if module.cdb is None:
         comm.init_distributed(get_accelerator().communication_backend_name(), dist_init_required=False, verbose=False)
-        module.cdb._fabric_lite_group = weakref.ref(dist.group.WORLD)
+        backend: Any = module.cdb
+        backend._fabric_lite_group = weakref.ref(dist.group.WORLD)

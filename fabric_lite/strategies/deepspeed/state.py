@@ -96,9 +96,11 @@ class _Opened:
             parameter = self._real[id(shown)]
             part = partitions.part_of(parameter)
             _collect(shown.detach(), part, None if part is None else part.flat.detach())
-        partitions.publish()
         if self._with_optimizer:
             take_state(self._handle, self._optimizer, self._shown)
+        if self._module is not None:
+            self._exchange(self._real)  # DeepSpeed looks for its own
+        partitions.publish()
 
     def _exchange(self, new: dict[int, Any]) -> None:
         """Put others in the place of parameters, wherever the module and the optimizer hold them."""

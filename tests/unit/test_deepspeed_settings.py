@@ -1,0 +1,155 @@
+"""What of the DeepSpeed strategy needs no DeepSpeed: its configuration, and locks of builds that were killed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fabric_lite import Fabric
+from fabric_lite.errors import FabricImportError, FabricTypeError, FabricValueError, StrategyError
+from fabric_lite.precision import PRECISIONS
+from fabric_lite.strategies import DeepSpeedStrategy
+from fabric_lite.strategies.deepspeed.config import engine_config, read_config
+from fabric_lite.strategies.deepspeed.ops import await_lock
+from fabric_lite.strategies.deepspeed.optimizers import follow_options, inner_optimizer
+
+is_installed = importlib.util.find_spec("deepspeed") is not None
+
+
+@pytest.mark.skipif(is_installed, reason="DeepSpeed is installed")
+@pytest.mark.parametrize("make", [DeepSpeedStrategy, lambda: Fabric(accelerator="cpu", strategy="deepspeed_stage_3")])
+def test_without_deepspeed_the_error_names_the_extra(make: Any) -> None:
+    with pytest.raises(FabricImportError, match=r"fabric-lite\[deepspeed\]"):
+        make()
+
+
+def test_importing_the_library_does_not_import_deepspeed() -> None:
+    code = "import sys, fabric_lite.strategies; from fabric_lite import Fabric; print('deepspeed' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "False"
+
+
+def settings(own: dict[str, Any] | None = None, precision: str = "32-true", **options: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {"stage": 2, "offload_optimizer": False, "offload_parameters": False, **options}
+    return engine_config(read_config(own), precision=PRECISIONS[precision], **given)
+
+
+def test_a_configuration_of_ones_own_is_kept_beside_what_the_strategy_says(tmp_path: Path) -> None:
+    own = {"zero_optimization": {"reduce_bucket_size": 1000}, "log_level": "info", "zero_force_ds_cpu_optimizer": True}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    for given in (own, tmp_path / "config.json", str(tmp_path / "config.json")):
+        config = settings(given, stage=3, offload_parameters=True)
+        assert config["zero_optimization"]["reduce_bucket_size"] == 1000
+        assert config["zero_optimization"]["stage"] == 3
+        assert config["zero_optimization"]["offload_param"]["device"] == "cpu"
+        assert config["log_level"] == "info"
+    assert own == json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "accumulates", "sends"),
+    [("bf16-mixed", 1, "bf16", "fp32"), ("bf16-mixed", 3, "fp32", "fp32"), ("bf16-true", 2, "bf16", None)],
+)
+def test_half_precision_says_in_what_gradients_add_up(
+    precision: str, stage: int, accumulates: str, sends: str | None
+) -> None:
+    config = settings(precision=precision, stage=stage)
+    assert config["bf16"] == {"enabled": True}
+    assert config["data_types"]["grad_accum_dtype"] == accumulates
+    assert config.get("communication_data_type") == sends
+    assert "bf16" not in settings()
+
+
+@pytest.mark.parametrize(
+    ("config", "fix"),
+    [
+        ({"optimizer": {}}, r"fabric\.setup"),
+        ({"fp16": {"enabled": True}}, "precision="),
+        ({"gradient_clipping": 1.0}, "clip_gradients"),
+        ({"gradient_accumulation_steps": 4}, "no_backward_sync"),
+        ({"train_batch_size": 4}, "batch_size"),
+    ],
+)
+def test_what_the_script_says_has_no_place_in_the_configuration(config: dict[str, Any], fix: str) -> None:
+    with pytest.raises(FabricValueError, match=fix):
+        read_config(config)
+
+
+def test_a_configuration_that_cannot_be_read_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(FabricValueError, match="could not be read"):
+        read_config(tmp_path / "nothing.json")
+    with pytest.raises(FabricTypeError, match=r"given|Given"):
+        read_config(3)
+
+
+def test_the_inner_optimizer_follows_the_options_and_has_no_hooks() -> None:
+    first, frozen, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    frozen.requires_grad_(False)
+    optimizer = torch.optim.AdamW([{"params": [first]}, {"params": [frozen]}, {"params": [second], "lr": 0.5}], lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # exchanges the object's step
+    steps: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    inner = inner_optimizer(optimizer, offload=False)
+    assert type(inner) is torch.optim.AdamW
+    assert [group["params"] for group in inner.param_groups] == [[first], [second]]
+    first.grad = torch.ones(2)
+    inner.step()
+    assert steps == []
+    assert not optimizer.state
+    with pytest.warns(UserWarning, match=r"lr_scheduler\.step"):
+        schedule.step()
+    follow_options(inner, optimizer)
+    assert [group["lr"] for group in inner.param_groups] == [0.05, 0.25]
+    assert [group["params"] for group in inner.param_groups] == [[first], [second]]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.Adafactor, torch.optim.Adagrad])
+def test_an_optimizer_over_whole_parameters_is_refused(kind: Any) -> None:
+    with pytest.raises(StrategyError, match=f"{kind.__name__} cannot step on parts"):
+        inner_optimizer(kind([torch.nn.Parameter(torch.ones(2))]), offload=False)
+
+
+def build(folder: Path) -> subprocess.Popen[str]:
+    """A process that builds in ``folder``, as torch's compiler of extensions does, until it is told to end."""
+    code = (
+        "import sys; from torch.utils.file_baton import FileBaton; baton = FileBaton(sys.argv[1]); "
+        "assert baton.try_acquire(); print('building', flush=True); sys.stdin.read(); baton.release()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "building\n"
+    return process
+
+
+def test_a_lock_that_a_killed_build_has_left_is_removed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with build(tmp_path) as process:
+        process.kill()
+    assert (tmp_path / "lock").exists()  # on which torch would wait for ever
+    await_lock(tmp_path / "lock", wait_seconds=0)
+    assert not (tmp_path / "lock").exists()
+    assert "left behind" in capfd.readouterr().err
+    await_lock(tmp_path / "lock")  # no lock, no wait
+
+
+def test_a_build_that_goes_on_is_waited_for_so_long_and_no_longer(tmp_path: Path) -> None:
+    with build(tmp_path) as process:
+        with pytest.raises(StrategyError, match=rf"held by \[{process.pid}\]"):
+            await_lock(tmp_path / "lock", wait_seconds=0)
+        waiter = threading.Thread(target=await_lock, args=(tmp_path / "lock",))
+        waiter.start()
+        assert (tmp_path / "lock").exists()
+        process.communicate("")  # it comes to its end
+        waiter.join(60)
+        assert not waiter.is_alive()
+    assert not os.path.exists(tmp_path / "lock")
