@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from fabric_lite.errors import FabricTypeError, FabricValueError
+from fabric_lite.precision_float8 import check_float8, to_float8
 
 __all__ = ["PRECISIONS", "Precision", "parse_precision"]
 
@@ -23,6 +27,8 @@ class Precision:
         reduce_dtype: Dtype in which sharded strategies reduce gradients. None: the gradients' own.
         output_dtype: Dtype that float outputs of ``forward`` are cast to. None: they stay as they are.
         loss_scale: Whether the loss is scaled against underflow of float16 gradients.
+        convert: Changes layers of a model in place, at ``setup``, and returns handles whose ``remove()`` undoes it at
+            release. None: layers stay.
     """
 
     name: str
@@ -31,6 +37,7 @@ class Precision:
     reduce_dtype: torch.dtype | None = None
     output_dtype: torch.dtype | None = None
     loss_scale: bool = False
+    convert: Callable[[nn.Module], Sequence[Any]] | None = None
 
     @property
     def is_mixed(self) -> bool:
@@ -65,6 +72,13 @@ PRECISIONS: dict[str, Precision] = {
     "16-mixed": _mixed("16-mixed", torch.float16, loss_scale=True),
     "bf16-mixed": _mixed("bf16-mixed", torch.bfloat16),
 }
+# With layers exchanged, by packages that are extras: what raises without one, and the precision.
+_BY_EXTRAS: dict[str, tuple[Callable[[], None], Precision]] = {
+    "fp8-mixed": (
+        check_float8,
+        dataclasses.replace(PRECISIONS["bf16-mixed"], name="fp8-mixed", convert=to_float8),
+    ),
+}
 AMBIGUOUS_ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed"}
 _ALIASES = {"64": "64-true", "32": "32-true", **AMBIGUOUS_ALIASES}
 
@@ -75,6 +89,7 @@ def parse_precision(precision: str | int | Precision | None) -> Precision:
     Raises:
         FabricTypeError: ``precision`` is neither a name, nor an int, nor a ``Precision``.
         FabricValueError: The name is unknown; the message lists all.
+        FabricImportError: It is one of a package that is not installed.
     """
     if precision is None:
         return PRECISIONS["32-true"]
@@ -88,10 +103,14 @@ def parse_precision(precision: str | int | Precision | None) -> Precision:
         )
     name = str(precision).lower()
     name = _ALIASES.get(name, name)
+    if name in _BY_EXTRAS:
+        check, with_layers = _BY_EXTRAS[name]
+        check()
+        return with_layers
     if name not in PRECISIONS:
         raise FabricValueError(
             "This precision does not exist.",
             given=f"precision={precision!r}",
-            fix=f"one of {', '.join(PRECISIONS)} (or {', '.join(_ALIASES)})",
+            fix=f"one of {', '.join([*PRECISIONS, *_BY_EXTRAS])} (or {', '.join(_ALIASES)})",
         )
     return PRECISIONS[name]

@@ -67,6 +67,7 @@ class Setup:
         moves = move_to_device and not strategy.is_sharded
         named = list(module.named_parameters(remove_duplicate=False))
         place(module, placement.device if moves else None, precision.param_dtype)
+        converted = () if precision.convert is None else precision.convert(module)
         extension = ModuleExtension(self.owner, placement.device.type, precision)
         # A compiled module is a shell: the hooks that shard belong on the module inside.
         inside = (compiled_from(module) if strategy.is_sharded else None) or module
@@ -88,7 +89,11 @@ class Setup:
         for optimizer in dict.fromkeys([*optimizers, *self.registry.optimizers()]):  # in one order on all ranks
             repoint(optimizer, extension.former, module)
         hides = engine.hooked or (engine.module is not None and strategy.hides_gradients)
-        extension.handles += [*engine.handles, *self._hooks({id(inside): inside, id(module): module}, hides)]
+        extension.handles += [
+            *converted,
+            *engine.handles,
+            *self._hooks({id(inside): inside, id(module): module}, hides),
+        ]
         self.registry.add(module)
         call_hook(self.callbacks, "on_after_setup", fabric=self.owner, module=module)
 

@@ -14,7 +14,7 @@ import fabric_lite
 PACKAGE = Path(fabric_lite.__file__).parent
 LAYERS = [
     {"errors", "trees", "attribute_dict", "process_end", "whole_file", "progress_bar", "machine"},
-    {"policy"},
+    {"policy", "precision_float8"},
     {"precision", "topology", "run_config", "deferred", "parameters", "activation_checkpointing"},
     {"call_site", "movement", "side_store", "device", "meeting"},
     {"collective_check"},

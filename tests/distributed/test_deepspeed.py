@@ -339,17 +339,23 @@ def write_both(name: str, folder: Path, precision: str) -> None:
     fabric.close()
 
 
+def consolidated(folder: Path) -> dict[str, torch.Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), "here"))
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("name", STAGES)
 def test_what_is_saved_is_what_deepspeed_consolidates(
     ranks: RankPool, tmp_path: Path, name: str, precision: str
 ) -> None:
     ranks.run(write_both, name, tmp_path, precision)
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    expected = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "deepspeeds"), "here")
+    (expected,) = ranks.run(consolidated, tmp_path / "deepspeeds", ranks=1)
     ours = checkpoint.load(tmp_path / "ours")["model"]
-    assert ours.keys() == expected.keys()
+    # DeepSpeed itself loses frozen parameters in stage 1.
+    assert ours.keys() - expected.keys() == ({"tokens.weight"} if name == "stage 1" else set())
+    assert expected.keys() <= ours.keys()
     for key, value in expected.items():
         assert torch.equal(ours[key].float(), value.float()), key
 
