@@ -18,11 +18,11 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from fabric_lite.errors import CollectiveError
 
-__all__ = ["SideThread", "address_of", "connect", "reconnect"]
+__all__ = ["SideThread", "address_of", "connect", "end_when_lost", "reconnect"]
 
 _JOIN_SECONDS = 10.0
 _CONNECT_SECONDS = 0.9
-# After so long without a sign from the other machine the system ends a connection: see _clone().
+# After so long without a sign from the other machine the system ends a connection: see end_when_lost().
 _LOST_SECONDS = 3
 
 
@@ -79,20 +79,29 @@ def _server_of(store: Any) -> Any:
 
 
 def _clone(store: Any) -> Any:
-    """Another connection, which the system ends when the other machine is out of reach.
+    """Another connection, which ends when the other machine is out of reach."""
+    port = getattr(_server_of(store), "port", None)
+    before = _connections_to(port)
+    connection = store.clone()
+    _end_when_lost(_connections_to(port) - before, _LOST_SECONDS)
+    return connection
+
+
+def end_when_lost(store: Any, seconds: int) -> None:
+    """Let the system end this process's connections to the store's server when it gives no sign for so long.
 
     torch waits without a limit for most answers, also for that to its own "I wait no longer" after a timeout: when a
     cable is pulled, its thread would stay there for as long as the system tries, which is a quarter of an hour.
     """
-    port = getattr(_server_of(store), "port", None)
-    before = _connections_to(port)
-    connection = store.clone()
-    for descriptor in _connections_to(port) - before:
-        with socket.socket(fileno=os.dup(descriptor)) as made:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in (("KEEPIDLE", 1), ("KEEPINTVL", 1), ("USER_TIMEOUT", 1000 * _LOST_SECONDS)):
-                made.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{option}"), value)
-    return connection
+    _end_when_lost(_connections_to(getattr(_server_of(store), "port", None)), seconds)
+
+
+def _end_when_lost(descriptors: set[int], seconds: int) -> None:
+    for descriptor in descriptors:
+        with socket.socket(fileno=os.dup(descriptor)) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in (("KEEPIDLE", 1), ("KEEPINTVL", 1), ("USER_TIMEOUT", 1000 * seconds)):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{option}"), value)
 
 
 def _connections_to(port: int | None) -> set[int]:

@@ -45,8 +45,9 @@ from fabric_lite.launch.job import (
 from fabric_lite.launch.messages import Preload, StartRank
 from fabric_lite.launch.plan import LaunchPlan, Rendezvous
 from fabric_lite.launch.rank_group import RankGroup
-from fabric_lite.launch.rendezvous import rendezvous_handler
+from fabric_lite.launch.rendezvous import LOST_SECONDS, rendezvous_handler
 from fabric_lite.run_config import EXIT_PREEMPTED
+from fabric_lite.side_store import end_when_lost
 
 __all__ = ["run_node"]
 
@@ -170,6 +171,8 @@ class _Agent(SimpleElasticAgent):
             handler._bootstrap_store_info = None
         with self._waiting():
             super()._rendezvous(worker_group)
+        # torchelastic asks it ten times a second whether nodes have come.
+        end_when_lost(worker_group.store, LOST_SECONDS)
 
     def _exit_barrier(self) -> None:
         # Ranks that have left because of a signal are on their way out, and the signal may come again.

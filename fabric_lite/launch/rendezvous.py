@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined] # not in torch's __all__
 from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
@@ -18,12 +20,14 @@ from fabric_lite.launch.environment import listen_on, serve_store
 from fabric_lite.launch.plan import Rendezvous
 from fabric_lite.meeting import meet
 
-__all__ = ["rendezvous_handler"]
+__all__ = ["LOST_SECONDS", "rendezvous_handler"]
 
 # How long a number of nodes that suffices waits for more; and how often a node says that it is there, and how many of
 # these words may be missing.
 _LAST_CALL_SECONDS = 3
 _KEEP_ALIVE_SECONDS, _KEEP_ALIVE_MISSING = 1, 5
+# After so long without a sign a node is lost, or the store is.
+LOST_SECONDS = _KEEP_ALIVE_SECONDS * _KEEP_ALIVE_MISSING
 
 
 def rendezvous_handler(rendezvous: Rendezvous) -> RendezvousHandler:
@@ -99,6 +103,19 @@ class _StaticRendezvous(RendezvousHandler):
 
 
 def _torch_handler(rendezvous: Rendezvous) -> RendezvousHandler:
+    own, options = _own_address(rendezvous.endpoint), {}
+    if rendezvous.backend == "c10d" and own is not None and own == _address(rendezvous.endpoint):
+        # torch compares the endpoint with the address of the machine's name, and may find nobody to serve the store.
+        options["is_host"] = True
+    try:
+        return _handler_of(rendezvous, own, options)
+    except RendezvousConnectionError:
+        if not options:
+            raise
+        return _handler_of(rendezvous, own, {"is_host": False})  # another of this machine's serves it
+
+
+def _handler_of(rendezvous: Rendezvous, own_address: str | None, options: dict[str, bool]) -> RendezvousHandler:
     parameters = RendezvousParameters(
         backend=rendezvous.backend,
         endpoint=rendezvous.endpoint,
@@ -109,8 +126,28 @@ def _torch_handler(rendezvous: Rendezvous) -> RendezvousHandler:
         last_call_timeout=_LAST_CALL_SECONDS,
         keep_alive_interval=_KEEP_ALIVE_SECONDS,
         keep_alive_max_attempt=_KEEP_ALIVE_MISSING,
+        local_addr=own_address,
+        **options,
     )
     return get_rendezvous_handler(parameters)
+
+
+def _address(endpoint: str) -> str:
+    return str(socket.getaddrinfo(*_split(endpoint), type=socket.SOCK_DGRAM)[0][4][0])
+
+
+def _own_address(endpoint: str) -> str | None:
+    """The address from which this machine reaches the endpoint, for the others to reach it by.
+
+    torchelastic left to itself tells the address of the machine's name, which is often that of loopback.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(*_split(endpoint), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as way:
+            way.connect(address)  # of datagrams: nothing is sent
+            return str(way.getsockname()[0])
+    except (OSError, ValueError):  # a name that nobody knows, yet; an endpoint without a port
+        return None
 
 
 def _split(endpoint: str) -> tuple[str, int]:
