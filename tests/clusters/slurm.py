@@ -105,23 +105,25 @@ class Slurm:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def state(self, job: str) -> str:
-        """``PENDING``, ``RUNNING``, ...; of a job that has ended, how."""
+    def show(self, job: str) -> dict[str, str]:
+        """What Slurm says of a job: ``JobState``, ``Reason``, ``Restarts``, ..."""
         shown = self.run("scontrol", "show", "job", "--oneliner", job).stdout
-        return shown.partition("JobState=")[2].partition(" ")[0]
+        return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def finish(self, job: str, *, limit_seconds: float = 240.0) -> str:
-        """Wait until the job has ended, and return how; one that waits for its turn begins at once.
+        """Wait until the job has ended, and return how; one that was requeued begins after three seconds.
 
-        Slurm by itself lets a job that was requeued wait for two minutes.
+        By itself after two minutes. At once would be too early: the credential of its first part is still revoked.
         """
-        deadline = time.monotonic() + limit_seconds
-        while (state := self.state(job)) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "PREEMPTED"):
-            assert time.monotonic() < deadline, f"job {job} is {state} after {limit_seconds} s"
-            if state == "PENDING":
-                self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+        deadline, hurried = time.monotonic() + limit_seconds, set()
+        while (shown := self.show(job))["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "PREEMPTED"):
+            assert time.monotonic() < deadline, f"job {job} is {shown} after {limit_seconds} s"
+            is_waiting = shown["JobState"] == "PENDING" and shown["Reason"] == "BeginTime"
+            if is_waiting and shown["Restarts"] not in hurried:
+                hurried.add(shown["Restarts"])
+                self.run("scontrol", "update", f"jobid={job}", "StartTime=now+3")
             time.sleep(0.2)  # each look starts a program
-        return state
+        return shown["JobState"]
 
     def end_all(self) -> None:
         """End all jobs, and wait until they have."""
