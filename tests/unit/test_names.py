@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fabric_lite import Fabric, FabricError, FSDPStrategy
 from fabric_lite.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator, MPSAccelerator, XLAAccelerator
-from fabric_lite.errors import FabricImportError, FabricValueError, StrategyError
+from fabric_lite.errors import FabricImportError, FabricValueError
 from fabric_lite.plugins import BitsandbytesPrecision, DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from fabric_lite.plugins.collectives import TorchCollective
 from fabric_lite.strategies import DeepSpeedStrategy, XLAStrategy
