@@ -3,11 +3,11 @@
 Commands that work (scikit-learn has the digits):
 
     fabric-run --devices 2 examples/early_stopping.py
-    fabric-run --devices 2 --strategy fsdp examples/early_stopping.py
-    python examples/early_stopping.py
+    fabric-run --devices 2 --strategy fsdp examples/early_stopping.py --folder early_stopping_fsdp
+    python examples/early_stopping.py --folder early_stopping_alone
 
-It writes into ``early_stopping/``: metrics and learning rates as CSV, run.json, and the checkpoints. Started again, it
-goes on from the newest of them, and so does one that was stopped by Ctrl+C.
+It writes into ``early_stopping/``, or ``--folder``: metrics and learning rates as CSV, run.json, and the checkpoints.
+Started again, it goes on from the newest of them, and so does one that was stopped by Ctrl+C.
 """
 
 import argparse
@@ -78,7 +78,8 @@ def main():
         state["epoch"] += 1
         metrics = validate(fabric, model, validation)
         fabric.log_dict(metrics, step=fabric.steps)
-        fabric.print(f"          val_loss {metrics['val_loss']:.4f}  accuracy {metrics['val_accuracy']:.2%}")
+        loss, accuracy = metrics["val_loss"], metrics["val_accuracy"]
+        fabric.print(f"epoch {state['epoch']:2d}  val_loss {loss:.4f}  accuracy {accuracy:.2%}")
         fabric.call("on_validation_end", state=state, metrics=metrics)
     if early.should_stop:
         fabric.print(f"no better for {early.patience} epochs: stopped after epoch {state['epoch']}")

@@ -396,7 +396,7 @@ def _changes(rest: Mapping[str, Any], fabric: Checkpointing) -> str:
     ranks = mark.get("world_size") if isinstance(mark, Mapping) else None
     if ranks in (None, fabric.world_size):
         return ""
-    return f"; saved by {ranks} ranks, now {fabric.world_size}, whose random states begin anew"
+    return f"; saved by {ranks} rank{'s' * (ranks > 1)}, now {fabric.world_size}: random states begin anew"
 
 
 def _say(line: str) -> None:

@@ -15,6 +15,9 @@ FabricError                       base of all; its message has three parts
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
+
 __all__ = [
     "CheckpointDamagedError",
     "CheckpointError",
@@ -51,6 +54,25 @@ class FabricError(Exception):
     def __str__(self) -> str:
         # KeyError would show the repr of the message, line breaks escaped.
         return str(self.args[0])
+
+
+def unknown_arguments(
+    owner: str, given: Iterable[str], known: Iterable[str], instead: Mapping[str, str] | None = None
+) -> FabricTypeError:
+    """The error for arguments that there are not.
+
+    Args:
+        owner: Whose arguments: ``"Trainer"``.
+        given: Their names.
+        known: Those that there are.
+        instead: For names that people know from elsewhere, what to write.
+    """
+    names, words = list(known), []
+    for name in given:
+        near = difflib.get_close_matches(name, names, n=1)
+        other = (instead or {}).get(name) or (near[0] if near else None)
+        words.append(f"{name}: {other}" if other else f"{name}: there is none like it")
+    return FabricTypeError(f"{owner} has no such argument.", given=", ".join(given), fix="; ".join(words))
 
 
 class FabricValueError(FabricError, ValueError):

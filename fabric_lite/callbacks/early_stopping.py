@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from fabric_lite.callbacks.monitoring import check_mode, monitored
-from fabric_lite.errors import FabricValueError
+from fabric_lite.errors import FabricValueError, unknown_arguments
 from fabric_lite.notices import rank_zero_info
 
 __all__ = ["EarlyStopping"]
+
+
+# What Lightning's has.
+_INSTEAD = {
+    "verbose": "leave it out, it says when it stops the run",
+    "strict": "leave it out, a value that is missing raises",
+    "stopping_threshold": "trainer.should_stop, or a break in a loop of your own",
+    "divergence_threshold": "trainer.should_stop, or a break in a loop of your own",
+}
 
 
 class EarlyStopping:
@@ -33,8 +43,10 @@ class EarlyStopping:
         min_delta: By how much a better value differs from the best, at least.
         check_finite: Whether to stop at once at a value that is NaN or infinite.
         check_on_train_epoch_end: Whether its hook is ``on_train_epoch_end`` instead, for a value of the training.
+        others: There are none; names of Lightning's arguments are told what to do here.
 
     Raises:
+        FabricTypeError: There is no such argument.
         FabricValueError: A value is not allowed.
     """
 
@@ -46,7 +58,10 @@ class EarlyStopping:
         min_delta: float = 0.0,
         check_finite: bool = True,
         check_on_train_epoch_end: bool = False,
+        **others: Any,
     ) -> None:
+        if others:
+            raise unknown_arguments("EarlyStopping", others, inspect.signature(EarlyStopping).parameters, _INSTEAD)
         check_mode(mode)
         for name, value in (("patience", patience), ("min_delta", min_delta)):
             if not value >= 0:

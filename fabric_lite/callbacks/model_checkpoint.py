@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,9 +10,19 @@ from typing import Any
 
 from fabric_lite.callbacks.monitoring import check_mode, monitored
 from fabric_lite.checkpoints import Checkpoints
-from fabric_lite.errors import FabricValueError
+from fabric_lite.errors import FabricTypeError, FabricValueError, unknown_arguments
 
 __all__ = ["ModelCheckpoint"]
+
+
+# What Lightning's has.
+_INSTEAD = {
+    "dirpath": "folder",
+    "filename": "leave it out, a checkpoint is called by its step",
+    "every_n_train_steps": "every_n_steps",
+    "every_n_epochs": "leave it out, or every_n_steps",
+    "save_on_train_epoch_end": "check_on_train_epoch_end",
+}
 
 
 class ModelCheckpoint:
@@ -38,14 +49,16 @@ class ModelCheckpoint:
         check_on_train_epoch_end: Whether a watched metric is looked at, and saved with, after epochs instead of after
             validations.
         async_: Whether saves are written beside the loop.
+        others: There are none; names of Lightning's arguments are told what they are called here.
 
     Raises:
+        FabricTypeError: There is no such argument, or no folder.
         FabricValueError: A value is not allowed.
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | None = None,
         monitor: str | None = None,
         mode: str = "min",
         save_top_k: int = 1,
@@ -53,7 +66,14 @@ class ModelCheckpoint:
         every_n_steps: int | None = None,
         async_: bool = False,
         check_on_train_epoch_end: bool = False,
+        **others: Any,
     ) -> None:
+        if others:
+            raise unknown_arguments("ModelCheckpoint", others, inspect.signature(ModelCheckpoint).parameters, _INSTEAD)
+        if folder is None:
+            raise FabricTypeError(
+                "A ModelCheckpoint has a folder of its own.", given="none", fix='ModelCheckpoint("runs/a/checkpoints")'
+            )
         check_mode(mode)
         if save_top_k < -1 or (save_top_k == 0 and not save_last):
             raise FabricValueError(

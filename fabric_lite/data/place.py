@@ -31,8 +31,8 @@ class Place:
     old_world_size: int | None = None
 
     def __str__(self) -> str:
-        ranks = "" if self.old_world_size is None else f" of {self.old_world_size} ranks"
+        old = self.old_world_size
+        on = "" if old is None else f" on {old} rank{'s' * (old > 1)}"
         return (
-            f"epoch {self.epoch}, batch {self.batch}{ranks}; {self.repeated} {self.unit} repeated, "
-            f"{self.skipped} skipped"
+            f"epoch {self.epoch}, batch {self.batch}{on}; {self.repeated} {self.unit} repeated, {self.skipped} skipped"
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fabric_lite import FabricKeyError, FabricRuntimeError, FabricTypeError
+from fabric_lite.notices import rank_zero_info
 from fabric_lite.trainer.evaluation import evaluate
 from fabric_lite.trainer.module import LightningModule, step_of
 from fabric_lite.trainer.options import CLIPS
@@ -56,6 +57,7 @@ class FitLoop:
         self._has_gradients = False
         self._progress = _Progress(world_size=trainer.world_size)
         self._send: Callable[[int], Any] | None = None  # what hooks log now belongs to what has just ended
+        self._has_told = False  # of an epoch without a step
         self.is_cut = False  # whether the latest epoch was left before its end
 
     def run(self) -> None:
@@ -72,6 +74,10 @@ class FitLoop:
             self._run_epoch()
             if self.is_cut:
                 return
+            has_steps = trainer.global_step != before or not trainer.optimizers
+            if not has_steps and not self._has_told and self._model.automatic_optimization:
+                self._has_told = True
+                rank_zero_info("an epoch went by without a step: no training_step of it returned a loss")
             if is_whole and trainer.max_epochs == math.inf > trainer.max_steps and trainer.global_step == before:
                 raise FabricRuntimeError(
                     "An epoch went by without a step, so this would never end.",

@@ -231,13 +231,21 @@ def _is_plain(value: Any) -> bool:
     return all(map(_is_plain, value)) if type(value) in (list, tuple) else type(value) in _PLAIN
 
 
+_CALLS = {
+    "training_step": "fit",
+    "validation_step": "validate, or fit with val_dataloaders",
+    "test_step": "test",
+    "predict_step": "predict",
+}
+
+
 def step_of(module: LightningModule, name: str, most: int = 3) -> Callable[..., Any]:
     """A step that is called with as many of ``(batch, batch_idx, dataloader_idx)`` as it takes, at most so many."""
     method = getattr(module, name, None)
     if method is None:
         raise FabricRuntimeError(
             f"{type(module).__name__} has no {name}.",
-            given="a call that needs it",
+            given=f"trainer.{_CALLS[name]}",
             fix=f"def {name}(self, batch, batch_idx)",
         )
     parameters = inspect.signature(method).parameters.values()

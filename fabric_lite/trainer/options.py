@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from fabric_lite import Fabric, FabricTypeError, FabricValueError
+from fabric_lite import Fabric, FabricValueError
+from fabric_lite.errors import unknown_arguments
 
 __all__ = ["CLIPS", "check_options"]
 
@@ -18,6 +19,17 @@ _LEAST = {
     "check_val_every_n_epoch": 1,
     "log_every_n_steps": 1,
     "fast_dev_run": 0,
+}
+# What Lightning's Trainer has, or had.
+_INSTEAD = {
+    "gpus": 'accelerator="gpu", devices=',
+    "loggers": "logger",
+    "resume_from_checkpoint": "fit(ckpt_path=)",
+    "deterministic": "fabric_lite.seed_everything(seed, deterministic=True)",
+    "benchmark": "torch.backends.cudnn.benchmark",
+    "profiler": "fabric_lite.profile(trainer.fabric)",
+    "num_sanity_val_steps": "leave it out, there are none",
+    "enable_model_summary": "leave it out, there is none",
 }
 _LIMITS = tuple(f"limit_{stage}_batches" for stage in ("train", "val", "test", "predict"))
 
@@ -36,11 +48,7 @@ def check_options(given: Mapping[str, Any], fabric_options: Mapping[str, Any]) -
     known = inspect.signature(Fabric).parameters
     unknown = [name for name in fabric_options if name not in known or name in ("callbacks", "loggers")]
     if unknown:
-        raise FabricTypeError(
-            "A Trainer has no such argument.",
-            given=", ".join(unknown),
-            fix="callbacks, logger, and what the docstrings of Trainer and Fabric list",
-        )
+        raise unknown_arguments("Trainer", unknown, [*given, *known], _INSTEAD)
     wrong = {
         name: f"a whole number, at least {least}" for name, least in _LEAST.items() if _is_wrong(given[name], least)
     }

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from fabric_lite import Fabric, FabricValueError
+from fabric_lite import Fabric, FabricTypeError, FabricValueError
 from fabric_lite.callbacks import EarlyStopping, ModelCheckpoint
 from fabric_lite.loggers import CSVLogger
+from fabric_lite.notices import rank_zero_info
 from fabric_lite.trainer.evaluation import evaluate
 from fabric_lite.trainer.hooks import Hooks
 from fabric_lite.trainer.loaders import Loaders
@@ -207,6 +208,8 @@ class Trainer:
         self.num_training_batches = self.loaders.count(loader, "train")
         optimizers, self.schedulers = parse_optimizers(model.configure_optimizers())
         self._check(model, optimizers, has_validation=bool(validation))
+        if not optimizers:
+            rank_zero_info("configure_optimizers returned no optimizer: steps by hand alone can train this model")
         self._set_up_model(model, optimizers)
         self.optimizers = optimizers
         for optimizer in optimizers:
@@ -258,7 +261,11 @@ class Trainer:
         if ckpt_path in ("best", "last"):
             found = [getattr(one, f"{ckpt_path}_model_path") for one in self.checkpoint_callbacks[:1]]
             if found in ([], [None]):
-                raise FabricValueError("No ModelCheckpoint has saved one.", given=f"{ckpt_path=}", fix="its path")
+                raise FabricValueError(
+                    "There is no checkpoint of that name: no ModelCheckpoint has saved one.",
+                    given=f"{ckpt_path=}",
+                    fix="ckpt_path=None, which goes on from the newest if there is one; or the path of a checkpoint",
+                )
             ckpt_path = found[0]
         if ckpt_path is not None:
             self.fabric.load(ckpt_path, objects)
@@ -292,6 +299,12 @@ class Trainer:
         return results
 
     def _begin(self, model: LightningModule, stage: str) -> None:
+        if not isinstance(model, LightningModule):
+            raise FabricTypeError(
+                "A Trainer runs a LightningModule, which says what a step is.",
+                given=type(model).__name__,
+                fix="class LitModel(pl.LightningModule), with your model as self.model; or a loop of your own",
+            )
         unused = (*_NOT_CALLED, *(_NOT_CALLED_IN_FIT if stage == "fit" else ()))
         if unused := tuple(name for name in unused if callable(getattr(model, name, None))):
             raise FabricValueError(

@@ -29,7 +29,7 @@ from fabric_lite.callbacks import (
     SpikeDetection,
     TrainingSpikeError,
 )
-from fabric_lite.errors import FabricKeyError, FabricValueError
+from fabric_lite.errors import FabricKeyError, FabricTypeError, FabricValueError
 
 
 class Kept:
@@ -374,3 +374,17 @@ def test_a_callback_that_is_new_after_a_resume_begins_afresh(tmp_path: Path) -> 
     resumed["fabric"].save(tmp_path / "b.ckpt", resumed)
     without = begin()
     without["fabric"].load(tmp_path / "b.ckpt", without)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda folder: ModelCheckpoint(dirpath=folder), "dirpath: folder"),  # type: ignore[call-arg]
+        (lambda folder: ModelCheckpoint(folder, every_n_train_steps=5), "every_n_train_steps: every_n_steps"),
+        (lambda folder: ModelCheckpoint(folder, save_topk=5), "save_topk: save_top_k"),
+        (lambda _: EarlyStopping("loss", verbose=True), "verbose: leave it out"),
+    ],
+)
+def test_an_argument_of_lightnings_is_told_what_it_is_called_here(tmp_path: Path, make: Any, said: str) -> None:
+    with pytest.raises(FabricTypeError, match=said):
+        make(tmp_path / "saves")

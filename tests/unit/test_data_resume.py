@@ -342,7 +342,7 @@ def test_the_place_in_words_tells_what_another_world_size_costs() -> None:
     next(iter(loader))
     again = set_up(KINDS["shuffled"](), 0, 3)
     again.load_state_dict(loader.state_dict())
-    assert str(place_of(again)) == "epoch 0, batch 1 of 2 ranks; 2 samples repeated, 0 skipped"
+    assert str(place_of(again)) == "epoch 0, batch 1 on 2 ranks; 2 samples repeated, 0 skipped"
     assert len(flat(again)) * 3 == 18, "16 samples are left, and 2 come again"
 
 

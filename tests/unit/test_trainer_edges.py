@@ -230,8 +230,35 @@ def test_an_argument_that_means_nothing_is_refused(tmp_path: Path, options: dict
 
 
 def test_an_argument_that_there_is_not_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FabricTypeError, match="enable_model_summary"):
-        trainer(tmp_path, enable_model_summary=False)
+    for name, said in (
+        ("enable_model_summary", "enable_model_summary: leave it out"),
+        ("max_epoch", "max_epoch: max_epochs"),
+        ("gpus", 'gpus: accelerator="gpu", devices='),
+        ("zzz", "zzz: there is none like it"),
+    ):
+        with pytest.raises(FabricTypeError, match=f"{name}[\\s\\S]*{said}"):
+            trainer(tmp_path, **{name: 1})
+
+
+def test_a_model_that_is_none_of_lightnings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FabricTypeError, match=r"LightningModule[\s\S]*Linear"):
+        trainer(tmp_path).fit(torch.nn.Linear(6, 3), loader())  # type: ignore[arg-type]
+
+
+def test_a_fit_that_can_train_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class NoOptimizer(LitModel):
+        def configure_optimizers(self) -> None:
+            super().configure_optimizers()  # and no return
+
+    class NoLoss(LitModel):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            super().training_step(batch, batch_idx)  # and no return
+
+    for kind, said in ((NoOptimizer, "returned no optimizer"), (NoLoss, "returned a loss"), (LitModel, None)):
+        fitted(trainer(tmp_path), seeded(kind))
+        told = capsys.readouterr()
+        lines = [line for line in (told.out + told.err).splitlines() if "returned" in line]
+        assert [said in line for line in lines] == ([] if said is None else [True])
 
 
 def test_a_validation_that_would_never_come_is_refused(tmp_path: Path) -> None:
