@@ -240,6 +240,47 @@ def test_backward_by_torch_in_any_order_adds_up(ranks: RankPool, name: str, orde
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
 
 
+def left_out(name: str) -> tuple[bool, list[torch.Tensor]]:
+    """One layer is used in the first step alone; whether the second one changed it, and all weights."""
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=deepspeed(name)) if name else None
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"always": nn.Linear(4, 4), "once": nn.Linear(4, 4)})
+    holder = Chosen(model)
+    optimizer = torch.optim.SGD(holder.parameters(), lr=0.1)
+    if fabric is not None:
+        fabric.setup(holder, optimizer)
+    kept: list[torch.Tensor] = []
+    for step, x in enumerate(batches(2)):
+        holder(x.chunk(2)[fabric.global_rank] if fabric else x, ["always", "once"][: 2 - step]).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        kept.append(full(model["once"].weight))
+    result = [full(parameter) for parameter in holder.parameters()]
+    if fabric is not None:
+        fabric.close()
+    return torch.equal(*kept), result
+
+
+class Chosen(nn.Module):
+    def __init__(self, layers: nn.ModuleDict) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+        for name in names:
+            x = self.layers[name](x)
+        return x
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_layer_that_a_step_leaves_out_is_not_stepped_on_again(ranks: RankPool, name: str) -> None:
+    _, expected = left_out("")
+    for was_kept, result in ranks.run(left_out, name):
+        assert was_kept
+        for mine, other in zip(result, expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
+
+
 ANY: dict[str, tuple[int, Any]] = {
     "single_device": (1, "single_device"),
     "ddp": (2, "ddp"),
