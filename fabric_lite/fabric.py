@@ -43,7 +43,7 @@ from fabric_lite.steps import Steps
 from fabric_lite.strategies import Placement, Strategy
 from fabric_lite.watch import HangWatch, choose_hang_timeout, group_timeout_seconds
 
-__all__ = ["Fabric"]
+__all__ = ["Fabric", "call_with_fabric"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -144,7 +144,7 @@ class Fabric(Stepping, Communication, Checkpointing, Reporting):
                 in_script.supervise_script(self._run.config)
             start_method = in_script.choose_start_method(getattr(self.strategy, "start_method", None))
             return in_script.run_function(
-                _call_with_fabric,
+                call_with_fabric,
                 (self._arguments, function, args),
                 kwargs,
                 ranks=self.world_size,
@@ -422,7 +422,7 @@ def _close_at_exit(reference: weakref.ref[Fabric]) -> None:
         fabric.close()
 
 
-def _call_with_fabric(
+def call_with_fabric(
     arguments: dict[str, Any], function: Callable[..., Any], args: Sequence[Any], **kwargs: Any
 ) -> Any:
     """In each started rank: make its Fabric and call the user's function."""

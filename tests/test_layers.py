@@ -31,7 +31,7 @@ LAYERS = [
     {"fabric", "kept"},
     {"checkpoints", "flops"},
     {"throughput", "profiling", "callbacks"},
-    {"testing", "bench", "trainer", "names", "check"},
+    {"testing", "bench", "trainer", "names", "check", "ray"},
     {"accelerators", "plugins", "utilities", "wrappers"},
     {"__main__"},
 ]
@@ -84,6 +84,7 @@ def test_every_public_name_is_there_and_documented() -> None:
     [
         ("import fabric_lite", ["torch"]),
         ("import fabric_lite.launch.cli", ["torch", "numpy"]),
+        ("import fabric_lite.ray", ["torch", "ray"]),
         ("from fabric_lite import Fabric", ["torch._dynamo", "sympy"]),
         ("from fabric_lite import Fabric; Fabric(accelerator='cpu', devices=1)", ["torch._dynamo", "sympy"]),
     ],

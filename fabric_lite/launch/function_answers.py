@@ -6,7 +6,7 @@ import dataclasses
 import pickle
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from fabric_lite import process_end
@@ -47,10 +47,10 @@ class Answer:
         return self.trace is not None and self.exit_code not in (0, EXIT_PREEMPTED)
 
 
-def pickled_value(value: Any) -> bytes:
+def pickled_value(value: Any, dumps: Callable[[Any], bytes] = pickle.dumps) -> bytes:
     try:
         # Pickled by value: a tensor sent the way torch's queues do would need this process to live on.
-        return pickle.dumps(Answer(value))
+        return dumps(Answer(value))
     except Exception as error:
         raise LaunchError(
             "The function's return value cannot be pickled, so it cannot come back from rank 0.",
@@ -59,13 +59,13 @@ def pickled_value(value: Any) -> bytes:
         ) from error
 
 
-def pickled_error(error: BaseException) -> bytes:
+def pickled_error(error: BaseException, dumps: Callable[[Any], bytes] = pickle.dumps) -> bytes:
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     if isinstance(error, SystemExit):
         return pickle.dumps(Answer(None, text, python_exit_code(error)))
     answer = Answer(error, text)
     try:
-        packed = pickle.dumps(answer)
+        packed = dumps(answer)
         pickle.loads(packed)
     except Exception:
         # An exception may need arguments that it does not keep, or hold what cannot be pickled: its words travel.

@@ -18,7 +18,6 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal, NoReturn
 
-from fabric_lite import run_config
 from fabric_lite.call_site import names_of
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.environment import chosen_threads, listen_on, rank_environment, serve_store
@@ -38,7 +37,7 @@ from fabric_lite.launch.job import (
     Signals,
 )
 from fabric_lite.launch.process_tree import adopt_orphans, descendants, die_with_parent, end_descendants
-from fabric_lite.launch.rank import run_to_end
+from fabric_lite.launch.rank import become_rank, run_to_end
 from fabric_lite.run_config import EXIT_PREEMPTED, RunConfig
 
 __all__ = ["StartMethod", "run_function"]
@@ -205,8 +204,7 @@ def _run_rank(
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         sys.exit(1)
-    os.environ.update(environment)
-    run_config.install(config)
+    become_rank(environment, config)
     if config.threads_per_rank is not None:
         torch.set_num_threads(config.threads_per_rank)
     rank = os.getpid()

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import InspectLoader
 from importlib.machinery import SourceFileLoader
 from typing import NoReturn, TypeVar
@@ -28,7 +28,7 @@ from fabric_lite.errors import LaunchError
 from fabric_lite.launch.failure import describe_exception, python_exit_code, user_traceback, write_error_file
 from fabric_lite.launch.messages import Channel, FailureNoted, JobHangs, RankFailed, RankLeft, StartRank
 
-__all__ = ["ScriptCall", "run_rank", "run_to_end"]
+__all__ = ["ScriptCall", "become_rank", "load_main", "run_rank", "run_to_end"]
 
 Value = TypeVar("Value")
 
@@ -58,7 +58,7 @@ def run_rank(script: ScriptCall, request: StartRank, server: Channel) -> None:
     rank = os.getpid()
     _prepare_process(request, server)
     try:
-        main_module, code = _load_main(script)
+        main_module, code = load_main(script)
         run_to_end(lambda: exec(code, main_module.__dict__))
     except BaseException as error:
         if os.getpid() != rank:
@@ -133,8 +133,7 @@ def _prepare_process(request: StartRank, server: Channel) -> None:
     for descriptor, target in ((request.stdout_fd, 1), (request.stderr_fd, 2)):
         if descriptor is not None:
             os.dup2(descriptor, target)
-    os.environ.update(request.environment)
-    run_config.install(run_config.RunConfig(**request.run_config))
+    become_rank(request.environment, run_config.RunConfig(**request.run_config))
     run_config.install_hang_reporter(functools.partial(_report_hang, request, server))
     # Registered first, hence run last: what hangs in the script's own exit handlers can still be told.
     atexit.register(server.close)
@@ -147,6 +146,12 @@ def _prepare_process(request: StartRank, server: Channel) -> None:
     _use_threads(request.run_config["threads_per_rank"])
 
 
+def become_rank(environment: Mapping[str, str], config: run_config.RunConfig) -> None:
+    """Give this process the place of a rank, before the user's first line."""
+    os.environ.update(environment)
+    run_config.install(config)
+
+
 def _use_threads(threads: int | None) -> None:
     # OMP_NUM_THREADS was read when the server loaded OpenMP; it differs where devices had to be counted first.
     if threads is not None:
@@ -157,7 +162,7 @@ def _use_threads(threads: int | None) -> None:
             torch.set_num_threads(threads)
 
 
-def _load_main(script: ScriptCall) -> tuple[types.ModuleType, types.CodeType]:
+def load_main(script: ScriptCall) -> tuple[types.ModuleType, types.CodeType]:
     """Make the module ``__main__`` what Python makes it; pickle, spawned processes and tracebacks look there.
 
     runpy is no help: it puts the old ``__main__`` back when the script ends, before exit handlers and threads do.
