@@ -20,7 +20,7 @@ from tests.distributed.launching import ENVIRONMENT, wait_until
 
 __all__ = ["PROGRAMS", "Slurm", "missing", "slurm_cluster"]
 
-PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scancel", "scontrol", "squeue", "sinfo")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scancel", "scontrol", "squeue", "sinfo", "setpriv")
 STARTING_SECONDS = 30.0
 ENDING_SECONDS = 20.0
 
@@ -163,8 +163,9 @@ def daemon(command: Sequence[object], slurm: Slurm) -> Iterator[None]:
     """Run a program that does not end by itself; end it on leaving."""
     log = slurm.folder / "daemons.log"
     with log.open("a") as output:
+        # It ends with pytest too, should that be killed.
         process = subprocess.Popen(
-            [str(word) for word in command],
+            ["setpriv", "--pdeathsig", "TERM", *(str(word) for word in command)],
             env=slurm.environment,
             cwd=slurm.folder,
             stdin=subprocess.DEVNULL,
