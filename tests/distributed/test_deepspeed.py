@@ -383,7 +383,8 @@ def write_both(name: str, folder: Path, precision: str) -> None:
 def consolidated(folder: Path) -> dict[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), "here"))
+    found = get_fp32_state_dict_from_zero_checkpoint(str(folder), "here")
+    return {name: value.detach() for name, value in found.items()}
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -446,6 +447,22 @@ def test_an_optimizer_that_has_stepped_before_goes_on(ranks: RankPool, name: str
     for result in ranks.run(continued, name):
         for mine, other in zip(result, expected, strict=True):
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+
+
+def save_at_once(name: str, path: str) -> None:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=deepspeed(name), precision="bf16-mixed")
+    model = make_net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    fabric.setup(model, optimizer)
+    fabric.save(path, {"model": model})
+    fabric.close()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_values_in_float32_are_those_from_before_the_cast(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    ranks.run(save_at_once, name, str(tmp_path / "first"))
+    for key, value in checkpoint.load(tmp_path / "first")["model"].items():
+        assert torch.equal(value, make_net().state_dict()[key])
 
 
 def statistics(name: str) -> list[torch.Tensor]:
