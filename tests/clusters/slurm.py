@@ -23,6 +23,7 @@ __all__ = ["PROGRAMS", "Slurm", "missing", "slurm_cluster"]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scancel", "scontrol", "squeue", "sinfo", "setpriv")
 STARTING_SECONDS = 30.0
 ENDING_SECONDS = 20.0
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 # config_overrides: a node may have more CPUs than the machine. NoInAddrAny: the daemons listen on loopback alone.
 CONFIGURATION = """\
@@ -116,7 +117,7 @@ class Slurm:
         By itself after two minutes. At once would be too early: the credential of its first part is still revoked.
         """
         deadline, hurried = time.monotonic() + limit_seconds, set()
-        while (shown := self.show(job))["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "PREEMPTED"):
+        while (shown := self.show(job))["JobState"] not in ENDED:
             assert time.monotonic() < deadline, f"job {job} is {shown} after {limit_seconds} s"
             is_waiting = shown["JobState"] == "PENDING" and shown["Reason"] == "BeginTime"
             if is_waiting and shown["Restarts"] not in hurried:
