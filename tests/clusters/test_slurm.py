@@ -196,13 +196,14 @@ def test_a_run_that_another_job_pushes_aside_ends_with_the_weights_of_the_undist
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 def test_a_job_that_is_warned_of_its_time_limit_saves_and_goes_on_exactly(
     slurm: Slurm, tmp_path: Path, undisturbed: list[torch.Tensor]
 ) -> None:
-    """The run takes 90 s and the limit is a minute, of which Slurm gives up to another, and warns as coarsely."""
+    """The limit is a minute, of which the steps alone take 60 s; Slurm warns up to half a minute early."""
     folder = tmp_path / "run"
-    job = survive(slurm, folder, "--time=1", "--signal=USR1@10", seconds=0.3)
-    assert slurm.finish(job) == "COMPLETED"
+    job = survive(slurm, folder, "--time=1", "--signal=USR1@10", seconds=0.2)
+    assert slurm.finish(job, limit_seconds=700) == "COMPLETED"
     said = (folder / f"job-{job}.out").read_text()
     codes = re.findall(r"exit code (\d+)", said)
     assert codes[-1] == "0", said
