@@ -30,7 +30,8 @@ def heading(block: str) -> str:
 
 
 def commands(text: str) -> list[str]:
-    lines = [line.split("  #")[0].strip() for block in blocks(text, "bash") for line in block.splitlines()]
+    whole = [block.replace("\\\n", "") for block in blocks(text, "bash")]  # lines that go on in the next one
+    lines = [line.split("  #")[0].strip() for block in whole for line in block.splitlines()]
     return [part.strip() for line in lines if line for part in line.split("&&")]
 
 
