@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ def call_hook(callbacks: Sequence[Any], name: str, *args: Any, **kwargs: Any) ->
             continue
         # The function behind a bound method, which is made anew at each look-up and so would never be found again.
         is_bound = inspect.ismethod(method)
-        accepted = _accepted(method.__func__ if is_bound else method)
+        accepted = _accepted_by(method.__func__ if is_bound else method)
         names = accepted.by_position[is_bound:]
         taken = args if accepted.any_position else args[: len(names)]
         filled = names[: len(taken)]
@@ -54,8 +54,21 @@ class _Accepted(NamedTuple):
     any_name: bool = True
 
 
-@functools.lru_cache(maxsize=1024)
-def _accepted(function: Callable[..., Any]) -> _Accepted:
+# Held weakly: a hook made in place, ``callback.on_train_end = lambda: ...``, often holds all that a run consists of.
+_known: weakref.WeakKeyDictionary[Callable[..., Any], _Accepted] = weakref.WeakKeyDictionary()
+
+
+def _accepted_by(function: Callable[..., Any]) -> _Accepted:
+    try:
+        accepted = _known.get(function)
+        if accepted is None:
+            accepted = _known[function] = _read_from(function)
+    except TypeError:  # an object that has no hash, or that cannot be held weakly
+        return _read_from(function)
+    return accepted
+
+
+def _read_from(function: Callable[..., Any]) -> _Accepted:
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a builtin without a signature

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fabric_lite.signals import requests
 from fabric_lite.testing import RankPool
 
 torch.set_num_threads(1)
@@ -34,7 +36,7 @@ def ranks() -> Iterator[RankPool]:
 
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
-    """A test leaves environment, threads and the default dtype as they were, and no process group."""
+    """A test leaves environment, threads and the default dtype as they were, no process group, and takes no signals."""
     environment, threads = dict(os.environ), set(threading.enumerate())
     yield
     changed = {key for key in {*environment, *os.environ} if environment.get(key) != os.environ.get(key)}
@@ -44,3 +46,6 @@ def nothing_leaks() -> Iterator[None]:
     assert not left, f"threads left: {left}"
     assert torch.get_default_dtype() == torch.float32
     assert not torch.distributed.is_initialized(), "a process group was left"
+    if requests.are_taken:  # by Fabrics that the test has dropped, or by one that something still holds
+        gc.collect()
+    assert not requests.are_taken, "a Fabric that was not closed still takes signals"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -60,6 +62,38 @@ def test_functions_static_methods_and_builtins_are_counted_without_self() -> Non
     for name in ("static", "function", "builtin"):
         call_hook([Holder()], name, name, "surplus")
     assert seen == ["static", "function", "builtin"]
+
+
+def test_an_object_without_a_hash_is_called_too() -> None:
+    @dataclass
+    class Adds:  # its equality takes its hash away
+        to: list[Any]
+
+        def __call__(self, first: Any) -> None:
+            self.to.append(first)
+
+    class Holder:
+        def __init__(self) -> None:
+            self.hook = Adds([])
+
+    holder = Holder()
+    for number in range(2):
+        call_hook([holder], "hook", number, "surplus")
+    assert holder.hook.to == [0, 1]
+
+
+def test_a_hook_that_was_made_in_place_is_not_kept_with_what_it_holds() -> None:
+    class Model:
+        pass
+
+    def run() -> weakref.ref[Model]:
+        model = Model()
+        records = Records()
+        records.kept = lambda: model
+        call_hook([records], "kept")
+        return weakref.ref(model)
+
+    assert run()() is None
 
 
 def test_a_missing_argument_is_still_the_users_error() -> None:
