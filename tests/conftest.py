@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fabric_lite import notices
 from fabric_lite.signals import requests
 from fabric_lite.testing import RankPool
 
@@ -37,6 +38,7 @@ def ranks() -> Iterator[RankPool]:
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
     """A test leaves environment, threads and the default dtype as they were, no process group, and takes no signals."""
+    notices._said.clear()  # what is said once per process is said once per test
     environment, threads = dict(os.environ), set(threading.enumerate())
     yield
     changed = {key for key in {*environment, *os.environ} if environment.get(key) != os.environ.get(key)}

@@ -167,7 +167,6 @@ def test_a_save_that_has_to_wait_long_says_so_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(asynchronous, "NOTICEABLE_SECONDS", 0.01)
-    monkeypatch.setattr(notices, "_said", set())
 
     def until_it_is_said() -> None:
         deadline = time.monotonic() + LIMIT_SECONDS

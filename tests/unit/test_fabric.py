@@ -46,10 +46,7 @@ def test_precisions_have_aliases(given: Any, name: str) -> None:
     assert cpu(precision=given).precision.name == name
 
 
-def test_an_ambiguous_alias_is_explained_in_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fabric_lite.notices._said", set())
+def test_an_ambiguous_alias_is_explained_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     cpu(precision="bf16")
     assert "'bf16-mixed'" in capsys.readouterr().err
 

@@ -198,7 +198,6 @@ def test_the_peak_is_that_of_the_dtype_in_which_the_precision_computes(
 def test_an_unknown_peak_is_said_once_and_only_where_flops_are_counted(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fabric_lite.notices._said", set())
     monkeypatch.setattr("fabric_lite.throughput.get_available_flops", lambda *_: None)
     monitor = ThroughputMonitor(Fabric(accelerator="cpu", devices=1))
     monitor.update(time=0.0, batches=0, samples=0)
