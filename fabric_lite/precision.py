@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from fabric_lite.errors import FabricTypeError, FabricValueError
-from fabric_lite.precision_float8 import check_float8, to_float8
+from fabric_lite.precision_float8 import to_float8
+from fabric_lite.precision_low_bits import LowBits
+from fabric_lite.precision_torchao import check_torchao
 
 __all__ = ["PRECISIONS", "Precision", "parse_precision"]
 
@@ -72,12 +74,11 @@ PRECISIONS: dict[str, Precision] = {
     "16-mixed": _mixed("16-mixed", torch.float16, loss_scale=True),
     "bf16-mixed": _mixed("bf16-mixed", torch.bfloat16),
 }
-# With layers exchanged, by packages that are extras: what raises without one, and the precision.
-_BY_EXTRAS: dict[str, tuple[Callable[[], None], Precision]] = {
-    "fp8-mixed": (
-        check_float8,
-        dataclasses.replace(PRECISIONS["bf16-mixed"], name="fp8-mixed", convert=to_float8),
-    ),
+# With layers exchanged for those of torchao, which is an extra.
+_BY_TORCHAO: dict[str, Precision] = {
+    "fp8-mixed": dataclasses.replace(PRECISIONS["bf16-mixed"], name="fp8-mixed", convert=to_float8),
+    "nf4-weights": dataclasses.replace(PRECISIONS["bf16-true"], name="nf4-weights", convert=LowBits("nf4")),
+    "int8-weights": dataclasses.replace(PRECISIONS["bf16-true"], name="int8-weights", convert=LowBits("int8")),
 }
 AMBIGUOUS_ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed"}
 _ALIASES = {"64": "64-true", "32": "32-true", **AMBIGUOUS_ALIASES}
@@ -103,14 +104,13 @@ def parse_precision(precision: str | int | Precision | None) -> Precision:
         )
     name = str(precision).lower()
     name = _ALIASES.get(name, name)
-    if name in _BY_EXTRAS:
-        check, with_layers = _BY_EXTRAS[name]
-        check()
-        return with_layers
+    if name in _BY_TORCHAO:
+        check_torchao(f"precision={precision!r}")
+        return _BY_TORCHAO[name]
     if name not in PRECISIONS:
         raise FabricValueError(
             "This precision does not exist.",
             given=f"precision={precision!r}",
-            fix=f"one of {', '.join([*PRECISIONS, *_BY_EXTRAS])} (or {', '.join(_ALIASES)})",
+            fix=f"one of {', '.join([*PRECISIONS, *_BY_TORCHAO])} (or {', '.join(_ALIASES)})",
         )
     return PRECISIONS[name]

@@ -65,9 +65,10 @@ class Setup:
             strategy.materialize(module, placement, fill)
         # A sharded model comes to its device in wrap, block by block: it need not fit there as a whole.
         moves = move_to_device and not strategy.is_sharded
+        # First, so that a weight of few bits need not fit on the device as a whole.
+        converted = () if precision.convert is None else precision.convert(module)
         named = list(module.named_parameters(remove_duplicate=False))
         place(module, placement.device if moves else None, precision.param_dtype)
-        converted = () if precision.convert is None else precision.convert(module)
         extension = ModuleExtension(self.owner, placement.device.type, precision)
         # A compiled module is a shell: the hooks that shard belong on the module inside.
         inside = (compiled_from(module) if strategy.is_sharded else None) or module

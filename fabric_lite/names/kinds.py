@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,10 +15,12 @@ import torch
 from fabric_lite.adopt import extension_of
 from fabric_lite.data import is_extended_loader
 from fabric_lite.device import Accelerator
-from fabric_lite.errors import FabricImportError, FabricValueError
+from fabric_lite.errors import FabricValueError
 from fabric_lite.extension import ModuleExtension
 from fabric_lite.optim import OptimizerExtension
 from fabric_lite.precision import PRECISIONS, Precision, parse_precision
+from fabric_lite.precision_low_bits import LowBits
+from fabric_lite.precision_torchao import check_torchao
 
 __all__ = [
     "BitsandbytesPrecision",
@@ -106,19 +110,39 @@ class DoublePrecision(metaclass=_Kind):
 
 
 class BitsandbytesPrecision(metaclass=_Kind):
-    """Weights of 4 or 8 bits, which fabric_lite does not have: there is the name, so that programs can ask for it."""
+    """Frozen linear layers with weights of 4 or 8 bits, by torchao instead of bitsandbytes.
 
-    def __new__(cls, mode: str, *_: Any, **__: Any) -> Any:
-        raise FabricImportError(
-            "fabric_lite has no precision with weights of 4 or 8 bits.",
-            given=f"BitsandbytesPrecision({mode!r})",
-            fix="precision='bf16-true'",
-        )
+    Args:
+        mode: ``"nf4"`` or ``"nf4-dq"``, which are one here: the scales are always in 8 bits. ``"int8"``.
+        dtype: Of everything else, and of the computation. None is bfloat16.
+        ignore_modules: Names of modules; they, and what is below them, keep their weights.
+
+    Raises:
+        FabricImportError: torchao is not installed.
+        FabricValueError: The mode is unknown here, or the dtype is not one to compute in.
+    """
+
+    def __new__(  # type: ignore[misc]
+        cls, mode: str, dtype: torch.dtype | None = None, ignore_modules: Iterable[str] | None = None
+    ) -> Precision:
+        given = f"BitsandbytesPrecision({mode!r}, dtype={dtype})"
+        kept = {"nf4": "nf4", "nf4-dq": "nf4", "int8": "int8"}
+        names = {torch.bfloat16: "bf16-true", torch.float16: "16-true", torch.float32: "32-true"}
+        base = names.get(dtype or torch.bfloat16)
+        if mode not in kept or base is None:
+            raise FabricValueError(
+                "fabric_lite has no such precision with weights of few bits.",
+                given=given,
+                fix=f"mode: {', '.join(kept)}; dtype: {', '.join(map(str, names))}",
+            )
+        check_torchao(given)
+        convert = LowBits(kept[mode], frozenset(ignore_modules or ()))
+        return dataclasses.replace(PRECISIONS[base], name=f"{kept[mode]}-weights, {base}", convert=convert)
 
     @staticmethod
-    def describes(_: Any) -> bool:
-        """Nothing is one."""
-        return False
+    def describes(instance: Any) -> bool:
+        """Whether it is one."""
+        return isinstance(instance, Precision) and isinstance(instance.convert, LowBits)
 
 
 class _AcceleratorKind(_Kind):

@@ -18,12 +18,12 @@ from tests.distributed.layouts import GPT, loss_of, make_gpt, token_batches
 from tests.models import full
 
 is_installed = importlib.util.find_spec("torchao") is not None
-needs_torchao = pytest.mark.skipif(not is_installed, reason="torchao is not installed: pip install -e '.[fp8]'")
+needs_torchao = pytest.mark.skipif(not is_installed, reason="torchao is not installed: pip install -e '.[torchao]'")
 
 
 @pytest.mark.skipif(is_installed, reason="torchao is installed")
 def test_without_torchao_the_error_names_the_extra() -> None:
-    with pytest.raises(FabricImportError, match=r"fabric-lite\[fp8\]"):
+    with pytest.raises(FabricImportError, match=r"fabric-lite\[torchao\]"):
         Fabric(accelerator="cpu", precision="fp8-mixed")
 
 
@@ -48,6 +48,28 @@ def test_layers_are_exchanged_at_setup_and_put_back_at_release() -> None:
     assert dict(model.named_modules()) == layers
     with pytest.raises(FabricValueError, match="multiple of 16"):
         fabric.setup(nn.Sequential(nn.Linear(4, 4)))
+    for model in (
+        nn.Sequential(nn.Linear(4, 4)).requires_grad_(False),
+        nn.Conv1d(4, 4, 1),
+    ):  # nothing to exchange
+        assert fabric.setup(model) is model
+    fabric.close()
+
+
+@needs_torchao
+def test_what_hangs_on_a_layer_hangs_on_the_one_in_its_place() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, precision="fp8-mixed")
+    model: Any = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    seen: list[Any] = []
+    handle = model[0].register_forward_hook(lambda layer, *_: seen.append(layer))
+    model[0].note = "mine"
+    fabric.setup(model)
+    model(torch.ones(2, 16))
+    assert seen == [model[0]]
+    assert (type(model[0]).__name__, model[0].note) == ("Float8Linear", "mine")
+    handle.remove()
+    model(torch.ones(2, 16))
+    assert len(seen) == 1
     fabric.close()
 
 
