@@ -50,7 +50,7 @@ class Kind:
     pins_memory: bool = True
 
 
-# Of kinds that are not here, which torch knows by a plug-in, the defaults hold.
+_OTHER = Kind()  # which torch knows by a plug-in, for example
 KINDS: dict[str, Kind] = {
     "cpu": Kind(pins_memory=False),
     "meta": Kind(pins_memory=False),
@@ -64,9 +64,6 @@ KINDS: dict[str, Kind] = {
 def kind_of(device: torch.device) -> Kind:
     """What devices of this kind can do."""
     return KINDS.get(device.type, _OTHER)
-
-
-_OTHER = Kind()
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
@@ -145,7 +142,7 @@ def generator_state(device_type: str, index: int) -> torch.Tensor:
     if device_type == "xla":
         return torch.tensor(importlib.import_module("torch_xla").core.xla_model.get_rng_state())
     module = torch.get_device_module(device_type)
-    return module.get_rng_state() if KINDS.get(device_type, _OTHER).is_single else module.get_rng_state(index)
+    return module.get_rng_state() if kind_of(torch.device(device_type)).is_single else module.get_rng_state(index)
 
 
 def set_generator_state(device_type: str, index: int, state: torch.Tensor) -> None:
@@ -154,7 +151,7 @@ def set_generator_state(device_type: str, index: int, state: torch.Tensor) -> No
         importlib.import_module("torch_xla").core.xla_model.set_rng_state(int(state))
         return
     module = torch.get_device_module(device_type)
-    if KINDS.get(device_type, _OTHER).is_single:
+    if kind_of(torch.device(device_type)).is_single:
         module.set_rng_state(state)
     else:
         module.set_rng_state(state, index)

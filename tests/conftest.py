@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from fabric_lite.testing import RankPool
 
 torch.set_num_threads(1)
 
+# The name of a property of a test: [title of a table, row, what was found].
+TABLE = "row of a table"
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -25,6 +29,21 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and config.option.markexpr == "not full"
     return 2 if is_whole else 0
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Show the tables whose rows are tests; what a worker captures is seen by nobody."""
+    tables: dict[str, dict[str, str]] = {}
+    for outcome in ("passed", "skipped", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in getattr(report, "user_properties", []):
+                if name == TABLE:
+                    title, row, found = value
+                    tables.setdefault(title, {})[row] = found if outcome == "passed" else outcome
+    for title, rows in tables.items():
+        terminalreporter.section(title)
+        for row, found in rows.items():
+            terminalreporter.line(f"  {row:<28}{found}")
 
 
 @pytest.fixture(scope="session")

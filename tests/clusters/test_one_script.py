@@ -14,6 +14,7 @@ import pytest
 from tests.clusters.namespaces import Hosts
 from tests.clusters.programs import TRAIN, trained
 from tests.clusters.slurm import Slurm, free_ports
+from tests.conftest import TABLE
 from tests.distributed.launching import FABRIC_RUN, assert_nothing_left, run, started, write
 
 LIMIT_SECONDS, RAY_SECONDS = 120.0, 270.0
@@ -136,26 +137,14 @@ def of_two(script: Path, *commands: list[object]) -> list[str]:
     return [line for said, _ in outputs for line in said.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def table() -> dict[str, str]:
-    """What each way of starting has come to."""
-    return {}
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_one_script_ends_with_the_weights_of_a_plain_loop(
-    tmp_path: Path, request: Request, table: dict[str, str], way: str
+    tmp_path: Path, request: Request, record_property: Callable[[str, object], None], way: str
 ) -> None:
-    table[way] = "skipped"
-    script = write(tmp_path, TRAIN, "train.py")
     expected = trained()
-    assert sorted(STARTS[way](script, request)) == [f"rank {rank} of 2: {expected}" for rank in (0, 1)]
-    table[way] = expected
+    record_property(TABLE, [f"a plain loop: {expected[:16]}...", way, "?"])
+    script = write(tmp_path, TRAIN, "train.py")
+    found = sorted(STARTS[way](script, request))
+    assert found == [f"rank {rank} of 2: {expected}" for rank in (0, 1)]
+    record_property(TABLE, [f"a plain loop: {expected[:16]}...", way, found[0].rpartition(" ")[2][:16] + "..."])
     assert_nothing_left(tmp_path)
-
-
-def test_all_ways_come_to_the_same_weights(table: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    """The table of all that were started before."""
-    with capsys.disabled():
-        print("\n" + "\n".join(f"  {way:24} {found}" for way, found in {"a plain loop": trained(), **table}.items()))
-    assert set(table.values()) <= {trained(), "skipped"}
