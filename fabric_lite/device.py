@@ -94,6 +94,12 @@ def check_device(device: torch.device, precision: Precision, world_size: int, is
             given=f"{world_size} ranks" + ", a strategy that shards" * is_sharded,
             fix="devices=1 and strategy='auto', or accelerator='cpu'",
         )
+    if precision.device_type not in (None, device.type):
+        raise FabricValueError(
+            f"{device.type} has no {precision.name}.",
+            given=f"precision={precision.name!r}",
+            fix=f"accelerator={precision.device_type!r}, or precision='bf16-mixed'",
+        )
     if precision.param_dtype == torch.float64 and not _has_float64(device):
         raise FabricValueError(
             f"{device} has no float64.", given=f"precision={precision.name!r}", fix="precision='32-true'"

@@ -82,19 +82,20 @@ class ModuleExtension:
         if self.waits and not self.windows and torch.is_grad_enabled():
             self.waits = False
         precision = self.precision
+        run = self._through_engine if precision.context is None else self._in_context
         if precision.compute_dtype is not None:
             # A context takes longer to be made than to be entered. One that is under way, as in a model that calls
             # itself, is not entered again; one that an exception has left is not used again.
             free = None if torch.compiler.is_compiling() else self.autocasts[torch.is_autocast_cache_enabled()]
             context = free.pop() if free else torch.autocast(self.device_type, precision.compute_dtype)
             with context:
-                output = self._through_engine(target, args, kwargs)
+                output = run(target, args, kwargs)
             if free is not None:
                 free.append(context)
         else:
             if precision.param_dtype is not None:
                 args, kwargs = map_leaves(self._cast_input, args), map_leaves(self._cast_input, kwargs)
-            output = self._through_engine(target, args, kwargs)
+            output = run(target, args, kwargs)
         if precision.output_dtype is not None:
             return (
                 self._cast_output(output) if isinstance(output, torch.Tensor) else map_leaves(self._cast_output, output)
@@ -119,6 +120,11 @@ class ModuleExtension:
                 given="a call from a second thread while the engine runs the first",
                 fix="call it from one thread, or set up one copy per thread",
             )
+
+    def _in_context(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        assert self.precision.context is not None
+        with self.precision.context():
+            return self._through_engine(target, args, kwargs)
 
     def _through_engine(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         # Without gradients nothing is communicated: rank 0 may evaluate alone. Inside backward (recomputation by

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,8 +12,13 @@ from torch import nn
 
 from fabric_lite.errors import FabricTypeError, FabricValueError
 from fabric_lite.precision_float8 import to_float8
+from fabric_lite.precision_layers import check_torchao
 from fabric_lite.precision_low_bits import LowBits
-from fabric_lite.precision_torchao import check_torchao
+from fabric_lite.precision_transformer_engine import (
+    check_transformer_engine,
+    in_transformer_engine,
+    to_transformer_engine,
+)
 
 __all__ = ["PRECISIONS", "Precision", "parse_precision"]
 
@@ -31,6 +37,8 @@ class Precision:
         loss_scale: Whether the loss is scaled against underflow of float16 gradients.
         convert: Changes layers of a model in place, at ``setup``, and returns handles whose ``remove()`` undoes it at
             release. None: layers stay.
+        context: Makes a context that ``forward`` runs in, inside autocast; made for each call. None: there is none.
+        device_type: The one kind of device that has it: ``"cuda"``. None: all do.
     """
 
     name: str
@@ -40,6 +48,8 @@ class Precision:
     output_dtype: torch.dtype | None = None
     loss_scale: bool = False
     convert: Callable[[nn.Module], Sequence[Any]] | None = None
+    context: Callable[[], AbstractContextManager[Any]] | None = None
+    device_type: str | None = None
 
     @property
     def is_mixed(self) -> bool:
@@ -49,7 +59,8 @@ class Precision:
     @property
     def changes_forward(self) -> bool:
         """Whether ``forward`` needs anything around it; not so in ``32-true``."""
-        return self.is_mixed or self.param_dtype is not None or self.output_dtype is not None
+        own = (self.param_dtype, self.output_dtype, self.context)
+        return self.is_mixed or any(one is not None for one in own)
 
     def __str__(self) -> str:
         return self.name
@@ -74,11 +85,27 @@ PRECISIONS: dict[str, Precision] = {
     "16-mixed": _mixed("16-mixed", torch.float16, loss_scale=True),
     "bf16-mixed": _mixed("bf16-mixed", torch.bfloat16),
 }
-# With layers exchanged for those of torchao, which is an extra.
-_BY_TORCHAO: dict[str, Precision] = {
-    "fp8-mixed": dataclasses.replace(PRECISIONS["bf16-mixed"], name="fp8-mixed", convert=to_float8),
-    "nf4-weights": dataclasses.replace(PRECISIONS["bf16-true"], name="nf4-weights", convert=LowBits("nf4")),
-    "int8-weights": dataclasses.replace(PRECISIONS["bf16-true"], name="int8-weights", convert=LowBits("int8")),
+# With layers exchanged for those of packages that are extras: what raises without one, and the precision.
+_BY_EXTRAS: dict[str, tuple[Callable[[str], None], Precision]] = {
+    "fp8-mixed": (check_torchao, dataclasses.replace(PRECISIONS["bf16-mixed"], name="fp8-mixed", convert=to_float8)),
+    "nf4-weights": (
+        check_torchao,
+        dataclasses.replace(PRECISIONS["bf16-true"], name="nf4-weights", convert=LowBits("nf4")),
+    ),
+    "int8-weights": (
+        check_torchao,
+        dataclasses.replace(PRECISIONS["bf16-true"], name="int8-weights", convert=LowBits("int8")),
+    ),
+    "transformer-engine": (
+        check_transformer_engine,
+        dataclasses.replace(
+            PRECISIONS["bf16-mixed"],
+            name="transformer-engine",
+            convert=to_transformer_engine,
+            context=in_transformer_engine,
+            device_type="cuda",
+        ),
+    ),
 }
 AMBIGUOUS_ALIASES = {"16": "16-mixed", "bf16": "bf16-mixed"}
 _ALIASES = {"64": "64-true", "32": "32-true", **AMBIGUOUS_ALIASES}
@@ -104,13 +131,14 @@ def parse_precision(precision: str | int | Precision | None) -> Precision:
         )
     name = str(precision).lower()
     name = _ALIASES.get(name, name)
-    if name in _BY_TORCHAO:
-        check_torchao(f"precision={precision!r}")
-        return _BY_TORCHAO[name]
+    if name in _BY_EXTRAS:
+        check, with_layers = _BY_EXTRAS[name]
+        check(f"precision={precision!r}")
+        return with_layers
     if name not in PRECISIONS:
         raise FabricValueError(
             "This precision does not exist.",
             given=f"precision={precision!r}",
-            fix=f"one of {', '.join([*PRECISIONS, *_BY_TORCHAO])} (or {', '.join(_ALIASES)})",
+            fix=f"one of {', '.join([*PRECISIONS, *_BY_EXTRAS])} (or {', '.join(_ALIASES)})",
         )
     return PRECISIONS[name]

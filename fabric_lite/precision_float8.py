@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from fabric_lite.errors import FabricValueError
-from fabric_lite.precision_torchao import Exchanged, check_torchao, exchange_linear_layers
+from fabric_lite.precision_layers import Exchanged, check_torchao, exchange_linear_layers
 
 __all__ = ["to_float8"]
 
@@ -15,7 +13,7 @@ __all__ = ["to_float8"]
 _SIDE = 16
 
 
-def to_float8(module: nn.Module) -> list[Any]:
+def to_float8(module: nn.Module) -> list[Exchanged]:
     """Let the linear layers of ``module`` multiply in float8, scaled by each tensor's largest value; changed in place.
 
     Layers are exchanged and their parameters stay the same objects, in their own dtype, under the same names. Taken are
@@ -40,18 +38,8 @@ def to_float8(module: nn.Module) -> list[Any]:
             given=f"{len(others)} trainable linear layers",
             fix="nn.Linear below the model, both sides a multiple of 16; or precision='bf16-mixed'",
         )
-    return [_PutBack(*place) for place in exchanged]
+    return exchanged
 
 
 def _is_taken(_: str, layer: nn.Linear) -> bool:
     return layer.in_features % _SIDE == 0 and layer.out_features % _SIDE == 0 and layer.weight.requires_grad
-
-
-class _PutBack(Exchanged):
-    def remove(self) -> None:
-        """Let the layer take its place again."""
-        current = self.parent._modules[self.name]
-        assert current is not None
-        self.layer._parameters.update(current._parameters)  # sharding makes new ones
-        self.layer.train(current.training)
-        setattr(self.parent, self.name, self.layer)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fabric_lite.errors import FabricValueError
-from fabric_lite.precision_torchao import check_torchao, exchange_linear_layers
+from fabric_lite.precision_layers import check_torchao, exchange_linear_layers
 
 __all__ = ["LOW_BITS", "LowBits"]
 

@@ -120,5 +120,14 @@ class Stepping(Identity):
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context that ``forward`` runs in."""
-        dtype = self.precision.compute_dtype
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        dtype, own = self.precision.compute_dtype, self.precision.context
+        around = contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        return around if own is None else _both(around, own())
+
+
+@contextlib.contextmanager
+def _both(
+    outer: contextlib.AbstractContextManager[Any], inner: contextlib.AbstractContextManager[Any]
+) -> Iterator[None]:
+    with outer, inner:
+        yield

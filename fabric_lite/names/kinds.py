@@ -19,8 +19,8 @@ from fabric_lite.errors import FabricValueError
 from fabric_lite.extension import ModuleExtension
 from fabric_lite.optim import OptimizerExtension
 from fabric_lite.precision import PRECISIONS, Precision, parse_precision
+from fabric_lite.precision_layers import check_torchao
 from fabric_lite.precision_low_bits import LowBits
-from fabric_lite.precision_torchao import check_torchao
 
 __all__ = [
     "BitsandbytesPrecision",

@@ -1,4 +1,4 @@
-"""Exchanging linear layers for those of torchao, which is an extra."""
+"""Exchanging the linear layers of a model for others, which packages have that are extras."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from torch import nn
 
 from fabric_lite.errors import FabricImportError
 
-__all__ = ["Exchanged", "check_torchao", "exchange_linear_layers"]
+__all__ = ["Exchanged", "check_installed", "check_torchao", "exchange_linear_layers"]
+
+
+def check_installed(package: str, given: str, fix: str) -> None:
+    """Raise FabricImportError unless ``package`` is installed; ``given`` is what asks for it."""
+    if importlib.util.find_spec(package) is None:
+        raise FabricImportError(
+            f"{package}, which has the layers of this precision, is not installed.", given=given, fix=fix
+        )
 
 
 def check_torchao(given: str) -> None:
     """Raise FabricImportError unless torchao is installed; ``given`` is what asks for it."""
-    if importlib.util.find_spec("torchao") is None:
-        raise FabricImportError(
-            "torchao, which has the layers of this precision, is not installed.",
-            given=given,
-            fix="pip install 'fabric-lite[torchao]'",
-        )
+    check_installed("torchao", given, "pip install 'fabric-lite[torchao]'")
 
 
 class Exchanged(NamedTuple):
@@ -29,6 +32,14 @@ class Exchanged(NamedTuple):
     parent: nn.Module
     name: str
     layer: nn.Linear
+
+    def remove(self) -> None:
+        """Let the layer take its place again, with the parameters that the other one has then."""
+        current = self.parent._modules[self.name]
+        assert current is not None
+        self.layer._parameters.update(current._parameters)  # sharding makes new ones
+        self.layer.train(current.training)
+        setattr(self.parent, self.name, self.layer)
 
 
 def exchange_linear_layers(
@@ -42,7 +53,7 @@ def exchange_linear_layers(
         make: Makes the new layer.
 
     Returns:
-        The layers that were there.
+        The layers that were there; ``remove()`` undoes it, where the new layer has parameters of the same names.
     """
     exchanged: list[Exchanged] = []
     new: dict[nn.Module, nn.Module] = {}  # a layer may have two names
