@@ -44,14 +44,14 @@ def topology_of_group(environ: Mapping[str, str], rank: int, world_size: int) ->
         LaunchError: ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE`` do not fit the group.
     """
     has_local_rank = "LOCAL_RANK" in environ
-    local_world_size = number(environ, "LOCAL_WORLD_SIZE", world_size) if has_local_rank else world_size
+    local_world_size = number(environ, "LOCAL_WORLD_SIZE", world_size, least=1) if has_local_rank else world_size
     topology = Topology(
         rank=rank,
         world_size=world_size,
         local_rank=number(environ, "LOCAL_RANK", rank),
         local_world_size=local_world_size,
-        node_rank=number(environ, "GROUP_RANK", rank // max(1, local_world_size)),
-        num_nodes=-(-world_size // max(1, local_world_size)),
+        node_rank=number(environ, "GROUP_RANK", rank // local_world_size),
+        num_nodes=-(-world_size // local_world_size),
         source="a process group that exists already",
     )
     return check_place(topology)
@@ -63,14 +63,15 @@ def _is_torchelastic(environ: Mapping[str, str]) -> bool:
 
 def _torchelastic(environ: Mapping[str, str]) -> Topology:
     _check_no_pod(environ)
-    world_size, local_world_size = number(environ, "WORLD_SIZE"), number(environ, "LOCAL_WORLD_SIZE", 1)
+    world_size = number(environ, "WORLD_SIZE", least=1)
+    local_world_size = number(environ, "LOCAL_WORLD_SIZE", 1, least=1)
     return Topology(
         rank=number(environ, "RANK"),
         world_size=world_size,
         local_rank=number(environ, "LOCAL_RANK", 0),
         local_world_size=local_world_size,
         node_rank=number(environ, "GROUP_RANK", number(environ, "RANK") // local_world_size),
-        num_nodes=number(environ, "GROUP_WORLD_SIZE", -(-world_size // local_world_size)),
+        num_nodes=number(environ, "GROUP_WORLD_SIZE", -(-world_size // local_world_size), least=1),
         main_address=environ.get("MASTER_ADDR", "127.0.0.1"),
         main_port=number(environ, "MASTER_PORT", 29500),
         source=_TORCHELASTIC,

@@ -35,9 +35,9 @@ def read_open_mpi(environ: Mapping[str, str]) -> Topology:
     return _place(
         environ,
         rank=number(environ, "OMPI_COMM_WORLD_RANK"),
-        world_size=number(environ, "OMPI_COMM_WORLD_SIZE"),
+        world_size=number(environ, "OMPI_COMM_WORLD_SIZE", least=1),
         local_rank=number(environ, "OMPI_COMM_WORLD_LOCAL_RANK", 0),
-        local_world_size=number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", 1),
+        local_world_size=number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", 1, least=1),
         job=environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid"),
         source="Open MPI (mpirun)",
     )
@@ -61,7 +61,7 @@ def is_pmi(environ: Mapping[str, str]) -> bool:
 
 def read_pmi(environ: Mapping[str, str]) -> Topology:
     """The place of a rank of MPICH's or Intel MPI's mpirun."""
-    world_size, local_world_size = number(environ, "PMI_SIZE"), number(environ, "MPI_LOCALNRANKS", 1)
+    world_size, local_world_size = number(environ, "PMI_SIZE", least=1), number(environ, "MPI_LOCALNRANKS", 1, least=1)
     is_one_node = local_world_size == world_size
     # MPICH gives a job no name of its own.
     job = environ.get("PMI_JOBID") or environ.get("PMI_PORT") or (_proxy() if is_one_node else _job(environ))
@@ -105,9 +105,9 @@ def read_lsf(environ: Mapping[str, str]) -> Topology:
     return _place(
         environ,
         rank=number(environ, "JSM_NAMESPACE_RANK"),
-        world_size=number(environ, "JSM_NAMESPACE_SIZE"),
+        world_size=number(environ, "JSM_NAMESPACE_SIZE", least=1),
         local_rank=number(environ, "JSM_NAMESPACE_LOCAL_RANK"),
-        local_world_size=number(environ, "JSM_NAMESPACE_LOCAL_SIZE", 1),
+        local_world_size=number(environ, "JSM_NAMESPACE_LOCAL_SIZE", 1, least=1),
         job=environ.get("LSB_JOBID"),
         source="LSF (jsrun)",
     )
@@ -124,7 +124,6 @@ def _place(
     source: str,
 ) -> Topology:
     # All nodes are taken to have as many ranks as this one; no variable tells more.
-    local_world_size = max(1, local_world_size)
     address = environ.get("MASTER_ADDR")
     if address is None and local_world_size < world_size:
         address = _first_of_allocation(environ)
@@ -149,8 +148,9 @@ def _place(
 
 def _first_of_allocation(environ: Mapping[str, str]) -> str | None:
     """The first host that the job system has given to the job, on which mpirun and jsrun start rank 0."""
-    if "SLURM_JOB_NODELIST" in environ:
-        return expand_hosts(environ["SLURM_JOB_NODELIST"])[0]
+    nodes = expand_hosts(environ.get("SLURM_JOB_NODELIST", ""))
+    if nodes:
+        return nodes[0]
     slots = _lsf_slots(environ)
     # Where jsrun is, the first host is the one of the batch script, with one slot, and computes nothing.
     if is_lsf(environ) and len(slots) > 1 and slots[0][1] == 1 and max(count for _, count in slots) > 1:
@@ -162,14 +162,21 @@ def _lsf_slots(environ: Mapping[str, str]) -> list[tuple[str, int]]:
     """Each host of an LSF job and its number of slots: ``LSB_MCPU_HOSTS="a 4 b 4"``, or a file with a line for each."""
     words = environ.get("LSB_MCPU_HOSTS", "").split()
     if words:
-        return [(host, int(count)) for host, count in zip(words[::2], words[1::2], strict=True)]
+        hosts, counts = words[::2], words[1::2]
+        if len(hosts) != len(counts) or not all(count.isdecimal() for count in counts):
+            raise LaunchError(
+                "LSF's list of hosts and their slots could not be read.",
+                given=f"LSB_MCPU_HOSTS={environ['LSB_MCPU_HOSTS']!r}",
+                fix="a number after each host, as LSF writes it: 'a 4 b 4'",
+            )
+        return list(zip(hosts, map(int, counts), strict=True))
     path = environ.get("LSB_DJOB_RANKFILE")
     if path is None:
         return []
     try:
-        hosts = Path(path).read_text().split()
+        lines = Path(path).read_text().split()
     except OSError as error:
         raise LaunchError(
             "LSF's list of hosts could not be read.", given=f"LSB_DJOB_RANKFILE={path}: {error}"
         ) from None
-    return [(host, hosts.count(host)) for host in dict.fromkeys(hosts)]
+    return [(host, lines.count(host)) for host in dict.fromkeys(lines)]

@@ -11,11 +11,11 @@ from fabric_lite.errors import LaunchError
 __all__ = ["expand_counts", "expand_hosts", "is_loopback", "number", "port_of", "resolves"]
 
 
-def number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+def number(environ: Mapping[str, str], name: str, default: int | None = None, *, least: int | None = None) -> int:
     """Return the variable ``name`` as a number; ``default`` where it is not set, or empty.
 
     Raises:
-        LaunchError: It is no number, or it is not there and has no default.
+        LaunchError: It is no number, or less than ``least``, or it is not there and has no default.
     """
     text = environ.get(name)
     if text is None or text == "":
@@ -23,13 +23,20 @@ def number(environ: Mapping[str, str], name: str, default: int | None = None) ->
             raise LaunchError(f"The environment variable {name} is missing.", fix="start the script with fabric-run")
         return default
     try:
-        return int(text)
+        value = int(text)
     except ValueError:
         raise LaunchError(
             f"The environment variable {name} is not a number.",
             given=f"{name}={text!r}",
             fix="unset it, or start the script with fabric-run",
         ) from None
+    if least is not None and value < least:
+        raise LaunchError(
+            f"The environment variable {name} must be at least {least}.",
+            given=f"{name}={text!r}",
+            fix="unset it, or start the script with fabric-run",
+        )
+    return value
 
 
 def port_of(*parts: str | None) -> int:
@@ -52,7 +59,10 @@ def expand_counts(text: str) -> list[int]:
 def expand_hosts(text: str) -> list[str]:
     """``"n[01-03,7]-ib,login"`` is n01-ib, n02-ib, n03-ib, n7-ib, login: as ``scontrol show hostnames`` says it."""
     # A comma in brackets separates numbers, one outside of them hosts.
-    return [host for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text) for host in _expand_host(part.strip())]
+    part = r"(?:[^,\[\]]|\[[^\[\]]*\])+"
+    if text and re.fullmatch(f"{part}(?:,{part})*", text) is None:
+        raise _bad_list(text)
+    return [host for found in re.findall(part, text) for host in _expand_host(found.strip())]
 
 
 def _expand_host(text: str) -> Iterator[str]:
@@ -64,11 +74,19 @@ def _expand_host(text: str) -> Iterator[str]:
     endings = list(_expand_host(after))
     for part in ranges.split(","):
         first, _, last = part.partition("-")
-        if not (first.isdigit() and (last or first).isdigit()):
-            raise LaunchError("Slurm's list of nodes could not be read.", given=text)
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise _bad_list(text)
         # Leading zeros are of the name: 08, 09, 10.
         for index in range(int(first), int(last or first) + 1):
             yield from (f"{before}{index:0{len(first)}d}{ending}" for ending in endings)
+
+
+def _bad_list(text: str) -> LaunchError:
+    return LaunchError(
+        "Slurm's list of nodes could not be read.",
+        given=f"{text!r} in SLURM_STEP_NODELIST or SLURM_JOB_NODELIST",
+        fix="a list as Slurm writes it, n[01-03,7],login, or MASTER_ADDR=<address of rank 0's host>",
+    )
 
 
 def resolves(host: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,9 @@ def test_mpi_over_several_nodes_needs_the_main_address() -> None:
         ({"LOCAL_RANK": "4"}, "do not fit together"),
         ({"RANK": "x"}, "not a number"),
         ({"WORLD_SIZE": ""}, "is missing"),
+        ({"WORLD_SIZE": "0"}, r"WORLD_SIZE must be at least 1.*\n.*WORLD_SIZE='0'"),
+        ({"LOCAL_WORLD_SIZE": "0"}, r"LOCAL_WORLD_SIZE must be at least 1.*\n.*LOCAL_WORLD_SIZE='0'"),
+        ({"GROUP_WORLD_SIZE": "-1"}, r"GROUP_WORLD_SIZE must be at least 1.*\n.*GROUP_WORLD_SIZE='-1'"),
     ],
 )
 def test_variables_that_do_not_fit_are_an_error(changes: dict[str, str], message: str) -> None:
@@ -253,9 +257,28 @@ def test_lists_of_nodes_are_expanded(text: str, hosts: list[str]) -> None:
     assert expand_hosts(text) == hosts
 
 
-def test_a_list_of_nodes_that_is_none_is_an_error() -> None:
-    with pytest.raises(LaunchError, match=r"list of nodes.*\n.*n\[a-b\]"):
-        expand_hosts("n[a-b]")
+@pytest.mark.parametrize("text", ["n[a-b]", "n[1-2", "n1-2]", "n[1,[2]]", "n1,", ",n1", "n[\u00b2]"])
+def test_a_list_of_nodes_that_is_none_is_an_error(text: str) -> None:
+    with pytest.raises(LaunchError, match=rf"list of nodes could not be read.*\n.*{re.escape(repr(text))}"):
+        expand_hosts(text)
+
+
+def test_an_empty_list_of_nodes_is_as_none_at_all() -> None:
+    with pytest.raises(LaunchError, match="tells no rank where rank 0 is"):
+        read_topology({**MPIRUN_IN_SLURM, "SLURM_JOB_NODELIST": ""})
+
+
+@pytest.mark.parametrize("text", ["c1 4 c2", "c1 many", "c1 4 c2 -1"])
+def test_a_list_of_lsf_that_is_none_is_an_error(text: str) -> None:
+    with pytest.raises(LaunchError, match=rf"could not be read.*\n.*LSB_MCPU_HOSTS='{text}'"):
+        read_topology({**JSRUN, "LSB_MCPU_HOSTS": text})
+
+
+def test_no_ranks_on_a_node_is_an_error_that_names_the_variable() -> None:
+    with pytest.raises(LaunchError, match=r"LOCAL_WORLD_SIZE must be at least 1"):
+        topologies.topology_of_group({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"}, 0, 2)
+    with pytest.raises(LaunchError, match=r"OMPI_COMM_WORLD_LOCAL_SIZE must be at least 1"):
+        read_topology({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "0"})
 
 
 def test_lsf_without_a_host_for_the_batch_script_and_with_a_file(tmp_path: Path) -> None:
