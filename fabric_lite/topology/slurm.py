@@ -12,6 +12,8 @@ __all__ = ["address_for_one_host", "is_batch_shell", "is_step", "read_batch_shel
 
 # A shell that salloc starts on a node (use_interactive_step) is a step with this number.
 _INTERACTIVE_STEP = "4294967290"
+# What is more than 1 in a job of several tasks.
+_COUNTS = ("SLURM_NTASKS", "SLURM_NNODES")
 
 
 def is_step(environ: Mapping[str, str]) -> bool:
@@ -59,8 +61,11 @@ def address_for_one_host(environ: Mapping[str, str]) -> str | None:
 
 
 def is_batch_shell(environ: Mapping[str, str]) -> bool:
-    """Whether this is the shell that runs a batch script of several tasks: it has the variables of a rank 0."""
-    several = environ.get("SLURM_NTASKS", "1") not in ("", "1")
+    """Whether this is the shell that runs a batch script of several tasks: it has the variables of a rank 0.
+
+    Of ``sbatch -N2`` alone, or with ``--gpus-per-node``, Slurm tells the number of nodes and none of tasks.
+    """
+    several = any(environ.get(name, "1") not in ("", "1") for name in _COUNTS)
     return several and "SLURM_PROCID" in environ and "SLURM_STEP_ID" not in environ
 
 
@@ -72,6 +77,6 @@ def read_batch_shell(environ: Mapping[str, str]) -> Topology:
     """
     raise LaunchError(
         "This process is the batch script's own shell, which looks like rank 0 but has no other ranks beside it.",
-        given=f"SLURM_NTASKS={environ.get('SLURM_NTASKS')} and no SLURM_STEP_ID",
-        fix="start the script with srun: srun python script.py",
+        given=", ".join(f"{name}={environ[name]}" for name in _COUNTS if environ.get(name)) + ", no SLURM_STEP_ID",
+        fix="start the script with srun: srun python script.py; one process alone: srun -N1 -n1 python script.py",
     )

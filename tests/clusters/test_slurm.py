@@ -64,9 +64,10 @@ def test_a_persons_shell_is_no_rank(slurm: Slurm, tmp_path: Path, start: str) ->
     assert ALONE in done.stdout, done
 
 
-def test_the_batch_scripts_own_shell_is_told_to_use_srun(slurm: Slurm, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["-N2 -n2", "-N2", "-n2"])  # of -N2 alone Slurm tells no number of tasks
+def test_the_batch_scripts_own_shell_is_told_to_use_srun(slurm: Slurm, tmp_path: Path, options: str) -> None:
     batch = write(tmp_path, f"#!/bin/sh\n{PYTHON} {write(tmp_path, PLACE)} 2>&1", "batch.sh")
-    job = slurm.submit(batch, "-N2", "-n2")
+    job = slurm.submit(batch, *options.split())
     assert slurm.finish(job) == "FAILED"
     said = (tmp_path / f"job-{job}.out").read_text()
     assert said.startswith("LaunchError: This process is the batch script's own shell"), said

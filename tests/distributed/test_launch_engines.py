@@ -82,6 +82,7 @@ def taken(environ: dict[str, str], **given: Any) -> dict[str, Any]:
         ({"JOB_COMPLETION_INDEX": "1"}, {}),  # nobody has said that there are several nodes
         ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}, {}),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, {}),  # a batch script, on its own node
+        ({"SLURM_PROCID": "0", "SLURM_NNODES": "2"}, {}),
     ],
 )
 def test_what_an_engine_says_is_taken(environ: dict[str, str], expected: dict[str, Any]) -> None:

@@ -182,10 +182,21 @@ def test_salloc_on_the_login_node_is_a_process_alone() -> None:
     assert read_topology({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "interactive"}) == ALONE
 
 
-def test_batch_scripts_own_shell_is_told_to_use_srun() -> None:
-    environ = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
-    with pytest.raises(LaunchError, match=r"srun python script\.py"):
-        read_topology(environ)
+BATCH_SHELL = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [{"SLURM_NTASKS": "4", "SLURM_NNODES": "1"}, {"SLURM_NNODES": "2", "SLURM_TASKS_PER_NODE": "1(x2)"}],
+    ids=["sbatch -n4", "sbatch -N2"],
+)
+def test_batch_scripts_own_shell_is_told_to_use_srun(counts: dict[str, str]) -> None:
+    with pytest.raises(LaunchError, match=r"SLURM_(NTASKS=4|NNODES=2).*\n.*srun python script\.py"):
+        read_topology({**BATCH_SHELL, **counts})
+
+
+def test_the_shell_of_a_batch_script_of_one_task_is_a_process_alone() -> None:
+    assert read_topology({**BATCH_SHELL, "SLURM_NNODES": "1", "SLURM_TASKS_PER_NODE": "1"}) == ALONE
 
 
 def test_mpi_over_several_nodes_needs_the_main_address() -> None:
