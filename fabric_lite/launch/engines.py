@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fabric_lite.errors import LaunchError
-from fabric_lite.topology import Topology, is_batch_shell, read_topology
+from fabric_lite.topology import Topology, is_lone_shell, read_topology
 from fabric_lite.topology.variables import number
 
 __all__ = ["ENGINES", "Engine", "with_defaults"]
@@ -134,8 +134,8 @@ def _told(environ: Mapping[str, str], accelerator: str | None) -> tuple[str, dic
 
 def _tasks(environ: Mapping[str, str]) -> Topology | None:
     """The place of this ``fabric-run`` among those that srun or mpirun has started, if there are several."""
-    # A batch script may well run it by itself, on its own node.
-    if is_batch_shell(environ) or "RANK" in environ:
+    # A batch script, or a person in a shell, may well run it by itself, on its own node.
+    if is_lone_shell(environ) or "RANK" in environ:
         return None
     topology = read_topology(environ)
     if topology.local_world_size > 1:

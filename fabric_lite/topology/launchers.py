@@ -114,9 +114,13 @@ _Read = Callable[[Mapping[str, str]], Topology]
 # jsrun sets Open MPI's variables too.
 _LAUNCHERS: tuple[tuple[_Applies, _Read], ...] = (
     (_is_torchelastic, _torchelastic),
+    (
+        lambda environ: slurm.is_shell_of_several(environ) and not mpi.is_started_by_mpirun(environ),
+        slurm.read_lone_shell,
+    ),
     (lambda environ: slurm.is_step(environ) and not mpi.is_started_by_mpirun(environ), slurm.read_step),
     (mpi.is_lsf, mpi.read_lsf),
     (mpi.is_open_mpi, mpi.read_open_mpi),
     (mpi.is_pmi, mpi.read_pmi),
-    (slurm.is_batch_shell, slurm.read_batch_shell),
+    (slurm.is_batch_shell, slurm.read_lone_shell),
 )

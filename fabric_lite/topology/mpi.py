@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fabric_lite.errors import LaunchError
 from fabric_lite.topology.place import Topology
+from fabric_lite.topology.processes import process
 from fabric_lite.topology.variables import expand_hosts, number, port_of
 
 __all__ = ["is_lsf", "is_open_mpi", "is_pmi", "is_started_by_mpirun", "read_lsf", "read_open_mpi", "read_pmi"]
@@ -82,16 +83,11 @@ def _job(environ: Mapping[str, str]) -> str | None:
 
 def _proxy() -> str | None:
     """The process that started all ranks of this node, by its number."""
-    process = os.getppid()
-    while process > 1:
-        try:
-            # "PID (NAME) STATE PARENT ...", and a name may hold anything.
-            name, _, rest = Path(f"/proc/{process}/stat").read_text().partition("(")[2].rpartition(")")
-        except OSError:
-            return None
-        if name.startswith("hydra_"):
-            return str(process)
-        process = int(rest.split()[1])
+    number = os.getppid()
+    while number > 1 and (found := process(number)) is not None:
+        if found.name.startswith("hydra_"):
+            return str(number)
+        number = found.parent
     return None
 
 

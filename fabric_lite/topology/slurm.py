@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from fabric_lite.errors import LaunchError
 from fabric_lite.topology.place import Topology
+from fabric_lite.topology.processes import process
 from fabric_lite.topology.variables import expand_counts, expand_hosts, is_loopback, number, port_of
 
-__all__ = ["address_for_one_host", "is_batch_shell", "is_step", "read_batch_shell", "read_step"]
+__all__ = [
+    "address_for_one_host",
+    "is_batch_shell",
+    "is_lone_shell",
+    "is_shell_of_several",
+    "is_step",
+    "read_lone_shell",
+    "read_step",
+]
 
 # A shell that salloc starts on a node (use_interactive_step) is a step with this number.
 _INTERACTIVE_STEP = "4294967290"
@@ -26,6 +36,18 @@ def _is_interactive(environ: Mapping[str, str]) -> bool:
     is_one = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1")) == "1"
     is_shell = "SLURM_PTY_PORT" in environ or environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return environ.get("SLURM_STEP_ID") == _INTERACTIVE_STEP or (is_one and is_shell)
+
+
+def is_shell_of_several(environ: Mapping[str, str]) -> bool:
+    """Whether this was typed into a shell that is the first task of several: ``srun -n2 --pty bash``.
+
+    The variables are those of rank 0, and of a step that is started in that shell: it inherits SLURM_PTY_PORT. But the
+    task of such a step has no terminal, and a shell in which somebody types gives each command a process group.
+    """
+    if "SLURM_PTY_PORT" not in environ or _is_interactive(environ):
+        return False
+    task = process(number(environ, "SLURM_TASK_PID", 0))
+    return task is not None and task.has_terminal and os.getpgrp() != task.group
 
 
 def read_step(environ: Mapping[str, str]) -> Topology:
@@ -69,12 +91,23 @@ def is_batch_shell(environ: Mapping[str, str]) -> bool:
     return several and "SLURM_PROCID" in environ and "SLURM_STEP_ID" not in environ
 
 
-def read_batch_shell(environ: Mapping[str, str]) -> Topology:
+def is_lone_shell(environ: Mapping[str, str]) -> bool:
+    """Whether this process has the variables of a rank 0, and no other ranks beside it."""
+    return is_batch_shell(environ) or is_shell_of_several(environ)
+
+
+def read_lone_shell(environ: Mapping[str, str]) -> Topology:
     """Raise.
 
     Raises:
         LaunchError: A rank 0 to which no others will come would wait for ever.
     """
+    if "SLURM_STEP_ID" in environ:
+        raise LaunchError(
+            "This process is of a terminal's shell, which looks like rank 0 but has no other ranks beside it.",
+            given=f"SLURM_STEP_NUM_TASKS={environ.get('SLURM_STEP_NUM_TASKS')} and a terminal (srun --pty)",
+            fix="start the script with srun: srun --overlap python script.py; for one process: srun -n1 --pty bash",
+        )
     raise LaunchError(
         "This process is the batch script's own shell, which looks like rank 0 but has no other ranks beside it.",
         given=", ".join(f"{name}={environ[name]}" for name in _COUNTS if environ.get(name)) + ", no SLURM_STEP_ID",

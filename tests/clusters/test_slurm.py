@@ -64,6 +64,32 @@ def test_a_persons_shell_is_no_rank(slurm: Slurm, tmp_path: Path, start: str) ->
     assert ALONE in done.stdout, done
 
 
+def in_terminal(slurm: Slurm, folder: Path, command: str) -> str:
+    """What a command says in a terminal."""
+    done = slurm.run("script", "--quiet", "--return", "--command", command, "/dev/null", cwd=folder)
+    return done.stdout
+
+
+@pytest.mark.parametrize("nodes", ["-n2", "-N2 -n2"])
+def test_a_persons_shell_that_is_one_of_several_tasks_is_told_to_use_srun(
+    slurm: Slurm, tmp_path: Path, nodes: str
+) -> None:
+    script = write(tmp_path, PLACE)
+    typed = f"{PYTHON} {script}; srun --overlap {PYTHON} {script}; srun --overlap bash -c '{PYTHON} {script}'"
+    said = in_terminal(slurm, tmp_path, f"srun {nodes} --overlap --pty bash -ic {shlex.quote(typed)}")
+    assert said.count("LaunchError: This process is of a terminal's shell") == 1, said
+    assert "srun --overlap python script.py" in said
+    # The steps that were started in it inherit SLURM_PTY_PORT.
+    assert len(re.findall(r"^[01] 2 ", said, re.MULTILINE)) == 4, said
+
+
+def test_a_script_that_is_one_of_several_tasks_is_a_rank_also_in_a_terminal(slurm: Slurm, tmp_path: Path) -> None:
+    command = f"{PYTHON} {write(tmp_path, PLACE)}"
+    for task in (command, f"bash -c {shlex.quote(f'{command}; true')}"):
+        said = in_terminal(slurm, tmp_path, f"srun -n2 --pty {task}")
+        assert "0 2 0 2 0 1 " in said, said
+
+
 @pytest.mark.parametrize("options", ["-N2 -n2", "-N2", "-n2"])  # of -N2 alone Slurm tells no number of tasks
 def test_the_batch_scripts_own_shell_is_told_to_use_srun(slurm: Slurm, tmp_path: Path, options: str) -> None:
     batch = write(tmp_path, f"#!/bin/sh\n{PYTHON} {write(tmp_path, PLACE)} 2>&1", "batch.sh")
