@@ -45,12 +45,15 @@ def read_open_mpi(environ: Mapping[str, str]) -> Topology:
 
 
 def _check_one_mpi(environ: Mapping[str, str]) -> None:
-    """Raise where one MPI's mpirun has started another's: the inner one's ranks would all be rank 0 of the outer."""
-    inner = environ.get("PMI_SIZE") if "MPI_LOCALRANKID" in environ else None
-    if inner not in (None, environ.get("OMPI_COMM_WORLD_SIZE")):
+    """Raise where one MPI's mpirun has started another's: the inner one's ranks would all be one rank of the outer.
+
+    Open MPI sets none of these two itself, and ``srun --mpi=pmi2``, in which mpirun may run, only the first.
+    """
+    if "PMI_RANK" in environ and "MPI_LOCALRANKID" in environ:
+        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE")
         raise LaunchError(
-            "Two MPIs have started this process, one inside the other, and they do not agree on how many there are.",
-            given=f"OMPI_COMM_WORLD_SIZE={environ.get('OMPI_COMM_WORLD_SIZE')} and PMI_SIZE={inner}",
+            "Two MPIs have started this process, one inside the other, and each gives it a rank.",
+            given=", ".join(f"{name}={environ.get(name)}" for name in names),
             fix="one mpirun, of either of them: which mpirun",
         )
 

@@ -42,11 +42,14 @@ def test_two_jobs_at_once_have_two_ports(tmp_path: Path, mpirun: str) -> None:
     assert len(ports) == 2
 
 
-def test_one_mpirun_inside_anothers_is_an_error(tmp_path: Path) -> None:
-    inner = [*words_of(MPICH), "-n", 2, sys.executable, write(tmp_path, PLACE)]
-    done = run([*words_of(OPEN_MPI), "-n", 1, *inner], cwd=tmp_path)
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 2)])
+@pytest.mark.parametrize(("outer", "inner"), [(OPEN_MPI, MPICH), (MPICH, OPEN_MPI)])
+def test_one_mpirun_inside_anothers_is_an_error(tmp_path: Path, outer: str, inner: str, sizes: tuple[int, int]) -> None:
+    nested = [*words_of(inner), "-n", sizes[1], sys.executable, write(tmp_path, PLACE)]
+    done = run([*words_of(outer), "-n", sizes[0], *nested], cwd=tmp_path)
     assert done.returncode != 0
-    assert done.stderr.count("OMPI_COMM_WORLD_SIZE=1 and PMI_SIZE=2") == 2, done
+    assert "LaunchError: Two MPIs have started this process, one inside the other" in done.stderr, done
+    assert done.stdout == ""
 
 
 def test_check_connects_the_ranks(tmp_path: Path) -> None:

@@ -309,10 +309,12 @@ def test_mpirun_of_lsf_starts_on_its_first_host() -> None:
     assert read_topology(environ).main_address == "c1"
 
 
-def test_one_mpi_inside_another_is_an_error_that_shows_both_sizes() -> None:
-    with pytest.raises(LaunchError, match="OMPI_COMM_WORLD_SIZE=1 and PMI_SIZE=2"):
-        read_topology({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", **MPICH})
-    assert place(read_topology({**OPEN_MPI, **MPICH})) == (1, 2, 1, 2, 0, 1)
+@pytest.mark.parametrize(("outer", "inner"), [("1", "2"), ("2", "2")])
+def test_one_mpi_inside_another_is_an_error_that_shows_both_ranks(outer: str, inner: str) -> None:
+    environ = {**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": outer, **MPICH, "PMI_SIZE": inner}
+    ranks = f"OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE={outer}, PMI_RANK=1, PMI_SIZE={inner}"
+    with pytest.raises(LaunchError, match=ranks):
+        read_topology(environ)
 
 
 @pytest.mark.parametrize("processes", ["2", "auto", "gpu"])
