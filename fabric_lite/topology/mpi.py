@@ -122,7 +122,7 @@ def _place(
     job: str | None,
     source: str,
 ) -> Topology:
-    # All nodes are taken to have as many ranks as this one; no variable tells more.
+    _check_blocks(rank, world_size, local_rank, local_world_size, source)
     address = environ.get("MASTER_ADDR")
     if address is None and local_world_size < world_size:
         address = _first_of_allocation(environ)
@@ -142,6 +142,22 @@ def _place(
         main_address=address or "127.0.0.1",
         main_port=number(environ, "MASTER_PORT", port_of(job)),
         source=source,
+    )
+
+
+def _check_blocks(rank: int, world_size: int, local_rank: int, local_world_size: int, source: str) -> None:
+    """Raise where the ranks of a node do not follow each other, or another node has more or fewer.
+
+    No variable tells the number of the node: it is the block of as many ranks as are here. On some ranks of another
+    layout nothing can be seen of it; these wait for those on which it is an error.
+    """
+    in_blocks = world_size % local_world_size == 0 and local_rank == rank % local_world_size
+    if in_blocks or local_world_size == world_size:
+        return
+    raise LaunchError(
+        "The ranks are not in blocks of one size on the nodes, so that the number of this node is not known.",
+        given=f"rank {rank} of {world_size} by {source} is number {local_rank} of {local_world_size} on this node",
+        fix="mpirun --map-by ppr:N:node (MPICH: -ppn N), with as many ranks on each node",
     )
 
 

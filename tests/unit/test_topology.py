@@ -206,6 +206,32 @@ def test_mpi_over_several_nodes_needs_the_main_address() -> None:
     assert place(read_topology({**environ, "MASTER_ADDR": "h"})) == (1, 2, 0, 1, 1, 2)
 
 
+def by_open_mpi(rank: int, world_size: int, local_rank: int, local_world_size: int) -> Topology:
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    numbers = (rank, world_size, local_rank, local_world_size)
+    environ = {f"OMPI_COMM_WORLD_{name}": str(number) for name, number in zip(names, numbers, strict=True)}
+    return read_topology({**environ, "MASTER_ADDR": "h"})
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "local_rank", "local_world_size"),
+    [(1, 4, 0, 2), (2, 4, 1, 2), (0, 3, 0, 2), (1, 3, 1, 2)],  # --map-by node; two ranks on a node and one on another
+)
+def test_ranks_that_are_not_in_blocks_of_one_size_are_an_error(
+    rank: int, world_size: int, local_rank: int, local_world_size: int
+) -> None:
+    place = (
+        rf"rank {rank} of {world_size} by Open MPI \(mpirun\) is number {local_rank} of {local_world_size} on this node"
+    )
+    with pytest.raises(LaunchError, match=place):
+        by_open_mpi(rank, world_size, local_rank, local_world_size)
+
+
+def test_ranks_in_blocks_of_one_size_find_their_nodes() -> None:
+    places = [by_open_mpi(rank, 6, rank % 3, 3) for rank in range(6)]
+    assert [(each.node_rank, each.num_nodes) for each in places] == [(0, 2)] * 3 + [(1, 2)] * 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
