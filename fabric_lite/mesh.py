@@ -6,7 +6,6 @@ import atexit
 import dataclasses
 import datetime
 import itertools
-import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from fabric_lite.errors import LaunchError
+from fabric_lite.listening import listen_for_nodes, listen_on, serve_store
 from fabric_lite.meeting import meet
 from fabric_lite.topology import Topology
 
@@ -214,33 +214,45 @@ def connect(topology: Topology, timeout_seconds: float = _MEETING_TIMEOUT_SECOND
         timeout_seconds: How long to wait for those that have not come.
 
     Raises:
-        LaunchError: Some have not come, which it names.
+        LaunchError: Some have not come, which it names; rank 0 cannot listen, or is not reached.
     """
     assert topology.main_address is not None
     assert topology.main_port is not None
     key = (topology.main_address, topology.main_port)
     if key in _stores:
         return _stores[key]
-    timeout = datetime.timedelta(seconds=timeout_seconds)
-    serves, listener = topology.rank == 0 and not topology.store_is_hosted, None
-    if serves:
-        # TCPStore by itself listens on every interface; a socket of our own listens only where it is needed.
-        listener = socket.create_server((topology.main_address, topology.main_port), backlog=2048)
-    try:
-        store = TCPStore(
-            topology.main_address,
-            topology.main_port,
-            is_master=serves,
-            timeout=timeout,
-            wait_for_workers=False,
-            master_listen_fd=None if listener is None else listener.detach(),
-        )
-    except (RuntimeError, OSError) as error:
-        raise LaunchError(
-            f"Rank {topology.rank} does not reach the store of rank 0.",
-            given=f"{topology.main_address}:{topology.main_port}, by {topology.source}: {error}",
-            fix="see whether rank 0 has started, and that its host and port can be reached from here",
-        ) from error
+    if topology.rank == 0 and not topology.store_is_hosted:
+        store: Store = _serve(topology, *key, timeout_seconds)
+    else:
+        store = _reach(topology, *key, timeout_seconds)
     meet(PrefixStore("meeting", store), "rank", topology.rank, topology.world_size, timeout_seconds)
     _stores[key] = store
     return store
+
+
+def _serve(topology: Topology, address: str, port: int, timeout_seconds: float) -> Store:
+    try:
+        if topology.num_nodes > 1:
+            listener = listen_for_nodes(address, port, timeout_seconds)
+        else:
+            listener = listen_on(address, port)
+    except (OSError, OverflowError) as error:
+        raise LaunchError(
+            "Rank 0 cannot listen where the ranks are to meet.",
+            given=f"{address}:{port}, by {topology.source}: {error}",
+            fix="MASTER_PORT=<a free port>, and MASTER_ADDR=<an address of this host>, in the environment of all ranks",
+        ) from error
+    store: Store = serve_store(listener, address, timeout_seconds)
+    return store
+
+
+def _reach(topology: Topology, address: str, port: int, timeout_seconds: float) -> Store:
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    try:
+        return TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    except (RuntimeError, OSError) as error:
+        raise LaunchError(
+            f"Rank {topology.rank} does not reach the store of rank 0.",
+            given=f"{address}:{port}, by {topology.source}: {error}",
+            fix="see whether rank 0 has started, and that its host and port can be reached from here",
+        ) from error

@@ -17,7 +17,7 @@ LAYERS = [
     {"policy", "precision_layers"},
     {"precision_float8", "precision_low_bits", "precision_transformer_engine"},
     {"precision", "topology", "run_config", "deferred", "parameters", "activation_checkpointing"},
-    {"call_site", "movement", "side_store", "device", "meeting"},
+    {"call_site", "movement", "side_store", "device", "meeting", "listening"},
     {"collective_check"},
     {"adopt", "mesh", "collectives", "init", "seed", "hooks", "clearing", "loss_scaling", "clipping"},
     {"extension", "optim", "notices", "signals", "watch_position"},

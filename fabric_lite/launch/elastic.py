@@ -224,7 +224,7 @@ class _Agent(SimpleElasticAgent):
             nodes = range(worker_group.group_world_size or 1)
             for kind in ("any", *nodes, *(f"told by {node}" for node in nodes)):
                 store.set(f"fabric_lite/failure/{attempt}/{kind}", "")
-            store.set(key, str(self.group.host_store(str(worker_group.master_addr), 0)))
+            store.set(key, str(self.group.host_store(str(worker_group.master_addr), 0, has_other_nodes=True)))
         return int(store.get(key))
 
     def _request(self, worker_group: WorkerGroup, worker: Any, attempt: int, port: int) -> StartRank:

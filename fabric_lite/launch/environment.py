@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
-from typing import Any
 
 from fabric_lite.run_config import RUN_ID_PREFIX
 
 __all__ = [
     "chosen_threads",
     "cores",
-    "listen_on",
     "rank_environment",
-    "serve_store",
     "server_environment",
 ]
 
@@ -85,21 +82,3 @@ def rank_environment(
 def _loopback_interface() -> str | None:
     # Gloo left to itself listens on the address of the machine's name, which others may reach.
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-
-
-def listen_on(address: str, port: int = 0) -> socket.socket:
-    """Return a socket that listens on ``address`` alone; a TCPStore left to itself listens on every interface."""
-    family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((address, port))
-    listener.listen(2048)
-    return listener
-
-
-def serve_store(listener: socket.socket) -> Any:
-    """Return a TCPStore that serves on ``listener``, which it takes over, for as long as it is referred to."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined] # documented, not in torch's __all__
-
-    host, port = listener.getsockname()[:2]
-    return TCPStore(host, port, None, True, wait_for_workers=False, master_listen_fd=listener.detach())

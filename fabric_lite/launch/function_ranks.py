@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn
 
 from fabric_lite.call_site import names_of
 from fabric_lite.errors import LaunchError
-from fabric_lite.launch.environment import chosen_threads, listen_on, rank_environment, serve_store
+from fabric_lite.launch.environment import chosen_threads, rank_environment
 from fabric_lite.launch.function_answers import (
     Answer,
     is_preempted,
@@ -38,6 +38,7 @@ from fabric_lite.launch.job import (
 )
 from fabric_lite.launch.process_tree import adopt_orphans, descendants, die_with_parent, end_descendants
 from fabric_lite.launch.rank import become_rank, run_to_end
+from fabric_lite.listening import listen_on, serve_store
 from fabric_lite.run_config import EXIT_PREEMPTED, RunConfig
 
 __all__ = ["StartMethod", "run_function"]

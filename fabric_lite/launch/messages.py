@@ -33,13 +33,14 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class HostStore:
-    """Fork the keeper of a TCPStore that listens on this address alone; ``StoreHosted`` answers.
+    """Fork the keeper of a TCPStore that listens on this address, for this machine or all; ``StoreHosted`` answers.
 
     Each attempt has its own: a restarted rank would find the addresses of the ranks before it in an old one.
     """
 
     address: str
     port: int
+    has_other_nodes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

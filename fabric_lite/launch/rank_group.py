@@ -67,13 +67,13 @@ class RankGroup:
         """Whether every rank has ended."""
         return not self.running
 
-    def host_store(self, address: str, port: int) -> int:
-        """Start a store for the next attempt and return its port.
+    def host_store(self, address: str, port: int, *, has_other_nodes: bool = False) -> int:
+        """Start a store for the next attempt, to which those of other machines may come, and return its port.
 
         Raises:
             LaunchError: It cannot listen there.
         """
-        self._server.send(HostStore(address, port))
+        self._server.send(HostStore(address, port, has_other_nodes))
         (answer,) = self._server.receive()
         if answer.error is not None:
             raise LaunchError(

@@ -16,8 +16,8 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from fabric_lite.errors import LaunchError
-from fabric_lite.launch.environment import listen_on, serve_store
 from fabric_lite.launch.plan import Rendezvous
+from fabric_lite.listening import listen_for_nodes, serve_store
 from fabric_lite.meeting import meet
 
 __all__ = ["LOST_SECONDS", "rendezvous_handler"]
@@ -77,14 +77,17 @@ class _StaticRendezvous(RendezvousHandler):
             ) from error
 
     def _serve(self, host: str, port: int) -> TCPStore:
+        timeout = self._rendezvous.timeout_seconds
         try:
-            return serve_store(listen_on(host, port))
-        except OSError as error:
+            listener = listen_for_nodes(host, port, timeout)
+        except (OSError, OverflowError) as error:
             raise LaunchError(
                 "Node 0 cannot listen on the main address.",
                 given=f"--main-address {host} --main-port {port}: {error}",
                 fix="an address of node 0 that the others reach, and a free port",
             ) from error
+        store: TCPStore = serve_store(listener, host, timeout)
+        return store
 
     def is_closed(self) -> bool:
         return False

@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NoReturn
 
-from fabric_lite.launch.environment import listen_on, serve_store
 from fabric_lite.launch.messages import (
     Channel,
     CountDevices,
@@ -47,6 +46,7 @@ from fabric_lite.launch.process_tree import (
     wait_for_exit,
 )
 from fabric_lite.launch.rank import ScriptCall, run_rank
+from fabric_lite.listening import listen_for_nodes, listen_on, serve_store
 
 __all__ = ["main"]
 
@@ -158,15 +158,18 @@ class _Server:
     def _host_store(self, request: HostStore) -> _Child | None:
         """Fork the keeper of the store; not this process, because the store runs a thread."""
         try:
-            listener = listen_on(request.address, request.port)
-        except OSError as error:
+            if request.has_other_nodes:
+                listener = listen_for_nodes(request.address, request.port, timeout_seconds=0)
+            else:
+                listener = listen_on(request.address, request.port)
+        except (OSError, OverflowError) as error:
             self.control.send(StoreHosted(request.port, str(error)))
             return None
         server = os.getpid()
         if _fork() == 0:
             die_with_parent(server)
             self._forget()
-            return lambda: _keep_store(listener)
+            return lambda: _keep_store(listener, request.address)
         with listener:
             self.control.send(StoreHosted(listener.getsockname()[1]))
         return None
@@ -311,9 +314,9 @@ def _count_devices() -> DevicesCounted:
     return answers[0] if answers else DevicesCounted(None, 0)
 
 
-def _keep_store(listener: socket.socket) -> None:
+def _keep_store(listener: socket.socket, address: str) -> None:
     """Serve the TCPStore of an attempt until it is ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _store = serve_store(listener)
+    _store = serve_store(listener, address)
     while True:
         signal.pause()

@@ -13,9 +13,10 @@ from types import TracebackType
 from typing import Any
 
 from fabric_lite.errors import LaunchError
-from fabric_lite.launch.environment import listen_on, rank_environment, serve_store
+from fabric_lite.launch.environment import rank_environment
 from fabric_lite.launch.function_answers import pickled_error, pickled_value
 from fabric_lite.launch.rank import ScriptCall, become_rank, load_main, run_to_end
+from fabric_lite.listening import listen_on, serve_store
 from fabric_lite.run_config import RunConfig
 
 __all__ = ["Place", "Rank", "Whereabouts", "device_index", "run_script"]

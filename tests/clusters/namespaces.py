@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 __all__ = ["Hosts", "missing", "two_hosts"]
 
@@ -29,6 +30,12 @@ class Hosts:
         """The command, on one of them, with gloo on the cable."""
         variables = [f"GLOO_SOCKET_IFNAME={self._interface(host)}"]
         return ["ip", "netns", "exec", self.names[host], "env", *variables, *(str(word) for word in command)]
+
+    def name(self, host: int, name: str, address: str) -> None:
+        """Give the host an /etc/hosts of its own, with this name in it too."""
+        folder = Path("/etc/netns") / self.names[host]
+        folder.mkdir(parents=True)
+        (folder / "hosts").write_text(f"{Path('/etc/hosts').read_text()}\n{address} {name}\n")
 
     def pull_plug(self, host: int) -> None:
         """From now on nothing comes through, and nobody is told."""
@@ -64,6 +71,7 @@ def two_hosts() -> Iterator[Hosts]:
         for name in hosts.names:
             ip("netns", "add", name)
             stack.callback(ip, "netns", "del", name)
+            stack.callback(shutil.rmtree, Path("/etc/netns") / name, ignore_errors=True)
         first, second = hosts.names
         ends = ["cable0", "netns", first, "type", "veth", "peer", "name", "cable1", "netns", second]
         ip("link", "add", *ends)

@@ -70,6 +70,25 @@ def test_check_shows_how_slow_a_cable_is(tmp_path: Path, hosts: Hosts) -> None:
     assert float(speed) <= 0.02
 
 
+@pytest.mark.parametrize("way", ["fabric-run", "RANK"])
+def test_a_host_whose_own_name_means_loopback_is_reached(tmp_path: Path, hosts: Hosts, way: str) -> None:
+    """As Debian writes it into /etc/hosts."""
+    hosts.name(0, "node0", "127.0.1.1")
+    hosts.name(1, "node0", hosts.address(0))
+    both: list[list[object]] = [
+        [*FABRIC_RUN, "--accelerator=cpu", "--num-nodes=2", "--main-address=node0", "--node-rank", node]
+        if way == "fabric-run"
+        else ["env", "WORLD_SIZE=2", f"RANK={node}", "MASTER_ADDR=node0", "MASTER_PORT=29500", *FABRIC_RUN]
+        for node in (0, 1)
+    ]
+    with contextlib.ExitStack() as stack:
+        commands = [hosts.on(node, *both[node], "--check", "--hang-timeout", 10) for node in (0, 1)]
+        nodes = [stack.enter_context(started(*words, cwd=tmp_path)) for words in commands]
+        outputs = [node.communicate(timeout=LIMIT_SECONDS) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "all is well" in outputs[0][0]
+
+
 def test_check_names_a_host_that_is_not_connected(tmp_path: Path, hosts: Hosts) -> None:
     hosts.pull_plug(1)
     with contextlib.ExitStack() as stack:
