@@ -14,7 +14,7 @@ from fabric_lite.mesh import existing_group
 from fabric_lite.precision import AMBIGUOUS_ALIASES, Precision, parse_precision
 from fabric_lite.run_config import RUN_ID_PREFIX, RunConfig
 from fabric_lite.strategies import Strategy, parse_strategy
-from fabric_lite.topology import Topology, read_topology, topology_of_group
+from fabric_lite.topology import Topology, is_lone_shell, is_node_of_several, read_topology, topology_of_group
 
 __all__ = ["Arguments", "Run", "resolve"]
 
@@ -130,7 +130,9 @@ def _own_variables(environ: Mapping[str, str], config: RunConfig | None, notices
     if config is not None or not environ.get("TORCHELASTIC_RUN_ID", "").startswith(RUN_ID_PREFIX):
         return environ
     notices.append("this is a subprocess of a rank, and runs by itself")
-    return {name: value for name, value in environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    own = {name: value for name, value in environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    # What fabric-run was started in has no ranks of its own, so neither is this one.
+    return {} if is_lone_shell(own) or is_node_of_several(own) else own
 
 
 def _plain(value: Any) -> Any:

@@ -1,89 +1,24 @@
 """What starts one program on each of several machines, and tells it which one it is: ``fabric-run``'s defaults.
 
-Kubeflow's Trainer, SkyPilot, dstack and Kubernetes' Indexed Jobs know nodes, not processes; one table reads them all.
+Kubeflow's Trainer, SkyPilot, dstack and Kubernetes' Indexed Jobs know nodes, not processes; one table has them all.
 A step of Slurm's with one task on each node is such a node too, and so is what ``mpirun`` starts once on each.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from fabric_lite.errors import LaunchError
 from fabric_lite.topology import Topology, is_lone_shell, read_topology
+from fabric_lite.topology.engines import engine_of
 from fabric_lite.topology.variables import number
 
-__all__ = ["ENGINES", "Engine", "with_defaults"]
+__all__ = ["with_defaults"]
 
 # Where several nodes meet: of no use on one.
 _MEETING = ("node_rank", "main_address", "main_port", "rdzv_backend", "rdzv_endpoint", "rdzv_id")
-
-
-@dataclasses.dataclass(frozen=True)
-class Engine:
-    """Which variable of an engine stands for which option of ``fabric-run``; empty: none does.
-
-    Args:
-        name: What it is called in messages.
-        mark: The variable by which it is known.
-        num_nodes: ``--num-nodes``, also as a range.
-        node_rank: ``--node-rank``.
-        main_address: ``--main-address``; of several lines the first one.
-        main_port: ``--main-port``.
-        processes_per_node: ``--devices``, where it is a number.
-        gpus_per_node: ``--devices``, unless the run is on CPUs.
-        rdzv_backend: ``--rdzv-backend``.
-        rdzv_endpoint: ``--rdzv-endpoint``.
-        rdzv_id: ``--rdzv-id``.
-    """
-
-    name: str
-    mark: str
-    num_nodes: str = ""
-    node_rank: str = ""
-    main_address: str = ""
-    main_port: str = ""
-    processes_per_node: str = ""
-    gpus_per_node: str = ""
-    rdzv_backend: str = ""
-    rdzv_endpoint: str = ""
-    rdzv_id: str = ""
-
-
-ENGINES = (
-    Engine(
-        "SkyPilot",
-        mark="SKYPILOT_NUM_NODES",
-        num_nodes="SKYPILOT_NUM_NODES",
-        node_rank="SKYPILOT_NODE_RANK",
-        main_address="SKYPILOT_NODE_IPS",
-        gpus_per_node="SKYPILOT_NUM_GPUS_PER_NODE",
-    ),
-    Engine(
-        "dstack",
-        mark="DSTACK_NODES_NUM",
-        num_nodes="DSTACK_NODES_NUM",
-        node_rank="DSTACK_NODE_RANK",
-        main_address="DSTACK_MASTER_NODE_IP",
-        gpus_per_node="DSTACK_GPUS_PER_NODE",
-    ),
-    # Its older PyTorchJob sets RANK and WORLD_SIZE too, which number the pods: they are not read.
-    Engine(
-        "Kubeflow",
-        mark="PET_NNODES",
-        num_nodes="PET_NNODES",
-        node_rank="PET_NODE_RANK",
-        main_address="PET_MASTER_ADDR",
-        main_port="PET_MASTER_PORT",
-        processes_per_node="PET_NPROC_PER_NODE",
-        rdzv_backend="PET_RDZV_BACKEND",
-        rdzv_endpoint="PET_RDZV_ENDPOINT",
-        rdzv_id="PET_RDZV_ID",
-    ),
-    Engine("Kubernetes' Indexed Job", mark="JOB_COMPLETION_INDEX", node_rank="JOB_COMPLETION_INDEX"),
-)
 
 
 def with_defaults(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[argparse.Namespace, str | None]:
@@ -109,7 +44,7 @@ def with_defaults(options: argparse.Namespace, environ: Mapping[str, str]) -> tu
 
 def _told(environ: Mapping[str, str], accelerator: str | None) -> tuple[str, dict[str, Any]]:
     """Who tells, and what, by the names of ``fabric-run``'s options."""
-    engine = next((engine for engine in ENGINES if environ.get(engine.mark)), None)
+    engine = engine_of(environ)
     if engine is None:
         topology = _tasks(environ)
         return ("", {}) if topology is None else (topology.source, _of_tasks(topology))

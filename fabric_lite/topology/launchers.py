@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from fabric_lite.errors import LaunchError
-from fabric_lite.topology import mpi, slurm
+from fabric_lite.topology import engines, mpi, slurm
 from fabric_lite.topology.place import ALONE, Topology, check_place
 from fabric_lite.topology.variables import number, resolves
 
@@ -123,4 +123,5 @@ _LAUNCHERS: tuple[tuple[_Applies, _Read], ...] = (
     (mpi.is_open_mpi, mpi.read_open_mpi),
     (mpi.is_pmi, mpi.read_pmi),
     (slurm.is_batch_shell, slurm.read_lone_shell),
+    (engines.is_node_of_several, engines.read_node_of_several),
 )

@@ -265,8 +265,19 @@ def test_loaders_are_all_checked_before_any_is_set_up() -> None:
     assert fabric.release(moved) is rows
 
 
-def test_a_subprocess_of_a_rank_runs_by_itself() -> None:
-    inherited = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": f"{RUN_ID_PREFIX}7"}
+@pytest.mark.parametrize(
+    "around",
+    [{}, {"SLURM_PROCID": "0", "SLURM_NNODES": "2"}, {"SKYPILOT_NUM_NODES": "2"}],
+    ids=["", "in a batch script", "on a node of SkyPilot's"],
+)
+def test_a_subprocess_of_a_rank_runs_by_itself(around: dict[str, str]) -> None:
+    inherited = {
+        **around,
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "TORCHELASTIC_RUN_ID": f"{RUN_ID_PREFIX}7",
+    }
     run = resolve(Arguments(accelerator="cpu"), None, None, inherited)
     assert (run.topology.world_size, run.needs_launch) == (1, False)
     assert "subprocess of a rank" in run.notices[0]

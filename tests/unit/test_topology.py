@@ -356,3 +356,34 @@ def test_the_rank_of_a_kubeflow_pod_is_not_taken_for_that_of_a_process(processes
         read_topology(pod)
     assert place(read_topology({**pod, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"})) == (1, 4, 0, 2, 0, 2)
     assert place(read_topology({**pod, "PET_NPROC_PER_NODE": "1", "WORLD_SIZE": "2"})) == (1, 2, 0, 1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("environ", "given"),
+    [
+        ({"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "0"}, "SKYPILOT_NUM_NODES=2"),
+        ({"DSTACK_NODES_NUM": "2", "DSTACK_NODE_RANK": "1"}, "DSTACK_NODES_NUM=2"),
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_NPROC_PER_NODE": "8"}, "PET_NNODES=2"),
+        ({"PET_NNODES": "1:4", "PET_RDZV_ENDPOINT": "job-0:29400"}, "PET_NNODES=1:4"),
+    ],
+)
+def test_a_script_that_an_engine_starts_on_each_node_is_told_to_use_fabric_run(
+    environ: dict[str, str], given: str
+) -> None:
+    with pytest.raises(LaunchError, match=rf"each node would train by itself.*\n.*{given}.*\n.*fabric-run script\.py"):
+        read_topology(environ)
+    assert place(read_topology({**environ, **TORCHRUN})) == (5, 8, 1, 4, 1, 2)
+    assert place(read_topology({**environ, **SRUN})) == (3, 5, 0, 2, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"},
+        {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "8"},
+        {"PET_NNODES": "1:1"},
+        {"JOB_COMPLETION_INDEX": "1"},  # of any kind of work
+    ],
+)
+def test_a_script_on_the_one_node_of_an_engine_is_a_process_alone(environ: dict[str, str]) -> None:
+    assert read_topology(environ) == ALONE
