@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fabric_lite.errors import FabricError, LaunchError
-from fabric_lite.launch.engines import with_defaults
+from fabric_lite.launch.engines import is_engines_node, with_defaults
 from fabric_lite.launch.plan import LaunchPlan, Rendezvous, parse_devices, parse_num_nodes
 from fabric_lite.launch.rank import ScriptCall
 from fabric_lite.run_config import RunConfig
@@ -55,11 +55,38 @@ def parse_arguments(arguments: Sequence[str]) -> LaunchPlan:
 
 def _read(arguments: Sequence[str]) -> argparse.Namespace:
     options = _parser().parse_args(arguments)
-    if options.check and options.script:
+    _check_at_least("--max-restarts", options.max_restarts, 0)
+    _check_at_least("--hang-timeout", options.hang_timeout, 0)
+    if options.devices is not None:
+        parse_devices(options.devices)
+    if options.check:
+        _check_nothing_else(options)
+    return options
+
+
+# What would do nothing: they are about a script, or about the rank that runs one.
+_NOT_WITH_CHECK = ("strategy", "precision", "max_restarts", "requeue", "check_collectives")
+
+
+def _check_nothing_else(options: argparse.Namespace) -> None:
+    if options.script:
         raise LaunchError(
             "--check runs no script.", given=f"--check and {options.script[0]}", fix="fabric-run --check --devices 2"
         )
-    return options
+    useless = [f"--{name.replace('_', '-')}" for name in _NOT_WITH_CHECK if getattr(options, name)]
+    useless += ["-m"] * options.is_module
+    if useless:
+        raise LaunchError(
+            "--check runs no script, and these options are about one.",
+            given=f"--check and {', '.join(useless)}",
+            fix="fabric-run --check, with --accelerator, --devices, and where the nodes meet",
+        )
+    if options.hang_timeout == 0:
+        raise LaunchError(
+            "--check waits for each rank for some time.",
+            given="--hang-timeout 0",
+            fix=f"--hang-timeout {_CHECK_LIMIT_SECONDS:g}, or leave it out",
+        )
 
 
 def _plan(options: argparse.Namespace) -> LaunchPlan:
@@ -67,8 +94,6 @@ def _plan(options: argparse.Namespace) -> LaunchPlan:
     if line is not None:
         print(line, file=sys.stderr)
     least, most = (None, None) if options.num_nodes is None else parse_num_nodes(options.num_nodes)
-    _check_at_least("--max-restarts", options.max_restarts, 0)
-    _check_at_least("--hang-timeout", options.hang_timeout, 0)
     if options.devices is not None:
         parse_devices(options.devices)
     if options.requeue:
@@ -149,7 +174,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _is_rank(options: argparse.Namespace) -> bool:
     """Whether srun, mpirun or torchrun has started this process as one of the ranks to check, not as a node."""
-    return options.devices is None and options.num_nodes is None and read_topology(os.environ).is_managed
+    if options.devices is not None or options.num_nodes is not None or is_engines_node(os.environ):
+        return False
+    return read_topology(os.environ).is_managed
 
 
 def _become_check(options: argparse.Namespace) -> NoReturn:

@@ -15,7 +15,7 @@ from fabric_lite.topology import Topology, is_lone_shell, read_topology
 from fabric_lite.topology.engines import engine_of
 from fabric_lite.topology.variables import number
 
-__all__ = ["with_defaults"]
+__all__ = ["is_engines_node", "with_defaults"]
 
 # Where several nodes meet: of no use on one.
 _MEETING = ("node_rank", "main_address", "main_port", "rdzv_backend", "rdzv_endpoint", "rdzv_id")
@@ -40,6 +40,15 @@ def with_defaults(options: argparse.Namespace, environ: Mapping[str, str]) -> tu
         return options, None
     words = " ".join(f"--{option.replace('_', '-')} {value}" for option, value in taken.items())
     return argparse.Namespace(**{**given, **taken}), f"fabric-run: from {engine}: {words}"
+
+
+def is_engines_node(environ: Mapping[str, str]) -> bool:
+    """Whether an engine has started this process as a node, and no launcher as one of the ranks on it.
+
+    RANK alone may number the pods of Kubeflow's older PyTorchJob.
+    """
+    engine = engine_of(environ)
+    return engine is not None and bool(engine.num_nodes) and "LOCAL_RANK" not in environ
 
 
 def _told(environ: Mapping[str, str], accelerator: str | None) -> tuple[str, dict[str, Any]]:

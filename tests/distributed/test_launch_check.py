@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from fabric_lite.check import _rounds
-from tests.distributed.launching import assert_nothing_left, fabric_run, started
+from fabric_lite.errors import LaunchError
+from fabric_lite.launch.cli import _is_rank, _read
+from tests.distributed.launching import FABRIC_RUN, assert_nothing_left, fabric_run, run, started
 from tests.distributed.test_launch_nodes import free_port
 
 
@@ -73,6 +75,52 @@ def test_a_script_beside_check_is_an_error(tmp_path: Path) -> None:
     done = fabric_run("--check", "train.py", cwd=tmp_path)
     assert done.returncode == 2
     assert "--check runs no script" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--strategy nonsense", "about one"),
+        ("--precision 16-mixed", "about one"),
+        ("--max-restarts 2", "about one"),
+        ("--requeue", "about one"),
+        ("--check-collectives", "about one"),
+        ("-m", "about one"),
+        ("--hang-timeout -5", "--hang-timeout must be a number of at least 0"),
+        ("--hang-timeout 0", "--check waits for each rank for some time"),
+        ("--devices none", "--devices is not a number"),
+    ],
+)
+def test_an_option_that_means_nothing_is_an_error(words: str, message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        _read(["--check", *words.split()])
+
+
+def test_a_rank_to_check_reads_all_options(tmp_path: Path) -> None:
+    done = run(["env", "RANK=0", "WORLD_SIZE=1", *FABRIC_RUN, "--check", "--strategy", "nonsense"], cwd=tmp_path)
+    assert done.returncode == 2, done
+    assert "--check and --strategy" in done.stderr
+
+
+POD = {"RANK": "1", "WORLD_SIZE": "4", "PET_NNODES": "2", "PET_NPROC_PER_NODE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "is_rank"),
+    [
+        (POD, False),  # RANK numbers the pods
+        ({**POD, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, True),  # of torchrun in the pod
+        ({"RANK": "1", "WORLD_SIZE": "2"}, True),
+        ({"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}, False),
+        ({}, False),
+    ],
+)
+def test_a_pod_is_a_node_to_check_and_no_rank(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], is_rank: bool
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert _is_rank(_read(["--check"])) == is_rank
 
 
 def test_one_rank_has_nothing_to_connect(tmp_path: Path) -> None:
