@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 import torch
 
+from fabric_lite.accelerator_names import ACCELERATOR_NAMES
 from fabric_lite.errors import FabricRuntimeError, FabricTypeError, FabricValueError
 from fabric_lite.precision import Precision
 
 __all__ = [
-    "ACCELERATOR_NAMES",
     "KINDS",
     "Accelerator",
     "Kind",
@@ -31,8 +31,6 @@ __all__ = [
     "set_generator_state",
     "widest_dtype",
 ]
-
-ACCELERATOR_NAMES = ("auto", "cpu", "cuda", "gpu", "mps", "tpu", "xpu")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import fabric_lite
 
 PACKAGE = Path(fabric_lite.__file__).parent
 LAYERS = [
-    {"errors", "trees", "attribute_dict", "process_end", "whole_file", "progress_bar", "machine"},
+    {"errors", "accelerator_names", "trees", "attribute_dict", "process_end", "whole_file", "progress_bar", "machine"},
     {"policy", "precision_layers"},
     {"precision_float8", "precision_low_bits", "precision_transformer_engine"},
     {"precision", "topology", "run_config", "deferred", "parameters", "activation_checkpointing"},

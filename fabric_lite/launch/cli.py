@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from fabric_lite.accelerator_names import ACCELERATOR_NAMES
 from fabric_lite.errors import FabricError, LaunchError
 from fabric_lite.launch.engines import is_engines_node, with_defaults
 from fabric_lite.launch.plan import LaunchPlan, Rendezvous, parse_devices, parse_num_nodes
@@ -18,7 +19,6 @@ from fabric_lite.topology import read_topology
 
 __all__ = ["main", "parse_arguments"]
 
-_ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps", "tpu", "xpu")
 _DEFAULT_MAIN_PORT = 29500
 # A module above this one, which ranks import by its name.
 _CHECK = "fabric_lite.check"
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--accelerator", choices=_ACCELERATORS, help="what to run on; the script's own choice if left out")
+    add("--accelerator", choices=ACCELERATOR_NAMES, help="what to run on; the script's own choice if left out")
     add("--strategy", help="ddp, fsdp, ...; the script's own choice if left out")
     add("--devices", help='per node: a count ("2"), indices ("0,2"), or "auto" (the default; one process on a CPU)')
     add("--precision", help="32-true, bf16-mixed, ...; the script's own choice if left out")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from fabric_lite.accelerator_names import COUNTED, OF_ONE_PROCESS
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.rank import ScriptCall
 from fabric_lite.run_config import RunConfig
 
 __all__ = ["LaunchPlan", "Rendezvous", "count_in", "parse_devices", "parse_num_nodes"]
-
-_GPU_KINDS = ("gpu", "cuda", "xpu", "mps", "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +106,7 @@ def parse_num_nodes(text: str) -> tuple[int, int]:
 def count_in(devices: int | tuple[int, ...] | None, accelerator: str | None) -> int | None:
     """Return how many ranks that is; None where the accelerators have to be counted."""
     if devices is None:
-        return 1 if accelerator == "cpu" else None
+        return 1 if accelerator in OF_ONE_PROCESS else None
     return devices if isinstance(devices, int) else len(devices)
 
 
@@ -117,9 +116,9 @@ def count_present(kind: str | None, count: int, accelerator: str | None) -> int:
     Raises:
         LaunchError: An accelerator was asked for and there is none.
     """
-    if accelerator in _GPU_KINDS and accelerator not in ("gpu", kind):
+    if accelerator in COUNTED and accelerator not in ("gpu", kind):
         count = 0
-    if count == 0 and accelerator in _GPU_KINDS:
+    if count == 0 and accelerator in COUNTED:
         raise LaunchError(
             f"There is no accelerator of kind {accelerator!r} on this machine.",
             given=f"--accelerator {accelerator}; present: {kind or 'cpu alone'}",

@@ -79,7 +79,8 @@ def test_module_takes_the_place_of_the_script() -> None:
 def test_devices_are_counted(text: str, devices: object, count: int | None) -> None:
     assert parse_devices(text) == devices
     assert count_in(parse_devices(text), "cuda") == count
-    assert count_in(None, "cpu") == 1
+    assert count_in(None, "cpu") == count_in(None, "tpu") == 1
+    assert count_in(None, "gpu") is None
 
 
 @pytest.mark.parametrize("text", ["0", "-2", "two", "", "1.5", "0,0", "0,-1", "0,x", ","])
