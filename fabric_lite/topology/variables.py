@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import zlib
 from collections.abc import Iterator, Mapping
 
 from fabric_lite.errors import LaunchError
@@ -41,8 +42,7 @@ def number(environ: Mapping[str, str], name: str, default: int | None = None, *,
 
 def port_of(*parts: str | None) -> int:
     """A port that all ranks of one job compute alike and two jobs on one host rarely share: 20000 to 29999."""
-    digits = "".join(character for part in parts for character in (part or "") if character.isdigit())
-    return 20000 + int(digits or 0) % 10000
+    return 20000 + zlib.crc32("/".join(part or "" for part in parts).encode()) % 10000
 
 
 def expand_counts(text: str) -> list[int]:

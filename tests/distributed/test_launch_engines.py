@@ -75,7 +75,7 @@ def taken(environ: dict[str, str], **given: Any) -> dict[str, Any]:
         (KUBEFLOW, {**MEETING, "main_port": 29400, "devices": "8"}),
         (PYTORCH_JOB, {**MEETING, "main_port": 29400, "devices": "8"}),
         (ELASTIC, {"num_nodes": "1:4", "rdzv_backend": "c10d", "rdzv_endpoint": "job-0:29400", "rdzv_id": "job"}),
-        (SRUN, {**MEETING, "main_address": "localhost", "main_port": 20070}),
+        (SRUN, {**MEETING, "main_address": "localhost", "main_port": 23206}),
         ({**SKYPILOT, "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"}, {"devices": "8"}),
         ({**KUBEFLOW, "PET_NPROC_PER_NODE": "auto"}, {**MEETING, "main_port": 29400}),
         ({**SKYPILOT, "SKYPILOT_NUM_GPUS_PER_NODE": "0"}, MEETING),
