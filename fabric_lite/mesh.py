@@ -98,8 +98,8 @@ def leave() -> None:
 
 
 def existing_group() -> tuple[int, int] | None:
-    """Rank and world size in the default process group; None without one, or in a group of one."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    """Rank and world size in the default process group; None without one."""
+    if not dist.is_available() or not dist.is_initialized():
         return None
     return dist.get_rank(), dist.get_world_size()
 

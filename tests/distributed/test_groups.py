@@ -77,6 +77,23 @@ def test_without_a_launcher_the_place_is_that_in_the_group(ranks: RankPool) -> N
     assert ranks.run(place_without_a_launcher) == [(0, 2, False, source), (1, 2, False, source)]
 
 
+OF_ONE = """
+import sys, torch, torch.distributed as dist
+from fabric_lite import Fabric
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+fabric = Fabric(accelerator="cpu")
+print(fabric.world_size, fabric.global_rank, fabric.all_reduce(3, reduce_op="sum").item())
+fabric.close()
+print(dist.is_initialized())
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("told", [{}, DAEMON, BATCH], ids=["nothing", "a daemon's step", "a batch script"])
+def test_a_group_of_one_of_the_users_own_counts_too(tmp_path: Path, told: dict[str, str]) -> None:
+    assert run_two(OF_ONE, tmp_path, [told, told]) == [["1 0 3", "True"]] * 2
+
+
 SHARES = """
 import sys, torch.distributed as dist
 from fabric_lite import Fabric
