@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,13 +99,36 @@ def _connect_all(store: Any, run: Run, limit_seconds: float) -> bool:
         store.set(f"joined {rank}", str(error.__cause__ or error))
     # A rank that failed late has waited for the limit already.
     store.set_timeout(datetime.timedelta(seconds=2 * limit_seconds))
-    said = {other: _said(store, f"joined {other}") for other in ranks}
-    failed = {other: words for other, words in said.items() if words}
+
+    def failures() -> list[list[Any]]:
+        said = [[other, _said(store, f"joined {other}")] for other in ranks]
+        return [[other, words] for other, words in said if words]
+
+    failed = _as_rank_0_finds(store, "not connected", rank, failures, 2 * limit_seconds * (len(ranks) + 1))
     if failed and rank == 0:
-        lines = [f"  rank {other}: {words.splitlines()[0]}" for other, words in failed.items()]
-        _print([f"fabric-run --check: {names_of('rank', list(failed))} could not be connected", *lines])
+        lines = [f"  rank {other}: {words.splitlines()[0]}" for other, words in failed]
+        _print(
+            [f"fabric-run --check: {names_of('rank', [other for other, _ in failed])} could not be connected", *lines]
+        )
     _stay_until_all_know(store, rank, len(ranks))
-    return not failed
+    return failed == []
+
+
+def _as_rank_0_finds(store: Any, key: str, rank: int, find: Callable[[], Any], limit_seconds: float) -> Any:
+    """What rank 0 finds, on every rank: each by its own clock would give up at another moment, and find another thing.
+
+    None where rank 0 says nothing within the limit, which is for the case that it hangs: were it gone, so would the
+    store be, or the job.
+    """
+    if rank == 0:
+        found = find()
+        store.set(key, json.dumps(found))
+        return found
+    try:
+        store.wait([key], datetime.timedelta(seconds=limit_seconds))
+        return json.loads(store.get(key))
+    except DistError:
+        return None
 
 
 def _said(store: Any, key: str) -> str:
@@ -124,28 +148,29 @@ def _stay_until_all_know(store: Any, rank: int, world_size: int) -> None:
 
 def _time_pairs(store: Any, run: Run, limit_seconds: float) -> Ways:
     """Let each pair send to and fro; return what came of it, on every rank the same."""
-    rank, ways = run.topology.rank, {}
-    for number, pairs in enumerate(_rounds(run.topology.world_size)):
+    rank, rounds = run.topology.rank, list(_rounds(run.topology.world_size))
+    for number, pairs in enumerate(rounds):
         mine = next((pair for pair in pairs if rank in pair), None)
         if mine is not None:
             store.set(f"way {rank} {mine}", json.dumps(_time_pair(mine, rank, run.device, limit_seconds)))
         if store.add(f"round {number}", 1) == run.topology.world_size:
             store.set(f"round {number} has ended", "")
         _said(store, f"round {number} has ended")
-        for pair in pairs:
-            found = [_said(store, f"way {end} {pair}") for end in pair]
-            # What either end could not do; else the times of the first, which began.
-            ways[pair] = next((words for words in map(_loads, found) if isinstance(words, str)), _loads(found[0]))
+    found = _as_rank_0_finds(store, "ways", rank, lambda: _ways(store, rounds), 2 * limit_seconds * (len(rounds) + 1))
     store.set_timeout(datetime.timedelta(seconds=limit_seconds))
     _stay_until_all_know(PrefixStore("end", store), rank, run.topology.world_size)
+    return {(0, rank): "rank 0 said nothing more"} if found is None else {(i, j): way for i, j, way in found}
+
+
+def _ways(store: Any, rounds: Sequence[Sequence[tuple[int, int]]]) -> list[list[Any]]:
+    """Both ranks and the way of each pair, by what they have said until now."""
+    ways = []
+    for pair in itertools.chain(*rounds):
+        keys = [f"way {end} {pair}" for end in pair]
+        found = [json.loads(store.get(key)) if store.check([key]) else "said nothing more" for key in keys]
+        # What either end could not do; else the times of the first, which began.
+        ways.append([*pair, next((words for words in found if isinstance(words, str)), found[0])])
     return ways
-
-
-def _loads(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _rounds(world_size: int) -> Iterator[list[tuple[int, int]]]:

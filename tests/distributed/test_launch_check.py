@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined] # documented, not in torch's __all__
 
-from fabric_lite.check import _rounds
+from fabric_lite.check import _as_rank_0_finds, _rounds, _ways
 from fabric_lite.errors import LaunchError
 from fabric_lite.launch.cli import _is_rank, _read
 from tests.distributed.launching import FABRIC_RUN, assert_nothing_left, fabric_run, run, started
@@ -24,6 +25,17 @@ def test_each_rank_meets_each_once_and_one_at_a_time(world_size: int) -> None:
     for pairs in rounds:
         assert len({rank for pair in pairs for rank in pair}) == 2 * len(pairs)
     assert (max(map(len, rounds)) == 1) == (world_size <= 16)
+
+
+def test_what_rank_0_has_found_counts_on_every_rank() -> None:
+    store, rounds = HashStore(), [[(0, 1)]]
+    found = _as_rank_0_finds(store, "ways", 0, lambda: _ways(store, rounds), 1.0)
+    for end in (0, 1):
+        store.set(f"way {end} (0, 1)", "[0.5, 0.5]")  # too late
+    assert found == [[0, 1, "said nothing more"]]
+    assert _as_rank_0_finds(store, "ways", 1, lambda: _ways(store, rounds), 1.0) == found
+    assert _ways(store, rounds) == [[0, 1, [0.5, 0.5]]]
+    assert _as_rank_0_finds(store, "ways of another check", 1, list, 0.01) is None
 
 
 def test_all_ranks_and_each_way_are_shown(tmp_path: Path) -> None:
