@@ -197,7 +197,7 @@ def _by_itself(arguments: Arguments, indices: tuple[int, ...], accelerator: Acce
     if arguments.num_nodes > 1:
         raise LaunchError(
             "Several nodes cannot be started from one script.",
-            given=f"num_nodes={arguments.num_nodes}, no launcher",
+            given=f"num_nodes={arguments.num_nodes} and 1 process, which no launcher has started",
             fix="fabric-run --num-nodes, torchrun or srun on every node",
         )
     takes_one = arguments.strategy == "single_device" and arguments.devices == "auto"
@@ -255,6 +255,8 @@ def _command(topology: Topology, devices: int, nodes: int) -> str:
         return f"srun --nodes={nodes} --ntasks-per-node={devices}"
     if "mpirun" in topology.source:
         return f"mpirun -n {devices * nodes}"
+    if "jsrun" in topology.source:
+        return f"jsrun --nrs {devices * nodes} --rs_per_host {devices}"
     return f"fabric-run --devices {devices}"
 
 

@@ -52,12 +52,13 @@ def check_place(topology: Topology) -> Topology:
     Raises:
         LaunchError: Its numbers do not fit together.
     """
-    fits = 0 <= topology.rank < topology.world_size and 0 <= topology.local_rank < topology.local_world_size
-    if not fits:
+    world_size, local_world_size = topology.world_size, topology.local_world_size
+    fits = 0 <= topology.rank < world_size and 0 <= topology.local_rank < local_world_size
+    if not fits or local_world_size > world_size:
         raise LaunchError(
             f"The variables of {topology.source} do not fit together.",
-            given=f"rank {topology.rank} of {topology.world_size}, "
-            f"local rank {topology.local_rank} of {topology.local_world_size}",
-            fix="unset the stray variables (RANK, WORLD_SIZE, LOCAL_RANK) or start the script with fabric-run",
+            given=f"rank {topology.rank} of {world_size}, local rank {topology.local_rank} of {local_world_size}",
+            fix="unset the stray variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE), "
+            "or start the script with fabric-run",
         )
     return topology
