@@ -14,7 +14,14 @@ from fabric_lite.mesh import existing_group
 from fabric_lite.precision import AMBIGUOUS_ALIASES, Precision, parse_precision
 from fabric_lite.run_config import RUN_ID_PREFIX, RunConfig
 from fabric_lite.strategies import Strategy, parse_strategy
-from fabric_lite.topology import Topology, is_lone_shell, is_node_of_several, read_topology, topology_of_group
+from fabric_lite.topology import (
+    Topology,
+    check_mpi4py,
+    is_lone_shell,
+    is_node_of_several,
+    read_topology,
+    topology_of_group,
+)
 
 __all__ = ["Arguments", "Run", "resolve"]
 
@@ -110,7 +117,9 @@ def _place(environ: Mapping[str, str]) -> Topology:
     """
     group = existing_group()
     if group is None:
-        return read_topology(environ)
+        topology = read_topology(environ)
+        check_mpi4py(topology)
+        return topology
     try:
         topology = read_topology(environ)
     except LaunchError:

@@ -13,7 +13,16 @@ from __future__ import annotations
 
 from fabric_lite.topology.engines import is_node_of_several
 from fabric_lite.topology.launchers import read_topology, topology_of_group
+from fabric_lite.topology.mpi import check_mpi4py
 from fabric_lite.topology.place import ALONE, Topology
 from fabric_lite.topology.slurm import is_lone_shell
 
-__all__ = ["ALONE", "Topology", "is_lone_shell", "is_node_of_several", "read_topology", "topology_of_group"]
+__all__ = [
+    "ALONE",
+    "Topology",
+    "check_mpi4py",
+    "is_lone_shell",
+    "is_node_of_several",
+    "read_topology",
+    "topology_of_group",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,19 @@ from fabric_lite.topology.place import Topology
 from fabric_lite.topology.processes import process
 from fabric_lite.topology.variables import expand_hosts, number, port_of
 
-__all__ = ["is_lsf", "is_open_mpi", "is_pmi", "is_started_by_mpirun", "read_lsf", "read_open_mpi", "read_pmi"]
+__all__ = [
+    "check_mpi4py",
+    "is_lsf",
+    "is_open_mpi",
+    "is_pmi",
+    "is_started_by_mpirun",
+    "read_lsf",
+    "read_open_mpi",
+    "read_pmi",
+]
+
+_OPEN_MPI = "Open MPI (mpirun)"
+_PMI = "PMI (mpirun or mpiexec)"
 
 
 def is_started_by_mpirun(environ: Mapping[str, str]) -> bool:
@@ -40,7 +53,7 @@ def read_open_mpi(environ: Mapping[str, str]) -> Topology:
         local_rank=number(environ, "OMPI_COMM_WORLD_LOCAL_RANK", 0),
         local_world_size=number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", 1, least=1),
         job=environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid"),
-        source="Open MPI (mpirun)",
+        source=_OPEN_MPI,
     )
 
 
@@ -55,6 +68,27 @@ def _check_one_mpi(environ: Mapping[str, str]) -> None:
             "Two MPIs have started this process, one inside the other, and each gives it a rank.",
             given=", ".join(f"{name}={environ.get(name)}" for name in names),
             fix="one mpirun, of either of them: which mpirun",
+        )
+
+
+def check_mpi4py(topology: Topology) -> None:
+    """Raise where the script's own mpi4py, if it has imported one, was made for another MPI than the mpirun's.
+
+    mpi4py says so by a warning at most, and takes each of the ranks for rank 0 of 1: MPICH's mpirun with mpi4py on Open
+    MPI, say. Nothing is imported for this.
+    """
+    module = sys.modules.get("mpi4py.MPI")
+    if module is None or topology.source not in (_OPEN_MPI, _PMI):
+        return
+    if not module.Is_initialized() or module.Is_finalized():
+        return
+    size = module.COMM_WORLD.Get_size()
+    if size != topology.world_size:
+        library = module.Get_library_version().split(",")[0].splitlines()[0]
+        raise LaunchError(
+            "The mpirun that has started this script is not of the MPI that its mpi4py uses.",
+            given=f"{size} by mpi4py ({library}), and {topology.world_size} started by {topology.source}",
+            fix="the mpirun of mpi4py's MPI, or mpi4py on this one's (MPI4PY_MPIABI); fabric_lite needs no mpi4py",
         )
 
 
@@ -76,7 +110,7 @@ def read_pmi(environ: Mapping[str, str]) -> Topology:
         local_rank=number(environ, "MPI_LOCALRANKID", 0),
         local_world_size=local_world_size,
         job=job,
-        source="PMI (mpirun or mpiexec)",
+        source=_PMI,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -50,6 +52,26 @@ def test_one_mpirun_inside_anothers_is_an_error(tmp_path: Path, outer: str, inne
     assert done.returncode != 0
     assert "LaunchError: Two MPIs have started this process, one inside the other" in done.stderr, done
     assert done.stdout == ""
+
+
+MPI4PY = """
+from mpi4py import MPI
+from fabric_lite import Fabric
+fabric = Fabric(accelerator="cpu")
+print(MPI.COMM_WORLD.Get_size(), fabric.world_size)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="needs mpi4py: pip install mpi4py")
+def test_an_mpi4py_of_another_mpi_is_an_error_and_one_of_the_same_is_left_alone(tmp_path: Path) -> None:
+    """It has one MPI. Under the mpirun of the other it takes every rank for a job of its own."""
+    script = write(tmp_path, MPI4PY)
+    words = [sys.executable, "-W", "default", script]  # mpi4py warns
+    done = [run([*words_of(mpirun), "-n", 2, *words], cwd=tmp_path) for mpirun in (OPEN_MPI, MPICH)]
+    (right,) = [each for each in done if each.returncode == 0]
+    (wrong,) = [each for each in done if each.returncode != 0]
+    assert right.stdout.split() == ["2", "2"] * 2, right
+    assert re.search(r"LaunchError: .*\n  Given: 1 by mpi4py \(.+\), and 2 started by", wrong.stderr), wrong
 
 
 def test_check_connects_the_ranks(tmp_path: Path) -> None:

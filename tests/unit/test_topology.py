@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from fabric_lite import topology as topologies
 from fabric_lite.errors import LaunchError
-from fabric_lite.topology import ALONE, Topology
+from fabric_lite.topology import ALONE, Topology, check_mpi4py
 from fabric_lite.topology.variables import expand_hosts, port_of, resolves
 
 TORCHRUN = {
@@ -357,6 +359,36 @@ def test_one_mpi_inside_another_is_an_error_that_shows_both_ranks(outer: str, in
     ranks = f"OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE={outer}, PMI_RANK=1, PMI_SIZE={inner}"
     with pytest.raises(LaunchError, match=ranks):
         read_topology(environ)
+
+
+@pytest.mark.parametrize("environ", [OPEN_MPI, MPICH], ids=["Open MPI", "MPICH"])
+def test_an_mpi4py_that_does_not_see_the_other_ranks_is_an_error_that_shows_both_sizes(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stands in for mpi4py, which few have; the real one, under each mpirun, is in ``tests/clusters/test_mpi.py``."""
+
+    def imported(size: int, *, is_initialized: bool = True, is_finalized: bool = False) -> None:
+        module = types.SimpleNamespace(
+            Is_initialized=lambda: is_initialized,
+            Is_finalized=lambda: is_finalized,
+            Get_library_version=lambda: "Open MPI v4.1.4, package: Debian OpenMPI, ident: 4.1.4",
+            COMM_WORLD=types.SimpleNamespace(Get_size=lambda: size),
+        )
+        monkeypatch.setitem(sys.modules, "mpi4py.MPI", module)
+
+    topology = read_topology(environ)
+    check_mpi4py(topology)  # none is imported
+    imported(1)
+    with pytest.raises(LaunchError, match=r"1 by mpi4py \(Open MPI v4.1.4\), and 2 started by"):
+        check_mpi4py(topology)
+    # Only mpirun is to have told mpi4py; srun does so with --mpi=pmix alone.
+    check_mpi4py(read_topology(SRUN))
+    imported(2)
+    check_mpi4py(topology)
+    imported(1, is_initialized=False)
+    check_mpi4py(topology)
+    imported(1, is_finalized=True)
+    check_mpi4py(topology)
 
 
 @pytest.mark.parametrize("processes", ["2", "auto", "gpu"])
