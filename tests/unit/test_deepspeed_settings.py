@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.file_baton import FileBaton
 
 from fabric_lite import Fabric
 from fabric_lite.errors import FabricImportError, FabricTypeError, FabricValueError, StrategyError
@@ -153,3 +157,80 @@ def test_a_build_that_goes_on_is_waited_for_so_long_and_no_longer(tmp_path: Path
         waiter.join(60)
         assert not waiter.is_alive()
     assert not os.path.exists(tmp_path / "lock")
+
+
+def test_ranks_that_meet_a_lock_that_was_left_behind_build_one_at_a_time(tmp_path: Path) -> None:
+    lock, begun, end = tmp_path / "lock", threading.Barrier(8), threading.Barrier(8)
+    building, errors = threading.Lock(), []
+
+    def meet() -> None:
+        for _ in range(4):
+            if begun.wait() == 0:
+                lock.touch()
+            end.wait()
+            try:
+                await_lock(lock, wait_seconds=60)
+                baton = FileBaton(str(lock))
+                if not baton.try_acquire():
+                    continue
+                assert building.acquire(blocking=False), "two builds in one folder"
+                hashlib.sha256(bytes(50_000_000))  # a build takes its time
+                building.release()
+                baton.release()
+            except BaseException as error:
+                errors.append(error)
+
+    ranks = [threading.Thread(target=meet) for _ in range(8)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert errors == []
+    assert not lock.exists()
+
+
+def test_a_lock_is_left_alone_while_another_rank_is_about_to_remove_it(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    with (tmp_path / "fabric_lite.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(StrategyError, match=r"rm .*/lock if nobody compiles there any more"):
+            await_lock(tmp_path / "lock", wait_seconds=0)
+        assert (tmp_path / "lock").exists()
+    await_lock(tmp_path / "lock", wait_seconds=0)
+    assert not (tmp_path / "lock").exists()
+
+
+IN_CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc"]
+can_contain = shutil.which("unshare") is not None and subprocess.run([*IN_CONTAINER, "true"]).returncode == 0
+
+
+@pytest.mark.skipif(not can_contain, reason="needs unshare of util-linux, and root, for a PID namespace")
+def test_a_build_in_another_container_is_waited_for_too(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from fabric_lite.strategies.deepspeed.ops import await_lock; "
+        "await_lock(Path(sys.argv[1]), 0)"
+    )
+    command = [*IN_CONTAINER, sys.executable, "-c", code, str(tmp_path / "lock")]
+    with build(tmp_path) as process:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert "held by nobody who can be seen from here" in done.stderr
+        process.communicate("")  # it finds its lock in its place
+        assert process.returncode == 0
+    (tmp_path / "lock").touch()
+    assert subprocess.run(command).returncode == 0
+    assert not (tmp_path / "lock").exists()
+
+
+@pytest.mark.skipif(not can_contain, reason="needs unshare of util-linux, and root, for a mount of a kind of its own")
+def test_a_lock_on_a_file_system_that_may_be_shared_is_never_removed(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from fabric_lite.strategies.deepspeed.ops import await_lock\n"
+        "try: await_lock(Path('lock'), 0)\n"
+        "finally: print(Path('lock').exists())"
+    )
+    # A kind that nothing is known about here.
+    script = f'mount -t ramfs none {tmp_path} && cd {tmp_path} && touch lock && exec {sys.executable} -c "$0"'
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script, code], capture_output=True, text=True)
+    assert "waiting for lock: who holds it cannot be seen from here; rm lock if nobody compiles" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("  Try: rm lock if")
+    assert done.stdout == "True\n"
