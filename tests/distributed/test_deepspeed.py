@@ -281,6 +281,33 @@ def test_a_layer_that_a_step_leaves_out_is_not_stepped_on_again(ranks: RankPool,
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
 
 
+def frozen_later(name: str) -> list[torch.Tensor]:
+    """The first of two groups is frozen after two steps."""
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=deepspeed(name)) if name else None
+    model = make_net()
+    groups = [{"params": model.first.parameters(), "lr": 0.01}, {"params": model.second.parameters(), "lr": 0.02}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.5)
+    if fabric is not None:
+        fabric.setup(model, optimizer)
+    for step, x in enumerate(batches(4)):
+        model.first.requires_grad_(step < 2)
+        model(x.chunk(2)[fabric.global_rank] if fabric else x).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    result = [full(parameter) for parameter in model.parameters()]
+    if fabric is not None:
+        fabric.close()
+    return result
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_group_that_is_frozen_after_setup_stays_and_the_others_go_on(ranks: RankPool, name: str) -> None:
+    expected = frozen_later("")
+    for result in ranks.run(frozen_later, name):
+        for mine, other in zip(result, expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=2e-6)
+
+
 ANY: dict[str, tuple[int, Any]] = {
     "single_device": (1, "single_device"),
     "ddp": (2, "ddp"),

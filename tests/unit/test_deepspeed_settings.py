@@ -24,7 +24,7 @@ from fabric_lite.precision import PRECISIONS
 from fabric_lite.strategies import DeepSpeedStrategy
 from fabric_lite.strategies.deepspeed.config import engine_config, read_config
 from fabric_lite.strategies.deepspeed.ops import await_lock
-from fabric_lite.strategies.deepspeed.optimizers import follow_options, inner_optimizer
+from fabric_lite.strategies.deepspeed.optimizers import follow_options, inner_optimizer, trained_of
 
 is_installed = importlib.util.find_spec("deepspeed") is not None
 
@@ -102,7 +102,7 @@ def test_the_inner_optimizer_follows_the_options_and_has_no_hooks() -> None:
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # exchanges the object's step
     steps: list[int] = []
     optimizer.register_step_post_hook(lambda *_: steps.append(1))
-    inner = inner_optimizer(optimizer, offload=False)
+    trained, inner = trained_of(optimizer), inner_optimizer(optimizer, offload=False)
     assert type(inner) is torch.optim.AdamW
     assert [group["params"] for group in inner.param_groups] == [[first], [second]]
     first.grad = torch.ones(2)
@@ -111,9 +111,38 @@ def test_the_inner_optimizer_follows_the_options_and_has_no_hooks() -> None:
     assert not optimizer.state
     with pytest.warns(UserWarning, match=r"lr_scheduler\.step"):
         schedule.step()
-    follow_options(inner, optimizer)
+    follow_options(inner, optimizer, trained)
     assert [group["lr"] for group in inner.param_groups] == [0.05, 0.25]
     assert [group["params"] for group in inner.param_groups] == [[first], [second]]
+
+
+def test_groups_that_are_frozen_or_unfrozen_after_setup_are_not_taken_for_others() -> None:
+    first, second, third, new = (torch.nn.Parameter(torch.ones(2)) for _ in range(4))
+    second.requires_grad_(False)
+    rates = [{"params": [first], "lr": 1.0}, {"params": [second], "lr": 2.0}, {"params": [third], "lr": 3.0}]
+    optimizer = torch.optim.SGD(rates)
+    trained, inner = trained_of(optimizer), inner_optimizer(optimizer, offload=False)
+
+    def followed() -> list[float]:
+        follow_options(inner, optimizer, trained)
+        return [group["lr"] for group in inner.param_groups]
+
+    assert followed() == [1.0, 3.0]
+    first.requires_grad_(False)
+    assert followed() == [0.0, 3.0]
+    first.requires_grad_(True)
+    assert followed() == [1.0, 3.0]
+    second.requires_grad_(True)
+    first.requires_grad_(False)
+    with pytest.raises(StrategyError, match=r"1 parameters, in group 1 of 3\n.*requires_grad_\(False\) after it"):
+        followed()
+    second.requires_grad_(False)
+    optimizer.add_param_group({"params": [new]})
+    with pytest.raises(StrategyError, match="in group 3 of 4"):
+        followed()
+    del optimizer.param_groups[2:]
+    with pytest.raises(StrategyError, match="has lost groups since setup"):
+        followed()
 
 
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.Adafactor, torch.optim.Adagrad])

@@ -24,7 +24,7 @@ from fabric_lite.errors import StrategyError
 from fabric_lite.strategies.base import Placement
 from fabric_lite.strategies.deepspeed.handle import Handle
 from fabric_lite.strategies.deepspeed.ops import build_ops
-from fabric_lite.strategies.deepspeed.optimizers import inner_optimizer
+from fabric_lite.strategies.deepspeed.optimizers import inner_optimizer, trained_of
 from fabric_lite.strategies.deepspeed.partitions import partitions_of
 from fabric_lite.strategies.deepspeed.state import keep_values
 from fabric_lite.trees import map_leaves
@@ -75,6 +75,7 @@ def make_handle(
             weakref.ref(module),
             weakref.ref(optimizer),
             engine.optimizer.optimizer,
+            trained_of(optimizer),
             placement.mesh,
             parameters,
         )

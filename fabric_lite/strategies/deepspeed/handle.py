@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_lite.errors import StrategyError
-from fabric_lite.strategies.deepspeed.optimizers import follow_options
+from fabric_lite.strategies.deepspeed.optimizers import Trained, follow_options
 
 __all__ = ["Handle", "handle_of", "handles_of"]
 
@@ -53,6 +53,7 @@ class Handle:
         module: The user's.
         optimizer: The user's.
         inner: DeepSpeed's copy of it, over the parts.
+        trained: What it trained at setup.
         mesh: All ranks, on one axis.
         parameters: Those that are divided.
     """
@@ -63,6 +64,7 @@ class Handle:
     module: weakref.ref[nn.Module]
     optimizer: weakref.ref[Optimizer]
     inner: Optimizer
+    trained: Trained
     mesh: Any
     parameters: Sequence[nn.Parameter]
     # Blocks of no_backward_sync that are open; whether any backward has run, and gradients are final, since the step.
@@ -119,7 +121,7 @@ class Handle:
             return
         optimizer = self.optimizer()
         assert optimizer is not None
-        follow_options(self.inner, optimizer)
+        follow_options(self.inner, optimizer, self.trained)
         self.settle()
         try:
             was_taken = self.engine.take_step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,11 +11,35 @@ from torch.optim import Optimizer
 
 from fabric_lite.errors import StrategyError
 
-__all__ = ["follow_options", "from_inner", "inner_optimizer", "to_inner"]
+__all__ = ["Trained", "follow_options", "from_inner", "inner_optimizer", "to_inner", "trained_of"]
 
 # Their steps need whole parameters, or all of them at once; and DeepSpeed makes Adagrad anew, without its groups.
 _NOT_BY_ELEMENT = {"Adafactor", "Adagrad", "LBFGS", "Muon", "SparseAdam"}
 _OF_TORCH = {"defaults", "state", "param_groups"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What of an optimizer is trained at setup, since DeepSpeed lays out nothing else, neither then nor later.
+
+    Args:
+        groups: The numbers of the groups that hold any of it, which the inner optimizer's stand for, in this order.
+        parameters: By their ``id``.
+    """
+
+    groups: tuple[int, ...]
+    parameters: frozenset[int]
+
+
+def trained_of(optimizer: Optimizer) -> Trained:
+    """What of ``optimizer`` is trained now."""
+    found = [_trained_in(group) for group in optimizer.param_groups]
+    groups = tuple(number for number, parameters in enumerate(found) if parameters)
+    return Trained(groups, frozenset(id(parameter) for parameters in found for parameter in parameters))
+
+
+def _trained_in(group: dict[str, Any]) -> list[torch.Tensor]:
+    return [parameter for parameter in group["params"] if parameter.requires_grad]
 
 
 def inner_optimizer(optimizer: Optimizer, offload: bool) -> Optimizer:
@@ -34,11 +59,7 @@ def inner_optimizer(optimizer: Optimizer, offload: bool) -> Optimizer:
             given=f"setup(model, {kind.__name__}) under DeepSpeedStrategy",
             fix="an optimizer that works element by element, such as AdamW; or FSDPStrategy",
         )
-    groups = [
-        {**group, "params": [parameter for parameter in group["params"] if parameter.requires_grad]}
-        for group in optimizer.param_groups
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = [{**group, "params": trained} for group in optimizer.param_groups if (trained := _trained_in(group))]
     if kind.__name__ == "DeepSpeedCPUAdam" or (offload and _is_plain_adam(optimizer)):
         return _cpu_adam(optimizer, groups)
     inner = copy.copy(optimizer)  # torch's own state alone, no hooks
@@ -51,13 +72,43 @@ def inner_optimizer(optimizer: Optimizer, offload: bool) -> Optimizer:
     return inner
 
 
-def follow_options(inner: Optimizer, optimizer: Optimizer) -> None:
-    """Give the groups of ``inner`` the options that those of ``optimizer`` have now; schedulers change them."""
-    sources = [
-        group for group in optimizer.param_groups if any(parameter.requires_grad for parameter in group["params"])
-    ]
-    for group, source in zip(inner.param_groups, sources, strict=True):
+def follow_options(inner: Optimizer, optimizer: Optimizer, trained: Trained) -> None:
+    """Give the groups of ``inner`` the options that those of ``optimizer`` have now; schedulers change them.
+
+    A group that is frozen meanwhile has no learning rate: its gradients are zeros, but weight decay and momentum would
+    move it.
+
+    Args:
+        inner: What DeepSpeed steps.
+        optimizer: The user's.
+        trained: What it trained at setup.
+
+    Raises:
+        StrategyError: It trains something else too now, or has lost a group.
+    """
+    sources = optimizer.param_groups
+    new = {
+        number: parameters
+        for number, group in enumerate(sources)
+        if (parameters := [one for one in _trained_in(group) if id(one) not in trained.parameters])
+    }
+    if new:
+        raise StrategyError(
+            "The optimizer trains what was frozen or not in it at setup, and so has not been laid out by DeepSpeed.",
+            given=f"{sum(map(len, new.values()))} parameters, in group {', '.join(map(str, new))} of {len(sources)}",
+            fix="setup while they are all trained, and requires_grad_(False) after it for those that begin later",
+        )
+    if max(trained.groups) >= len(sources):
+        raise StrategyError(
+            "The optimizer has lost groups since setup, and DeepSpeed steps on them still.",
+            given=f"{len(sources)} groups, of which number {max(trained.groups)} was trained at setup",
+            fix="requires_grad_(False) for a group that is to be left out",
+        )
+    for group, number in zip(inner.param_groups, trained.groups, strict=True):
+        source = sources[number]
         group.update({key: value for key, value in source.items() if key in group and key != "params"})
+        if not _trained_in(source):
+            group["lr"] = source["lr"] * 0
 
 
 def from_inner(inner: Optimizer, name: str, value: Any) -> Any:
