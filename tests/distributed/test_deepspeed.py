@@ -308,6 +308,43 @@ def test_a_group_that_is_frozen_after_setup_stays_and_the_others_go_on(ranks: Ra
             torch.testing.assert_close(mine, other, rtol=0, atol=2e-6)
 
 
+def with_own_settings(own: dict[str, Any], **options: Any) -> tuple[str, list[torch.Tensor]]:
+    """The kind of the optimizer that DeepSpeed steps, and all weights."""
+    strategy = DeepSpeedStrategy(**options, config={"zero_optimization": own})
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    model = make_net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    fabric.setup(model, optimizer)
+    for x in batches(2):
+        fabric.backward(model(x.chunk(2)[fabric.global_rank]).pow(2).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    from fabric_lite.strategies.deepspeed.handle import handles_of
+
+    (handle,) = handles_of([model])
+    kind, result = type(handle.inner).__name__, [full(parameter) for parameter in model.parameters()]
+    fabric.close()
+    return kind, result
+
+
+@pytest.mark.parametrize(
+    ("own", "kind"),
+    [
+        ({"offload_optimizer": {"device": "none"}}, "AdamW"),
+        ({"offload_optimizer": {"device": "cpu"}}, "DeepSpeedCPUAdam"),
+        ({"compute_grad_norm": True}, "AdamW"),
+    ],
+    ids=str,
+)
+def test_what_the_configuration_says_of_offloading_is_done(ranks: RankPool, own: dict[str, Any], kind: str) -> None:
+    [(found, weights), (_, same)] = ranks.run(with_own_settings, own)
+    [(_, expected), _] = ranks.run(with_own_settings, {})
+    assert found == kind
+    for mine, its, other in zip(weights, same, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=2e-6)
+        assert torch.equal(mine, its)
+
+
 ANY: dict[str, tuple[int, Any]] = {
     "single_device": (1, "single_device"),
     "ddp": (2, "ddp"),

@@ -22,7 +22,7 @@ from fabric_lite import Fabric
 from fabric_lite.errors import FabricImportError, FabricTypeError, FabricValueError, StrategyError
 from fabric_lite.precision import PRECISIONS
 from fabric_lite.strategies import DeepSpeedStrategy
-from fabric_lite.strategies.deepspeed.config import engine_config, read_config
+from fabric_lite.strategies.deepspeed.config import check_offloading, engine_config, is_offloaded, read_config
 from fabric_lite.strategies.deepspeed.ops import await_lock
 from fabric_lite.strategies.deepspeed.optimizers import follow_options, inner_optimizer, trained_of
 
@@ -86,6 +86,95 @@ def test_half_precision_says_in_what_gradients_add_up(
 def test_what_the_script_says_has_no_place_in_the_configuration(config: dict[str, Any], fix: str) -> None:
     with pytest.raises(FabricValueError, match=fix):
         read_config(config)
+
+
+def check(own: dict[str, Any], **options: Any) -> None:
+    given: dict[str, Any] = {"stage": 3, "offload_optimizer": False, "offload_parameters": False, **options}
+    check_offloading(read_config({"zero_optimization": own}), **given)
+
+
+@pytest.mark.parametrize(
+    ("own", "options", "words"),
+    [
+        (
+            {"offload_optimizer": {"device": "none"}},
+            {"offload_optimizer": True},
+            r"offload_optimizer=True, and offload_optimizer=\{'device': 'none'\}",
+        ),
+        (
+            {"offload_param": {"device": "none"}},
+            {"offload_parameters": True},
+            r"offload_parameters=True, and offload_param=\{'device': 'none'\}",
+        ),
+        ({"offload_param": {"device": "cpu"}}, {"stage": 2}, r"stage=2, offload_param=\{'device': 'cpu'\}"),
+        ({}, {"stage": 1, "offload_parameters": True}, "stage=1, offload_parameters=True"),
+    ],
+)
+def test_options_and_configuration_that_contradict_each_other_are_both_shown(
+    own: dict[str, Any], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(FabricValueError, match=words):
+        check(own, **options)
+
+
+def test_offloading_that_agrees_is_let_through() -> None:
+    check({"offload_optimizer": {"device": "nvme"}}, offload_optimizer=True)
+    check({"offload_optimizer": {"pin_memory": True}, "offload_param": {"pin_memory": True}}, offload_parameters=True)
+    check({"offload_optimizer": {"device": "none"}, "offload_param": {"device": "none"}}, stage=2)
+    check({"offload_optimizer": None, "offload_param": None}, stage=2, offload_optimizer=True)
+
+
+@pytest.mark.parametrize(
+    ("own", "options", "is_wanted"),
+    [
+        ({}, {}, False),
+        ({"offload_optimizer": {"device": "none"}}, {}, False),
+        ({"offload_optimizer": {"pin_memory": False}}, {}, False),  # DeepSpeed's own default is no device
+        ({"offload_optimizer": {"pin_memory": False}}, {"offload_optimizer": True}, True),
+        ({"offload_optimizer": {"device": "cpu"}}, {}, True),
+        ({"offload_optimizer": {"device": "nvme"}}, {}, True),
+    ],
+)
+def test_what_is_offloaded_is_what_the_device_says(
+    own: dict[str, Any], options: dict[str, Any], is_wanted: bool
+) -> None:
+    config = settings({"zero_optimization": own}, **options)
+    assert is_offloaded(config, "offload_optimizer") is is_wanted
+    # DeepSpeed takes a norm that is left out for none alone.
+    assert config["zero_optimization"].get("compute_grad_norm", True) is is_wanted
+
+
+def test_a_norm_that_the_user_wants_is_computed() -> None:
+    assert (
+        settings({"zero_optimization": {"compute_grad_norm": True}})["zero_optimization"]["compute_grad_norm"] is True
+    )
+
+
+def test_nulls_are_what_is_left_out_and_other_values_where_a_dict_belongs_are_errors() -> None:
+    nulls = {"zero_optimization": {"offload_optimizer": None, "offload_param": None}, "data_types": None}
+    assert (
+        settings(nulls, "bf16-mixed")
+        == settings({"zero_optimization": None}, "bf16-mixed")
+        == settings(None, "bf16-mixed")
+    )
+    for wrong in ([], {"offload_optimizer": "cpu"}, {"offload_param": True}):
+        with pytest.raises(FabricTypeError, match="is a dict"):
+            read_config({"zero_optimization": wrong})
+
+
+@pytest.mark.parametrize(
+    ("former", "key"), [("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")]
+)
+def test_former_names_of_offloading_are_refused_with_the_new_one(former: str, key: str) -> None:
+    with pytest.raises(FabricValueError, match=rf'{former}=True\n.*"{key}"'):
+        read_config({"zero_optimization": {former: True}})
+
+
+@pytest.mark.skipif(not is_installed, reason="DeepSpeed is not installed")
+def test_the_strategy_checks_what_its_configuration_offloads() -> None:
+    with pytest.raises(FabricValueError, match="stage=2, offload_param"):
+        DeepSpeedStrategy(config={"zero_optimization": {"offload_param": {"device": "cpu"}}})
+    assert DeepSpeedStrategy(config={"zero_optimization": None}).stage == 2
 
 
 def test_a_configuration_that_cannot_be_read_is_shown(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from fabric_lite.errors import StrategyError
 from fabric_lite.strategies.base import Placement
+from fabric_lite.strategies.deepspeed.config import is_offloaded
 from fabric_lite.strategies.deepspeed.handle import Handle
 from fabric_lite.strategies.deepspeed.ops import build_ops
 from fabric_lite.strategies.deepspeed.optimizers import inner_optimizer, trained_of
@@ -48,7 +49,7 @@ def make_handle(
         StrategyError: DeepSpeed takes another kind of device for the machine's, or its operators cannot be built.
     """
     _check_device(placement.device)
-    stage, offload = config["zero_optimization"]["stage"], "offload_optimizer" in config["zero_optimization"]
+    stage, offload = config["zero_optimization"]["stage"], is_offloaded(config, "offload_optimizer")
     build_ops(offload, placement.device)
     _use_current_group()
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -18,7 +18,7 @@ from fabric_lite.errors import FabricImportError, FabricValueError, StrategyErro
 from fabric_lite.parameters import check_exchangeable
 from fabric_lite.precision import Precision
 from fabric_lite.strategies.base import Engine, Placement, Strategy
-from fabric_lite.strategies.deepspeed.config import engine_config, read_config
+from fabric_lite.strategies.deepspeed.config import check_offloading, engine_config, read_config
 from fabric_lite.strategies.deepspeed.handle import handle_of, handles_of
 from fabric_lite.strategies.sharding import follow_rank_zero
 
@@ -74,12 +74,12 @@ class DeepSpeedStrategy(Strategy):
         stage = self.stage if self.stage is not None else 2 if told is None else told
         if isinstance(stage, bool) or stage not in (1, 2, 3):
             raise FabricValueError("This stage of ZeRO does not exist.", given=f"stage={stage!r}", fix="1, 2 or 3")
-        if self.offload_parameters and stage != 3:
-            raise FabricValueError(
-                "Parameters are in parts under stage 3 alone, so only there can the parts be offloaded.",
-                given=f"stage={stage}, offload_parameters=True",
-                fix="stage=3, or offload_optimizer=True",
-            )
+        check_offloading(
+            config,
+            stage=stage,
+            offload_optimizer=self.offload_optimizer,
+            offload_parameters=self.offload_parameters,
+        )
         if self.state_dict_type not in ("sharded", "full"):
             raise FabricValueError(
                 "This kind of checkpoint does not exist.",
