@@ -7,14 +7,17 @@ import dataclasses
 import math
 import os
 import pickle
+import signal
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from fabric_lite.errors import LaunchError
+from fabric_lite.launch.ending import is_by_signal
+from fabric_lite.launch.failure import Failure
 from fabric_lite.launch.function_answers import Answer, is_preempted
-from fabric_lite.launch.job import PREEMPTION_GRACE_SECONDS, SAVE_GRACE_SECONDS, print_line
+from fabric_lite.launch.job import PREEMPTION_GRACE_SECONDS, SAVE_GRACE_SECONDS, SIGNAL_GRACE_SECONDS, print_line
 from fabric_lite.ray.actor import Place, Whereabouts
 from fabric_lite.ray.cluster import Resources, places, start_actors
 from fabric_lite.ray.signals import Asked
@@ -75,6 +78,20 @@ class RankFailed(Exception):
             return f"failed: exit code {answer.exit_code}"
         return f"failed: {_first_line(answer)}"
 
+    def is_by(self, asked: Asked) -> bool:
+        """Whether the rank has ended because it was told to, as :func:`is_by_signal` says.
+
+        Ray does not say of what signal a worker died, if any: a death soon after one was passed on is put down to it.
+        """
+        if not asked.received:
+            return False
+        if self.death is not None:
+            return time.monotonic() - asked.passed_on_at < SIGNAL_GRACE_SECONDS
+        answer = self.answers[self.rank]
+        details = {"message": {"message": _first_line(answer)}}
+        is_exit = answer.exit_code is not None
+        return is_by_signal(Failure(self.rank, answer.exit_code or 1, "", details, is_exit), asked.received)
+
 
 def run_job(job: Job) -> Any:
     """Run it on the cluster that this process is connected to, and return rank 0's value.
@@ -82,7 +99,7 @@ def run_job(job: Job) -> Any:
     Nothing of it is left on the cluster afterwards, however this ends.
 
     Raises:
-        RankFailed: The last attempt's first failure.
+        RankFailed: The last attempt's first failure; after a SIGTERM no other attempt follows.
         LaunchError: There are no places, or the actors could not be started.
         SystemExit: With ``EXIT_PREEMPTED``: the ranks were asked to leave, and have saved their work.
     """
@@ -91,6 +108,7 @@ def run_job(job: Job) -> Any:
     except _EndedBySignal as error:
         ended = error
     # Outside, because what this raises would show the other error as its context.
+    print_line(f"fabric_lite.ray: ended by {signal.Signals(ended.number).name}: {ended.failure}")
     os.kill(os.getpid(), ended.number)
     raise ended.failure  # this program goes on, by a handler of its own
 
@@ -112,9 +130,9 @@ def _run_attempts(job: Job) -> Any:
                 with contextlib.closing(attempt):
                     return attempt.run()
             except RankFailed as failure:
-                if attempt.asked.received:
+                if failure.is_by(attempt.asked):
                     raise _EndedBySignal(attempt.asked.received[0], failure) from failure
-                if restart_count == job.max_restarts:
+                if signal.SIGTERM in attempt.asked.received or restart_count == job.max_restarts:
                     raise
                 print_line(f"fabric_lite.ray: restart {restart_count + 1} of {job.max_restarts}: {failure}")
     raise AssertionError("unreachable")

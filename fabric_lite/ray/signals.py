@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fabric_lite.ray.actor import Whereabouts
@@ -14,6 +16,8 @@ from fabric_lite.ray.actor import Whereabouts
 __all__ = ["Asked", "send_signal"]
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+# How long the driver waits for nodes to have sent a signal on. A busy one may need seconds to start a worker for it.
+_SEND_SECONDS = 15.0
 
 
 class Asked:
@@ -24,6 +28,7 @@ class Asked:
 
     def __init__(self) -> None:
         self.received: list[int] = []
+        self.passed_on_at = -math.inf  # by time.monotonic()
         self._passed_on = 0
         self._before: dict[int, Any] = {}
 
@@ -43,18 +48,29 @@ class Asked:
     def pass_on(self, ranks: Iterable[Whereabouts]) -> None:
         """Send these ranks what has come since the last time."""
         for number in self.received[self._passed_on :]:
-            for node, pids in _by_node(ranks).items():
-                send_signal(node, pids, number)
+            send_signal(_by_node(ranks), number)
             self._passed_on += 1
+            self.passed_on_at = time.monotonic()
 
 
-def send_signal(node: str, pids: list[int], number: int) -> None:
-    """Send a signal to processes of a node. Ray has no other way to an actor that is busy."""
+def send_signal(pids: Mapping[str, Sequence[int]], number: int) -> None:
+    """Send a signal to processes, given by their nodes. Ray has no other way to an actor that is busy.
+
+    A node that is gone, or does not answer for a while, is left to itself: that its ranks have died, Ray says.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
-    ray.get(task.remote(pids, number))
+    # Not again after a failure: a second SIGTERM ends a rank that saves.
+    kill = ray.remote(num_cpus=0, max_retries=0)(_kill)
+    sent = [
+        kill.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(list(own), number)
+        for node, own in pids.items()
+    ]
+    ready, _ = ray.wait(sent, num_returns=len(sent), timeout=_SEND_SECONDS) if sent else ([], [])
+    for task in ready:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(task)
 
 
 def _kill(pids: list[int], number: int) -> None:

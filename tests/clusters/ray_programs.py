@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -106,8 +107,11 @@ def wait_for_ever(fabric: Any, fifo: str) -> None:
     threading.Event().wait()
 
 
-def train_until_asked(fabric: Any, folder: str, fifo: str) -> None:
-    """Tell the driver that the ranks run, step until all are asked to leave, save, and leave."""
+def train_until_asked(fabric: Any, folder: str, fifo: str, full_disk_of: int = -1) -> None:
+    """Tell the driver that the ranks run, step until all are asked to leave, save, and leave.
+
+    Rank ``full_disk_of`` has no room for what it saves.
+    """
     checkpoints = Checkpoints(Path(folder) / "run")
     model = fabric.setup(nn.Linear(2, 2))
     optimizer = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1))
@@ -117,6 +121,8 @@ def train_until_asked(fabric: Any, folder: str, fifo: str) -> None:
         optimizer.zero_grad()
         if fabric.steps == 1:
             _tell_pids(fabric, fifo)
+    if fabric.global_rank == full_disk_of:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     checkpoints.save({"fabric": fabric, "model": model})
     raise SystemExit(EXIT_PREEMPTED)
 

@@ -61,15 +61,22 @@ class Cluster:
         self.driver.stdin.flush()
         return pickle.load(self.driver.stdout)
 
-    def run(self, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    def start(self, folder: Path, *command: str, **variables: str) -> subprocess.Popen[str]:
         """``python COMMAND`` in the namespace."""
-        return subprocess.run(
+        return subprocess.Popen(
             ["ip", "netns", "exec", self.namespace, sys.executable, *command],
-            env=self.environment,
+            env=self.environment | variables,
             cwd=folder,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
+
+    def run(self, folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """The same, to its end."""
+        with self.start(folder, *command, **variables) as process:
+            said, errors = process.communicate()
+        return subprocess.CompletedProcess(command, process.returncode, said, errors)
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +316,79 @@ def test_sigterm_to_the_driver_lets_the_ranks_save_and_leave(cluster: Cluster, t
     assert len(list((tmp_path / "run").glob("step-*"))) == 1
     assert "restart" not in answer["printed"]
     wait_for_end(answer["pids"])
+
+
+@needs_ray
+@slow
+def test_what_a_rank_fails_of_while_it_saves_is_raised_and_nothing_starts_again(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+
+    answer = cluster.launch(
+        "train_until_asked",
+        str(tmp_path),
+        str(tmp_path / "fifo"),
+        1,
+        signalled=(tmp_path / "fifo", signal.SIGTERM),
+        ranks=2,
+        max_restarts=3,
+    )
+
+    assert isinstance(answer["error"], OSError), answer
+    assert "No space left on device" in str(answer["error"])
+    assert "restart" not in answer["printed"]
+
+
+UNPREPARED = """
+import threading
+from fabric_lite import Fabric
+fabric = Fabric()
+fabric.launch()
+fabric.barrier()
+if fabric.global_rank == 0:
+    open("fifo", "w").close()
+threading.Event().wait()
+"""
+
+
+@needs_ray
+@slow
+def test_ranks_that_sigterm_ends_are_named_before_it_ends_the_driver(cluster: Cluster, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "script.py").write_text(UNPREPARED)
+    options = ["--address", ADDRESS, "--ranks", "2", "--max-restarts", "3"]
+    with cluster.start(tmp_path, "-m", "fabric_lite.ray", *options, "script.py") as driver:
+        (tmp_path / "fifo").read_text()
+        driver.terminate()
+        _, errors = driver.communicate()
+
+    assert driver.returncode not in (0, 1)
+    assert "fabric_lite.ray: ended by SIGTERM: rank " in errors
+    assert "on node 127.0.0.1 died: " in errors
+    assert "restart" not in errors
+
+
+SEND_SIGNALS = """
+import signal, subprocess, sys
+import ray
+from fabric_lite.ray.signals import send_signal
+
+ray.init(address=sys.argv[1])
+here = ray.get_runtime_context().get_node_id()
+with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+    send_signal({"a" * len(here): [process.pid], here: [process.pid]}, signal.SIGTERM)
+assert process.returncode == -signal.SIGTERM, process.returncode
+send_signal({}, signal.SIGTERM)
+"""
+
+
+@needs_ray
+@slow
+def test_a_node_that_is_gone_keeps_no_signal_from_the_others(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SEND_SIGNALS)
+    done = cluster.run(tmp_path, "script.py", ADDRESS)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_ray
