@@ -167,7 +167,19 @@ def _with_command_line(arguments: Arguments, config: RunConfig | None, notices: 
                 f"the command line's --{name.replace('_', '-')} {told} wins over {name}={written!r} in the script"
             )
         arguments = dataclasses.replace(arguments, **{name: told})
-    return arguments
+    return arguments if config.only_accelerator is None else _with_the_only(arguments, config.only_accelerator)
+
+
+def _with_the_only(arguments: Arguments, only: str) -> Arguments:
+    """The one kind of device that the rank was given; another one that is asked for by its name is an error."""
+    wanted = arguments.accelerator
+    if (wanted.device_type if isinstance(wanted, Accelerator) else wanted) not in ("auto", only):
+        raise FabricValueError(
+            "This rank was given none of the devices that are asked for.",
+            given=f"accelerator={wanted!r}, and resources for {only!r} alone",
+            fix="a GPU for each rank (resources_per_rank, --gpus-per-rank), or accelerator='auto'",
+        )
+    return dataclasses.replace(arguments, accelerator=only)
 
 
 def _with_plugins(arguments: Arguments, plugins: Any) -> Arguments:

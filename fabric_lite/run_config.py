@@ -43,6 +43,7 @@ class RunConfig:
         callback: ``module:Class`` of a callback that every Fabric of the script has beside its own.
         callback_options: What the class is called with; plain data.
         scratch_folder: Where the script's checkpoints go instead of where it wants them.
+        only_accelerator: The one kind of device that this rank was given, where others of the node are not its own.
     """
 
     accelerator: str | None = None
@@ -56,6 +57,7 @@ class RunConfig:
     callback: str | None = None
     callback_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     scratch_folder: str | None = None
+    only_accelerator: str | None = None
 
 
 _current: RunConfig | None = None

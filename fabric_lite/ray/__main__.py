@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace, script: ScriptCall) -> None:
             resources["CPU"] = options.cpus_per_rank
         if options.gpus_per_rank is not None:
             resources["GPU"] = options.gpus_per_rank
-        check_resources(resources)
+        check_resources(resources, options.accelerator)
         config = RunConfig(
             accelerator=options.accelerator,
             strategy=options.strategy,

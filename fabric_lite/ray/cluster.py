@@ -47,19 +47,35 @@ def connected(address: str | None) -> Iterator[None]:
 _INSTALL = "pip install 'fabric-lite[ray]'"
 
 
-def default_resources(accelerator: str | None) -> dict[str, float]:
-    """Return what a rank needs where nothing was said: a core and, where the cluster has any, a GPU."""
+def default_resources(accelerator: Any) -> dict[str, float]:
+    """Return what a rank needs where nothing was said: a core and, unless it runs without, a GPU.
+
+    Args:
+        accelerator: As in ``Fabric(accelerator=)``. Where it leaves the choice, a GPU if the cluster has any.
+    """
     import ray
 
-    has_gpus = accelerator != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
-    return {"CPU": 1, "GPU": 1} if has_gpus else {"CPU": 1}
+    kind = _kind_of(accelerator)
+    wants_gpu = ray.cluster_resources().get("GPU", 0) > 0 if kind in _ANY else kind in _GPUS
+    return {"CPU": 1, "GPU": 1} if wants_gpu else {"CPU": 1}
 
 
-def check_resources(resources: Resources) -> None:
+def _kind_of(accelerator: Any) -> Any:
+    """The name of what was asked for. By its attribute: the driver does without torch, and so without the class."""
+    kind = getattr(accelerator, "device_type", accelerator)
+    return kind.strip().lower() if isinstance(kind, str) else kind
+
+
+_ANY = (None, "auto")
+_GPUS = ("cuda", "gpu", "xpu")  # Intel's are GPUs to Ray too
+
+
+def check_resources(resources: Resources, accelerator: Any = None) -> None:
     """Raise unless a rank can use them.
 
     Raises:
-        FabricValueError: A share of a GPU or several, a negative amount, or nothing at all.
+        FabricValueError: A share of a GPU or several, a negative amount, nothing at all, or no GPU for
+            ``Fabric(accelerator=)`` that needs one.
     """
     right = '{"CPU": 1, "GPU": 1}'
     if resources.get("GPU", 0) not in (0, 1):
@@ -69,6 +85,12 @@ def check_resources(resources: Resources) -> None:
             "A rank needs some resource, and none can be negative.",
             given=f"resources_per_rank={dict(resources)}",
             fix=right,
+        )
+    if _kind_of(accelerator) in _GPUS and not resources.get("GPU", 0):
+        raise FabricValueError(
+            "Ranks that run on a GPU need one each.",
+            given=f"accelerator={accelerator!r}, resources_per_rank={dict(resources)}",
+            fix=f"{right}, or accelerator='cpu'",
         )
 
 

@@ -253,11 +253,11 @@ class _Attempt:
         node = self._at[place.rank].node
         devices = [at.device for at in self._at if at.node == node]
         # A comma makes one index a list; without it, it would be a count.
-        text, accelerator = ",".join(map(str, devices)) + "," * (len(devices) == 1), self._job.config.accelerator
+        text, only = ",".join(map(str, devices)) + "," * (len(devices) == 1), None
         if None in devices:
             # They were given no GPU: those of the node are somebody else's.
-            text, accelerator = str(len(devices)), accelerator or "cpu"
-        return dataclasses.replace(self._job.config, accelerator=accelerator, devices=text, num_nodes=place.num_nodes)
+            text, only = str(len(devices)), "cpu"
+        return dataclasses.replace(self._job.config, only_accelerator=only, devices=text, num_nodes=place.num_nodes)
 
     def _collect(self, pending: dict[Any, int]) -> dict[int, Answer]:
         """Wait for all ranks, or raise the first failure; pass signals on meanwhile."""

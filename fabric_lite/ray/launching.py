@@ -38,7 +38,8 @@ def launch(
             script, and those without a name, travel too.
         args: What it is called with after the fabric.
         ranks: How many, over all nodes.
-        resources_per_rank: Ray's names and amounts. None: one ``CPU`` and, where the cluster has any, one ``GPU``.
+        resources_per_rank: Ray's names and amounts. None: one ``CPU`` and, where the cluster has any or ``fabric`` asks
+            for one, one ``GPU``. Ranks without a GPU run on the CPU.
         max_restarts: How often all ranks start again.
         fabric: The arguments of ``Fabric``, but for ``devices`` and ``num_nodes``, which the places say.
         address: Of the cluster, as in ``ray.init``; None: ``RAY_ADDRESS``, else one of this machine alone. A connection
@@ -68,7 +69,7 @@ def launch(
 
         accelerator = options.get("accelerator")
         resources = default_resources(accelerator) if resources_per_rank is None else resources_per_rank
-        check_resources(resources)
+        check_resources(resources, accelerator)
         program = ray.cloudpickle.dumps(functools.partial(_call, options, train, args))
         try:
             return run_job(Job(program, ranks, resources, RunConfig(), max_restarts, wait_seconds))

@@ -25,9 +25,11 @@ import pytest
 import torch
 
 from fabric_lite import EXIT_PREEMPTED, Fabric, FabricImportError, FabricTypeError, FabricValueError, LaunchError
+from fabric_lite.accelerators import Accelerator
 from fabric_lite.launch.function_answers import RankTraceback
 from fabric_lite.ray import launch
 from fabric_lite.ray.actor import Whereabouts, device_index
+from fabric_lite.ray.cluster import check_resources
 from fabric_lite.ray.job import numbered
 from tests.clusters import ray_programs
 from tests.test_readme import ROOT, blocks
@@ -234,7 +236,7 @@ def test_ranks_are_numbered_know_their_gpus_and_end(cluster: Cluster) -> None:
         assert place["main_address"] == "127.0.0.1"
         assert place["devices"] == "0,1"
         assert place["visible"] is None  # so that LOCAL_RANK and the indices number the node's GPUs
-        assert place["accelerator"] is None
+        assert place["only_accelerator"] is None
         assert place["is_main_thread"]
         assert place["folder"] == str(ROOT)
     wait_for_end([place["pid"] for place in found])
@@ -246,7 +248,31 @@ def test_ranks_that_were_given_no_gpu_leave_those_of_the_node_alone(cluster: Clu
     [place] = cluster.launch("places", ranks=1, resources_per_rank={"CPU": 1}, fabric={"strategy": "ddp"})["value"]
 
     assert place["devices"] == "1"
-    assert place["accelerator"] == "cpu"
+    assert (place["only_accelerator"], place["device"]) == ("cpu", "cpu")
+
+
+@needs_ray
+@slow
+@pytest.mark.parametrize("accelerator", ["CPU", Accelerator("cpu")], ids=str)
+def test_ranks_that_run_on_the_cpu_take_no_gpu_however_it_is_written(cluster: Cluster, accelerator: Any) -> None:
+    [place] = cluster.launch("places", ranks=1, fabric={"accelerator": accelerator})["value"]
+
+    assert (place["only_accelerator"], place["device"]) == ("cpu", "cpu")
+
+
+@needs_ray
+@slow
+def test_a_gpu_that_is_asked_for_and_not_given_is_an_error_with_both(cluster: Cluster, tmp_path: Path) -> None:
+    answer = cluster.launch("places", ranks=1, resources_per_rank={"CPU": 1}, fabric={"accelerator": "gpu"})
+    (tmp_path / "script.py").write_text("import fabric_lite\nfabric_lite.Fabric(accelerator='gpu')\n")
+    options = ["--address", ADDRESS, "--ranks", "1", "--gpus-per-rank", "0"]
+    done = cluster.run(tmp_path, "-m", "fabric_lite.ray", *options, "script.py")
+
+    assert isinstance(answer["error"], FabricValueError)
+    assert "accelerator='gpu', resources_per_rank={'CPU': 1}" in str(answer["error"])
+    assert done.returncode == 1
+    assert "accelerator='gpu', and resources for 'cpu' alone" in done.stderr
+    assert "command line" not in done.stderr
 
 
 @needs_ray
@@ -572,6 +598,14 @@ def test_arguments_that_make_no_sense_are_refused_before_ray_is_asked(
 ) -> None:
     with pytest.raises(error, match=words):
         launch(ray_programs.fail, **options)
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", " CUDA ", Accelerator("cuda")], ids=str)
+def test_an_accelerator_that_needs_a_gpu_is_held_against_the_resources(accelerator: Any) -> None:
+    check_resources({"CPU": 1, "GPU": 1}, accelerator)
+    check_resources({"CPU": 1}, "cpu")
+    with pytest.raises(FabricValueError, match=r"accelerator=.*, resources_per_rank=\{'CPU': 1, 'GPU': 0\}"):
+        check_resources({"CPU": 1, "GPU": 0}, accelerator)
 
 
 def test_ranks_are_numbered_node_by_node_in_the_order_of_their_devices() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fabric_lite import Precision
-from fabric_lite.errors import LaunchError
+from fabric_lite.accelerators import Accelerator
+from fabric_lite.errors import FabricValueError, LaunchError
 from fabric_lite.run import Arguments, Run, resolve
 from fabric_lite.run_config import RunConfig
 from fabric_lite.topology import topology_of_group
@@ -80,3 +81,15 @@ def test_a_group_of_somebody_elses_gives_the_place() -> None:
     assert (two_nodes.local_rank, two_nodes.node_rank, two_nodes.num_nodes) == (1, 1, 2)
     with pytest.raises(LaunchError, match="a process group that exists already do not fit together"):
         topology_of_group({"LOCAL_RANK": "5"}, 1, 2)
+
+
+def test_a_rank_runs_on_what_it_was_given_alone_and_another_device_asked_for_is_an_error() -> None:
+    config = RunConfig(only_accelerator="cpu")
+    for asked in ("auto", " CPU ", Accelerator("cpu")):
+        run = resolved({}, config, accelerator=asked)
+        assert (run.accelerator.device_type, run.notices) == ("cpu", ())
+    for asked in ("GPU", Accelerator("cuda")):
+        with pytest.raises(FabricValueError, match=r"accelerator=.*(gpu|cuda).*, and resources for 'cpu' alone"):
+            resolved({}, config, accelerator=asked)
+    with pytest.raises(FabricValueError, match=r"accelerator='gpu'"):
+        resolved({}, RunConfig(only_accelerator="cpu", accelerator="gpu"))
