@@ -11,5 +11,5 @@ elastic.py      the supervisor of one of several nodes: torchelastic's agent ove
 rendezvous.py   how the supervisors of several nodes meet
 in_script.py    starting from inside a script: ``fabric.launch()`` and ``fabric.launch(function)``
 
-messages.py, failure.py, environment.py, process_tree.py hold what several of them use.
+command_line.py, messages.py, failure.py, environment.py, process_tree.py hold what several of them use.
 """

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fabric_lite.accelerator_names import ACCELERATOR_NAMES
 from fabric_lite.errors import FabricError, LaunchError
+from fabric_lite.launch.command_line import CommandLine
 from fabric_lite.launch.engines import is_engines_node, with_defaults
 from fabric_lite.launch.plan import LaunchPlan, Rendezvous, parse_devices, parse_num_nodes
 from fabric_lite.launch.rank import ScriptCall
@@ -121,44 +121,29 @@ def _plan(options: argparse.Namespace) -> LaunchPlan:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise LaunchError(
-            f"The command line could not be read: {message}.",
-            given=" ".join(sys.argv[1:]) or "nothing",
-            fix="fabric-run --help",
-        )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="fabric-run",
+def _parser() -> CommandLine:
+    parser = CommandLine(
+        "fabric-run",
+        "--devices 2 script.py",
         usage="fabric-run [OPTIONS] SCRIPT [ARGS...]\n       fabric-run [OPTIONS] -m MODULE [ARGS...]\n"
         "       fabric-run [OPTIONS] --check",
         description="Start a script in one process per device. Everything after SCRIPT belongs to the script.",
-        # An option must be written out: --dev for --devices would change its meaning when options are added.
-        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--accelerator", choices=ACCELERATOR_NAMES, help="what to run on; the script's own choice if left out")
-    add("--strategy", help="ddp, fsdp, ...; the script's own choice if left out")
+    parser.add_common("--accelerator", "--strategy")
     add("--devices", help='per node: a count ("2"), indices ("0,2"), or "auto" (the default; one process on a CPU)')
-    add("--precision", help="32-true, bf16-mixed, ...; the script's own choice if left out")
+    parser.add_common("--precision")
     add("--num-nodes", help='how many machines take part: a number, or the least and the greatest ("1:4") (default: 1)')
     add("--node-rank", type=int, help="this machine's number, 0 to num-nodes - 1")
     add("--main-address", help="the address of node 0 that all nodes reach")
     add("--main-port", type=int, help=f"its port (default: {_DEFAULT_MAIN_PORT}; on one machine: a free one)")
-    add("--max-restarts", type=int, default=0, help="how often to start all ranks again after a failure (default: 0)")
+    parser.add_common("--max-restarts")
     add("--requeue", action="store_true", help="under Slurm: run the job again once its ranks have left for preemption")
     add("--rdzv-backend", help="torchelastic's way for nodes to meet: c10d, static, ...")
     add("--rdzv-endpoint", help="where they meet, host:port")
     add("--rdzv-id", help="the name of the job, the same on all nodes")
     add("--log-dir", help="also write each rank's output to rank_N.out and rank_N.err in this folder")
-    add(
-        "--check-collectives",
-        action="store_true",
-        help="before each collective, compare operation, shapes and dtypes over the ranks",
-    )
+    parser.add_common("--check-collectives")
     add(
         "--hang-timeout",
         type=float,
@@ -167,8 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         "with --check: how long to wait for each (default: 60)",
     )
     add("--check", action="store_true", help="run no script: connect all ranks, time the way between each two, and end")
-    add("-m", dest="is_module", action="store_true", help="SCRIPT is the name of a module")
-    add("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS...]", help="what to run, and its own arguments")
+    parser.add_common("-m", "script")
     return parser
 
 
@@ -191,17 +175,7 @@ def _check_words(options: argparse.Namespace) -> tuple[str, ...]:
 def _script(options: argparse.Namespace) -> ScriptCall:
     if options.check:
         return ScriptCall(_CHECK, True, _check_words(options))
-    words = options.script
-    if not words:
-        raise LaunchError("There is no script to run.", fix="fabric-run --devices 2 script.py")
-    target, *arguments = words
-    if not options.is_module and not os.path.isfile(target):
-        raise LaunchError(
-            "The script does not exist.",
-            given=f"{target}, looked for in {os.getcwd()}",
-            fix="check the path; options of fabric-run stand before it",
-        )
-    return ScriptCall(target, options.is_module, tuple(arguments))
+    return _parser().script_of(options)
 
 
 def _rendezvous(options: argparse.Namespace, least: int, most: int) -> Rendezvous | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from fabric_lite.errors import FabricError, LaunchError
+from fabric_lite.errors import FabricError
+from fabric_lite.launch.command_line import CommandLine
 from fabric_lite.launch.job import print_line
 from fabric_lite.launch.rank import ScriptCall
 from fabric_lite.ray.actor import run_script
@@ -26,8 +25,9 @@ _NAME = "python -m fabric_lite.ray"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: the first failing rank's; 2 for a line that asks for nonsense."""
     try:
-        options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
-        script = _script(options)
+        parser = _parser()
+        options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+        script = parser.script_of(options)
         check_job(options.ranks, options.max_restarts, options.wait_seconds)
     except FabricError as error:
         print_line(f"fabric_lite.ray: {error}")
@@ -76,48 +76,24 @@ def _report(failure: RankFailed) -> int:
     return 1 if answer is None or answer.exit_code is None else answer.exit_code
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise LaunchError(
-            f"The command line could not be read: {message}.",
-            given=" ".join(sys.argv[1:]) or "nothing",
-            fix=f"{_NAME} --help",
-        )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=_NAME,
+def _parser() -> CommandLine:
+    parser = CommandLine(
+        _NAME,
+        "--ranks 2 script.py",
         usage=f"{_NAME} --ranks N [OPTIONS] SCRIPT [ARGS...]\n       {_NAME} --ranks N [OPTIONS] -m MODULE [ARGS...]",
         description="Run a script on the ranks of a Ray cluster. Everything after SCRIPT belongs to the script.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--ranks", type=int, required=True, help="how many processes, over all nodes; Ray finds their places")
     add("--address", help="of the cluster; RAY_ADDRESS, else a cluster of this machine alone, if left out")
     add("--cpus-per-rank", type=float, help="cores that each rank is given (default: 1)")
     add("--gpus-per-rank", type=int, choices=(0, 1), help="default: 1 where the cluster has any")
-    add("--accelerator", help="what to run on; the script's own choice if left out")
-    add("--strategy", help="ddp, fsdp, ...; the script's own choice if left out")
-    add("--precision", help="32-true, bf16-mixed, ...; the script's own choice if left out")
-    add("--max-restarts", type=int, default=0, help="how often to start all ranks again after a failure (default: 0)")
+    parser.add_common("--accelerator", "--strategy", "--precision", "--max-restarts")
     add("--wait-seconds", type=float, default=30.0, help="how long the cluster may take to find places (default: 30)")
-    add("--check-collectives", action="store_true", help="compare collectives over the ranks before each")
+    parser.add_common("--check-collectives")
     add("--hang-timeout", type=float, metavar="SECONDS", help="end a job in which nothing has moved for so long")
-    add("-m", dest="is_module", action="store_true", help="SCRIPT is the name of a module")
-    add("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS...]", help="what to run, and its own arguments")
+    parser.add_common("-m", "script")
     return parser
-
-
-def _script(options: argparse.Namespace) -> ScriptCall:
-    if not options.script:
-        raise LaunchError("There is no script to run.", fix=f"{_NAME} --ranks 2 script.py")
-    target, *arguments = options.script
-    if not options.is_module and not os.path.isfile(target):
-        raise LaunchError(
-            "The script does not exist.", given=f"{target}, looked for in {os.getcwd()}", fix="check the path"
-        )
-    return ScriptCall(target, options.is_module, tuple(arguments))
 
 
 if __name__ == "__main__":

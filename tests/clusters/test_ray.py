@@ -28,6 +28,7 @@ from fabric_lite import EXIT_PREEMPTED, Fabric, FabricImportError, FabricTypeErr
 from fabric_lite.accelerators import Accelerator
 from fabric_lite.launch.function_answers import RankTraceback
 from fabric_lite.ray import launch
+from fabric_lite.ray.__main__ import main
 from fabric_lite.ray.actor import Whereabouts, device_index
 from fabric_lite.ray.cluster import check_resources
 from fabric_lite.ray.job import numbered
@@ -606,6 +607,22 @@ def test_an_accelerator_that_needs_a_gpu_is_held_against_the_resources(accelerat
     check_resources({"CPU": 1}, "cpu")
     with pytest.raises(FabricValueError, match=r"accelerator=.*, resources_per_rank=\{'CPU': 1, 'GPU': 0\}"):
         check_resources({"CPU": 1, "GPU": 0}, accelerator)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ranks", "2", "--strat", "ddp"], "Try: python -m fabric_lite.ray --help"),
+        (["--ranks", "2"], "Try: python -m fabric_lite.ray --ranks 2 script.py"),
+        (["--ranks", "2", "nothing.py"], "options of python -m fabric_lite.ray stand before it"),
+        (["--ranks", "2", "--accelerator", "cpus", "-m", "this"], "invalid choice: 'cpus'"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_is_refused_before_ray_is_asked(
+    arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert words in capfd.readouterr().err
 
 
 def test_ranks_are_numbered_node_by_node_in_the_order_of_their_devices() -> None:
