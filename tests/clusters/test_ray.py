@@ -569,9 +569,8 @@ def test_classes_of_the_drivers_own_script_come_back_as_themselves(cluster: Clus
 def test_the_file_of_the_guide_runs(cluster: Cluster, tmp_path: Path) -> None:
     [source] = blocks(PAGE, "py")
     (tmp_path / "on_ray.py").write_text(source)
-    cluster.environment["RAY_ADDRESS"] = ADDRESS
 
-    done = cluster.run(tmp_path, "on_ray.py")
+    done = cluster.run(tmp_path, "on_ray.py", RAY_ADDRESS=ADDRESS)
 
     assert done.returncode == 0, done.stderr
     assert blocks(PAGE, "text")[0].strip() in done.stdout
