@@ -441,13 +441,33 @@ def test_a_node_that_is_lost_is_replaced_by_another_and_changes_no_bit(cluster: 
     assert answer["printed"].count("restart 1 of 1") == 1
 
 
+UNDER_RAY_TRAIN = """
+from pathlib import Path
+import torch
+from fabric_lite import Fabric
+from tests.clusters import ray_programs
+
+fabric = Fabric(strategy="ddp")
+fabric.launch()
+found = ray_programs.train(fabric) | {"world_size": fabric.world_size}
+fabric.close()
+found["group_is_left"] = torch.distributed.is_initialized()
+if fabric.global_rank == 0:
+    torch.save(found, Path(__file__).parent / "found.pt")
+"""
+
+
 @needs_ray
 @slow
 @pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs Ray Train (pip install 'ray[train]')")
 def test_a_fabric_inside_ray_train_takes_the_group_that_is_there_and_leaves_it(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    done = cluster.run(ROOT, "-m", "tests.clusters.ray_train_program", ADDRESS, str(tmp_path))
+    _, driver = blocks(PAGE, "py")
+    (tmp_path / "driver.py").write_text(driver)
+    (tmp_path / "train.py").write_text(UNDER_RAY_TRAIN)
+    # Ray Train keeps its own results at home.
+    done = cluster.run(tmp_path, "driver.py", RAY_ADDRESS=ADDRESS, HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
 
     expected = Fabric(accelerator="cpu", devices=2, strategy="ddp").launch(ray_programs.train)
@@ -567,7 +587,7 @@ def test_classes_of_the_drivers_own_script_come_back_as_themselves(cluster: Clus
 @needs_ray
 @slow
 def test_the_file_of_the_guide_runs(cluster: Cluster, tmp_path: Path) -> None:
-    [source] = blocks(PAGE, "py")
+    source, _ = blocks(PAGE, "py")
     (tmp_path / "on_ray.py").write_text(source)
 
     done = cluster.run(tmp_path, "on_ray.py", RAY_ADDRESS=ADDRESS)
