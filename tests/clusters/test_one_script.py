@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from tests.clusters.programs import TRAIN, trained
 from tests.clusters.slurm import Slurm, free_ports
 from tests.conftest import TABLE
 from tests.distributed.launching import FABRIC_RUN, assert_nothing_left, run, started, write
+from tests.test_readme import ROOT, blocks
 
 LIMIT_SECONDS, RAY_SECONDS = 120.0, 270.0
 MPI_VARIABLES = ["env", "OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"]
 WAYS = (
     "python", "fabric-run", "torchrun", "two fabric-run", "srun on two nodes", "mpirun.openmpi", "mpirun.mpich",
-    "Ray", "two network namespaces",
+    "Ray", "Ray Train", "two network namespaces",
 )  # fmt: skip
 
 Request = pytest.FixtureRequest
@@ -66,42 +68,34 @@ def by_mpich(script: Path, _: Request) -> list[str]:
     )
 
 
-RAY = """
-import os, runpy, sys, tempfile
-import ray.train.torch
-from ray.train import RunConfig, ScalingConfig
-
-
-def train():
-    sys.argv = [os.environ["SCRIPT"]]
-    runpy.run_path(os.environ["SCRIPT"], run_name="__main__")
-
-
-# Not in the test's own folder: a socket's path has 107 characters at most.
-with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
-    options = {"include_dashboard": False, "object_store_memory": 200 << 20, "_node_ip_address": "127.0.0.1"}
-    ray.init(num_cpus=3, _temp_dir=folder, **options)
-    scaling = ScalingConfig(num_workers=2)
-    ray.train.torch.TorchTrainer(train, scaling_config=scaling, run_config=RunConfig(storage_path=folder)).fit()
-    ray.shutdown()
-"""
-
-
 def by_ray(script: Path, request: Request) -> list[str]:
+    return of_ray(script, request, "-m", "fabric_lite.ray", "--ranks", 2, script)
+
+
+def by_ray_train(script: Path, request: Request) -> list[str]:
+    if importlib.util.find_spec("pyarrow") is None:
+        pytest.skip("Ray Train is not installed: pip install 'ray[train]'")
+    _, driver = blocks((ROOT / "docs/starting/ray.md").read_text(encoding="utf-8"), "py")
+    return of_ray(script, request, write(script.parent, driver, "driver.py"))
+
+
+def of_ray(script: Path, request: Request, *driver: object) -> list[str]:
+    """What the ranks say in their logs; of those a driver shows some lines late, and like ones once."""
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("ray is not installed: pip install 'ray[train]'")
+        pytest.skip("Ray is not installed: pip install 'fabric-lite[ray]'")
     hosts: Hosts = request.getfixturevalue("hosts")
-    driver = write(script.parent, RAY, "driver.py")
     # Ray listens on the machine's first address: in the namespace there is none but loopback once the cable is out.
     hosts.pull_plug(0)
-    # Ray's own processes are not for our warnings to be errors in.
-    variables = [f"SCRIPT={script}", "RAY_USAGE_STATS_ENABLED=0", "GLOO_SOCKET_IFNAME=lo", "PYTHONWARNINGS=ignore"]
-    command = hosts.on(0, "env", *variables, sys.executable, driver)
-    with started(*command, cwd=script.parent) as process:
-        said, errors = process.communicate(timeout=RAY_SECONDS)
-    assert process.returncode == 0, errors
-    # A line of a worker's begins with its name.
-    return ["rank" + line.partition("rank")[2] for line in said.splitlines() if "rank" in line and " of 2: " in line]
+    # Not in the test's own folder: a socket's path has 107 characters at most.
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        # Ray Train keeps its results at home; and Ray's own processes are not for our warnings to be errors in.
+        variables = [f"RAY_TMPDIR={folder}", f"HOME={folder}", "RAY_USAGE_STATS_ENABLED=0", "PYTHONWARNINGS=ignore"]
+        command = hosts.on(0, "env", *variables, "GLOO_SOCKET_IFNAME=lo", sys.executable, *driver)
+        with started(*command, cwd=script.parent) as process:
+            _, errors = process.communicate(timeout=RAY_SECONDS)
+        assert process.returncode == 0, errors
+        logs = Path(folder).glob("ray/session_latest/logs/worker-*.out")
+        return [line for log in logs for line in log.read_text().splitlines() if line.startswith("rank")]
 
 
 def by_namespaces(script: Path, request: Request) -> list[str]:
@@ -113,7 +107,18 @@ def by_namespaces(script: Path, request: Request) -> list[str]:
 STARTS: dict[str, Callable[[Path, Request], list[str]]] = dict(
     zip(
         WAYS,
-        (by_python, by_fabric_run, by_torchrun, by_two_agents, by_srun, by_open_mpi, by_mpich, by_ray, by_namespaces),
+        (
+            by_python,
+            by_fabric_run,
+            by_torchrun,
+            by_two_agents,
+            by_srun,
+            by_open_mpi,
+            by_mpich,
+            by_ray,
+            by_ray_train,
+            by_namespaces,
+        ),
         strict=True,
     )
 )
