@@ -19,6 +19,7 @@ from fabric_lite.errors import LaunchError
 from fabric_lite.launch.plan import Rendezvous
 from fabric_lite.listening import listen_for_nodes, serve_store
 from fabric_lite.meeting import meet
+from fabric_lite.topology.variables import resolves
 
 __all__ = ["LOST_SECONDS", "rendezvous_handler"]
 
@@ -110,10 +111,12 @@ def _torch_handler(rendezvous: Rendezvous) -> RendezvousHandler:
     if rendezvous.backend == "c10d" and own is not None and own == _address(rendezvous.endpoint):
         # torch compares the endpoint with the address of the machine's name, and may find nobody to serve the store.
         options["is_host"] = True
+    elif rendezvous.backend == "c10d" and own is not None and not resolves(socket.gethostname()):
+        options["is_host"] = False  # torch would raise, looking for the address of a name that nobody knows
     try:
         return _handler_of(rendezvous, own, options)
     except RendezvousConnectionError:
-        if not options:
+        if not options.get("is_host"):
             raise
         return _handler_of(rendezvous, own, {"is_host": False})  # another of this machine's serves it
 
