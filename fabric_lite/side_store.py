@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import encodings.idna  # noqa: F401 # else the first connection's, in the watch's thread, which counts modules as movement
 import math
 import os
 import select
@@ -18,12 +19,14 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from fabric_lite.errors import CollectiveError
 
-__all__ = ["SideThread", "address_of", "connect", "end_when_lost", "reconnect"]
+__all__ = ["FAILED_CALL_SECONDS", "SideThread", "address_of", "connect", "end_when_lost", "reconnect"]
 
 _JOIN_SECONDS = 10.0
 _CONNECT_SECONDS = 0.9
 # After so long without a sign from the other machine the system ends a connection: see end_when_lost().
 _LOST_SECONDS = 3
+# How long a call may take beyond its timeout before it fails: the connection is made anew, or found to be lost.
+FAILED_CALL_SECONDS = _CONNECT_SECONDS + _LOST_SECONDS
 
 
 def connect(name: str) -> Any:

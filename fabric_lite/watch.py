@@ -27,7 +27,7 @@ from fabric_lite.errors import FabricTypeError, FabricValueError
 from fabric_lite.mesh import sequence_numbers
 from fabric_lite.movement import movement_count
 from fabric_lite.run_config import hang_reporter
-from fabric_lite.side_store import SideThread, address_of, reconnect
+from fabric_lite.side_store import FAILED_CALL_SECONDS, SideThread, address_of, reconnect
 from fabric_lite.watch_position import is_debugged, position_of
 from fabric_lite.watch_report import RankStatus, absent_ranks, explain, explain_late
 
@@ -107,6 +107,7 @@ class HangWatch:
         self._has_begun = self._has_said_idle = False
         self._talked_at = 0.0
         self._read_at = -math.inf
+        self._call_seconds = 0.0
         self._said_late: set[Any] = set()
         self._store_address = ""
         self._thread = SideThread(f"watch {next(_numbers)}", self._run)
@@ -122,7 +123,9 @@ class HangWatch:
     def _run(self, thread: SideThread, store: Any) -> None:
         # A rank that serves the store may be the one that is stopped.
         self._store_address = address_of(store)
-        store.set_timeout(_seconds(min(max(0.9, self._limit / 20), 10.0)))
+        timeout_seconds = min(max(0.9, self._limit / 20), 10.0)
+        store.set_timeout(_seconds(timeout_seconds))
+        self._call_seconds = timeout_seconds + FAILED_CALL_SECONDS
         connection: _Connection | None = _Connection(store)
         at_first, is_hanging = self._moved_by_fabrics(), False
         while True:
@@ -138,6 +141,7 @@ class HangWatch:
                 # Its server ends with the job, or does not respond, or is busy. A call that timed out leaves the
                 # answer in the connection, so the next look makes another.
                 connection = None
+                self._clock.tick(call_seconds=self._call_seconds)
             if not goes_on:
                 return
             # Twice, because the last rank may arrive, and leave, between a look at this rank and one at the others.
@@ -336,10 +340,11 @@ class _Clock:
         self._interval = interval_seconds
         self._last = time.monotonic()
 
-    def tick(self) -> None:
+    def tick(self, *, call_seconds: float = 0.0) -> None:
+        """Let it go on; after a call of the store's that has failed, also by the seconds that such a call may take."""
         last, self._last = self._last, time.monotonic()
         elapsed = self._last - last
-        self.now += elapsed if elapsed < max(4 * self._interval, 1.0) else self._interval
+        self.now += elapsed if elapsed < max(4 * self._interval, 1.0) + call_seconds else self._interval
 
 
 class _Connection:

@@ -140,7 +140,8 @@ def _cause(
     if all(_waits_in(status) is None for status in statuses.values()):
         return f"{names_of(everyone)} did not move for {limit_seconds:.3g} s, and none waits in a collective"
     if len(calls) == 1:
-        return f"{names_of(everyone)} wait {next(iter(calls))}, which does not end, {_since(statuses, everyone)}"
+        waits = "waits" if len(everyone) == 1 else "wait"
+        return f"{names_of(everyone)} {waits} {next(iter(calls))}, which does not end, {_since(statuses, everyone)}"
     # The odd one out; of two, the one with fewer calls behind it.
     rare = min(statuses, key=lambda rank: (calls[_call(statuses[rank])], sum(statuses[rank].sequence.values()), rank))
     odd = [rank for rank in everyone if _call(statuses[rank]) == _call(statuses[rare])]

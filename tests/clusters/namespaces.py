@@ -37,9 +37,21 @@ class Hosts:
         folder.mkdir(parents=True)
         (folder / "hosts").write_text(f"{Path('/etc/hosts').read_text()}\n{address} {name}\n")
 
+    def on_named(self, host: int, *command: object) -> list[str]:
+        """The same; the host also has a name of its own, ``host0`` or ``host1``, of which nobody knows the address."""
+        named = ["unshare", "--uts", "sh", "-c", f'echo host{host} > /proc/sys/kernel/hostname; exec "$@"', "sh"]
+        return self.on(host, *named, *command)
+
     def pull_plug(self, host: int) -> None:
         """From now on nothing comes through, and nobody is told."""
         ip("-n", self.names[host], "link", "set", self._interface(host), "down")
+
+    def drop(self, host: int, chain: str) -> None:
+        """From now on a packet filter drops what comes to a host (``INPUT``) or leaves it (``OUTPUT``) by the cable."""
+        way = {"INPUT": "-i", "OUTPUT": "-o"}[chain]
+        filtered = ["iptables", "--wait", "--append", chain, way, self._interface(host), "--jump", "DROP"]
+        words = ["ip", "netns", "exec", self.names[host], *filtered]
+        subprocess.run(words, check=True, capture_output=True, timeout=10)
 
     def slow_down(self, host: int, rate: str) -> None:
         """Let no more than ``rate`` out of a host."""
