@@ -90,6 +90,8 @@ def cluster() -> Iterator[Cluster]:
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": str(ROOT),
+        # Else a token that some other cluster has left at home would be asked for, by the nodes but not by the drivers.
+        "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     with contextlib.ExitStack() as stack:
@@ -634,7 +636,7 @@ def test_an_accelerator_that_needs_a_gpu_is_held_against_the_resources(accelerat
         (["--ranks", "2", "--strat", "ddp"], "Try: python -m fabric_lite.ray --help"),
         (["--ranks", "2"], "Try: python -m fabric_lite.ray --ranks 2 script.py"),
         (["--ranks", "2", "nothing.py"], "options of python -m fabric_lite.ray stand before it"),
-        (["--ranks", "2", "--accelerator", "cpus", "-m", "this"], "invalid choice: 'cpus'"),
+        (["--ranks", "2", "--address", "127.0.0.1:1", "--accelerator", "cpus", "-m", "this"], "invalid choice: 'cpus'"),
     ],
 )
 def test_a_command_line_that_makes_no_sense_is_refused_before_ray_is_asked(
