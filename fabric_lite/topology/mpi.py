@@ -186,7 +186,7 @@ def _check_blocks(rank: int, world_size: int, local_rank: int, local_world_size:
     layout nothing can be seen of it; these wait for those on which it is an error.
     """
     in_blocks = world_size % local_world_size == 0 and local_rank == rank % local_world_size
-    if in_blocks or local_world_size == world_size:
+    if in_blocks or local_world_size >= world_size:  # more is for check_place()
         return
     raise LaunchError(
         "The ranks are not in blocks of one size on the nodes, so that the number of this node is not known.",
