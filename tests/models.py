@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -131,3 +132,11 @@ def batches(count: int = 4, size: int = 8, seed: int = 1) -> list[torch.Tensor]:
 
 def weights(module: nn.Module) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+@functools.cache
+def mesh_of(shape: tuple[int, ...], names: tuple[str, ...]) -> Any:
+    """A mesh over the ranks of a warm pool; one for all tests, since torch keeps each, and gloo's threads with it."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)

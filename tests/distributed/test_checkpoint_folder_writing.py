@@ -17,6 +17,7 @@ from fabric_lite.checkpoint import load, save
 from fabric_lite.checkpoint.manifest import Manifest
 from fabric_lite.errors import CheckpointError
 from fabric_lite.testing import RankPool
+from tests.models import mesh_of
 
 MIB = 1 << 20
 
@@ -36,7 +37,7 @@ def laid_out(name: str, full: torch.Tensor) -> Any:
     if name in ("rows", "columns", "copies"):
         placement = {"rows": Shard(0), "columns": Shard(1), "copies": Replicate()}[name]
         return distribute_tensor(full, line, [placement])
-    grid = dist.device_mesh.init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("data", "model"))
+    grid = mesh_of((2, ranks // 2), ("data", "model"))
     if name == "columns of one axis":  # the ranks of the other axis have the same, on a mesh of their own
         return distribute_tensor(full, grid["model"], [Shard(1)])
     placements = {
@@ -116,7 +117,7 @@ def save_strided(folder: Path, width: int) -> list[list[float]]:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    mesh = mesh_of((2, 2), ("data", "model"))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
     expected = [parameter.detach().tolist() for parameter in model.parameters()]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fabric_lite import FabricValueError
 from fabric_lite.clipping import clip_grad_norm, clip_grad_value
 from fabric_lite.testing import RankPool
-from tests.models import CountCollectives, full
+from tests.models import CountCollectives, full, mesh_of
 
 # Mesh, and for each of three parameters its placements; None is a plain tensor.
 LAYOUTS: dict[str, tuple[tuple[int, int], list[tuple[str, ...] | None]]] = {
@@ -34,11 +34,10 @@ def whole_gradients(dtype: torch.dtype = torch.float64, factor: float = 1.0) -> 
 
 
 def laid_out(layout: str, gradients: list[torch.Tensor]) -> list[nn.Parameter]:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     shape, kinds = LAYOUTS[layout]
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+    mesh = mesh_of(shape, ("data", "tensor"))
     parameters = []
     for gradient, kind in zip(gradients, kinds, strict=True):
         made: Any = gradient.clone()

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from fabric_lite.deferred import record, values_of
 from fabric_lite.testing import RankPool
-from tests.models import CountCollectives
+from tests.models import CountCollectives, mesh_of
 
 CPU = torch.device("cpu")
 
@@ -104,7 +104,7 @@ def split_and_fill() -> list[bool]:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+    mesh = mesh_of((2, 2), ("shard", "tensor"))
     torch.manual_seed(5)
     plain = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 6))
     torch.manual_seed(5)

@@ -23,6 +23,7 @@ from fabric_lite.checkpoint.stored import Located, Piece, Storage, StoredTensor,
 from fabric_lite.checkpoint.stored_files import OpenFile
 from fabric_lite.errors import CheckpointError, FabricValueError
 from fabric_lite.testing import RankPool
+from tests.models import mesh_of
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -179,13 +180,12 @@ def layouts() -> list[list[Any]]:
 
 def distributed(seed: int) -> dict[str, Any]:
     """Tensors of uneven shapes, some with empty shards, in every layout of a mesh of two by two; a model in 2-D."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     torch.manual_seed(seed)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    mesh = mesh_of((2, 2), ("data", "model"))
     tensors = [torch.randn(shape) for shape in ((7, 5), (1, 3), (4, 4), (3, 1))]
     model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 6))
     parallelize_module(model, mesh["model"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
