@@ -43,6 +43,9 @@ _KEPT = ".fabric-old-"
 # What torch.distributed.checkpoint and Lightning Fabric put into their folders.
 _DCP_MARK = ".metadata"
 _DCP_FILE = re.compile(r"\.metadata|meta\.pt|[^/]+\.distcp")
+# The temporary names that threads of this process write under: between making a file and locking it, it looks as if it
+# was left by an earlier process with the same id.
+_being_written: set[str] = set()
 
 
 def is_temporary(name: str) -> bool:
@@ -74,25 +77,25 @@ def committed_file(target: Target) -> Iterator[BinaryIO]:
         with uploaded_file(target) as uploaded:
             yield uploaded
         return
-    target, temporary = _prepared(target)
-    # 0o666 is what open() asks for: the umask decides.
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    file = os.fdopen(descriptor, "w+b")
-    try:
-        _lock(file.fileno())
-        yield file
-        file.flush()
-        with busy():
-            os.fsync(file.fileno())
-        if os.name == "nt":  # there only a closed file can be renamed
-            file.close()
-        _put_in_place(temporary, target)
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # it would write again what could not be written
-            file.close()
-        _remove_unless_unsettled(temporary, error)
-        raise
-    file.close()
+    with _prepared(target) as (place, temporary):
+        # 0o666 is what open() asks for: the umask decides.
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        file = os.fdopen(descriptor, "w+b")
+        try:
+            _lock(file.fileno())
+            yield file
+            file.flush()
+            with busy():
+                os.fsync(file.fileno())
+            if os.name == "nt":  # there only a closed file can be renamed
+                file.close()
+            _put_in_place(temporary, place)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # it would write again what could not be written
+                file.close()
+            _remove_unless_unsettled(temporary, error)
+            raise
+        file.close()
 
 
 @contextlib.contextmanager
@@ -106,16 +109,16 @@ def committed_folder(target: Target) -> Iterator[Folder]:
         with uploaded_folder(target) as folder:
             yield folder
         return
-    target, temporary = _prepared(target)
-    temporary.mkdir()
-    try:
-        with _locked_folder(temporary):
-            yield temporary
-            fsync_folder(temporary)
-            _put_in_place(temporary, target)
-    except BaseException as error:
-        _remove_unless_unsettled(temporary, error)
-        raise
+    with _prepared(target) as (place, temporary):
+        temporary.mkdir()
+        try:
+            with _locked_folder(temporary):
+                yield temporary
+                fsync_folder(temporary)
+                _put_in_place(temporary, place)
+        except BaseException as error:
+            _remove_unless_unsettled(temporary, error)
+            raise
 
 
 def fsync_folder(folder: Path) -> None:
@@ -156,13 +159,19 @@ def _temporary_beside(target: Path) -> Path:
     return target.parent / f".fabric-save-{_place()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
-def _prepared(target: Path) -> tuple[Path, Path]:
-    """The name to replace, free or a checkpoint's, and a temporary name beside it."""
+@contextlib.contextmanager
+def _prepared(target: Path) -> Iterator[tuple[Path, Path]]:
+    """The name to replace, free or a checkpoint's, and a temporary name beside it, which this process alone writes."""
     target = Path(os.path.realpath(target))
     _check_replaceable(target)
     _make(target.parent)
     _sweep(target.parent)
-    return target, _temporary_beside(target)
+    temporary = _temporary_beside(target)
+    _being_written.add(temporary.name)
+    try:
+        yield target, temporary
+    finally:
+        _being_written.discard(temporary.name)
 
 
 def _make(folder: Path) -> None:
@@ -317,6 +326,8 @@ def _sweep(folder: Path) -> None:
     for name in left:
         match = _TEMPORARY.fullmatch(name)
         assert match is not None
+        if name in _being_written:
+            continue
         if match[1] in (None, _place()):
             if _is_alive(int(match[2])):
                 continue
@@ -357,7 +368,7 @@ def _is_old(path: Path) -> bool:
 
 
 def _is_alive(process: int) -> bool:
-    """Whether another process with this id runs here; this process itself does not count, its saves hold locks."""
+    """Whether another process with this id runs here; this process itself does not count, its saves are known."""
     if process == os.getpid():
         return False
     if os.name == "nt":  # kill(pid, 0) would end the process there

@@ -10,8 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from fabric_lite.checkpoint import load, save
-from fabric_lite.checkpoint.commit import _put_in_place, _temporary_beside, is_temporary
+from fabric_lite.checkpoint import commit, load, save
+from fabric_lite.checkpoint.commit import (
+    _put_in_place,
+    _temporary_beside,
+    committed_file,
+    committed_folder,
+    is_temporary,
+)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes and process ids as POSIX has them")
 
@@ -55,6 +61,24 @@ def test_what_another_machine_is_writing_is_swept_only_when_it_is_old(tmp_path: 
         os.utime(each, (long_ago, long_ago))
     save(tmp_path / "a", {"value": 2})
     assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_this_process_is_writing_is_not_swept_though_it_is_not_locked_yet(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first asynchronous save and ``run.json``, which one rank writes beside each other into one folder."""
+    monkeypatch.setattr(commit, "fcntl", None)  # as if the thread never came to lock it
+    if kind == "file":
+        with committed_file(tmp_path / "a") as file:
+            file.write(b"whole")
+            save(tmp_path / "b", {"value": 1})
+        assert (tmp_path / "a").read_bytes() == b"whole"
+    else:
+        with committed_folder(tmp_path / "a"):
+            save(tmp_path / "b", {"value": 1})
+        assert (tmp_path / "a").is_dir()
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
 def test_a_pipe_with_the_name_of_an_unfinished_save_does_not_block_the_next_one(tmp_path: Path) -> None:
