@@ -5,41 +5,53 @@ from __future__ import annotations
 from torch import nn
 
 from fabric_lite.errors import FabricValueError
-from fabric_lite.precision_layers import Exchanged, check_torchao, exchange_linear_layers
+from fabric_lite.precision_layers import Changed, change_layer, check_torchao, linear_layers
 
 __all__ = ["to_float8"]
 
-# The kernels take matrices of which both sides are a multiple of it.
-_SIDE = 16
 
-
-def to_float8(module: nn.Module) -> list[Exchanged]:
+def to_float8(module: nn.Module) -> list[Changed]:
     """Let the linear layers of ``module`` multiply in float8, scaled by each tensor's largest value; changed in place.
 
-    Layers are exchanged and their parameters stay the same objects, in their own dtype, under the same names. Taken are
-    ``nn.Linear`` itself, trainable, with both sides a multiple of 16; a model that is such a layer itself is not.
+    Layers become a subclass of torchao's ``Float8Linear``; layers and parameters stay the same objects, in their own
+    dtype, under the same names. Taken are those of :func:`linear_layers` that train, with both sides a multiple of 16.
     A model without trainable linear layers, a frozen teacher or one of convolutions, stays as it is.
 
     Returns:
-        Handles whose ``remove()`` puts the layers back, with the parameters that are there then.
+        Handles whose ``remove()`` undoes it.
 
     Raises:
         FabricImportError: torchao is not installed.
         FabricValueError: There are trainable linear layers, but none such.
     """
     check_torchao("precision='fp8-mixed'")
+    from torchao.float8.config import Float8LinearConfig
     from torchao.float8.float8_linear import Float8Linear
 
-    exchanged = exchange_linear_layers(module, _is_taken, Float8Linear.from_float)
-    others = [child for child in module.modules() if isinstance(child, nn.Linear) and child.weight.requires_grad]
-    if others and not exchanged:
+    from fabric_lite import precision_float8_layer
+
+    changed = [
+        change_layer(
+            layer,
+            precision_float8_layer.Float8Linear,
+            layer.in_features,
+            layer.out_features,
+            bias=False,
+            device="meta",
+            config=Float8LinearConfig(),
+        )
+        for _, layer in linear_layers(module)
+        if layer.in_features % precision_float8_layer.SIDE == 0
+        and layer.out_features % precision_float8_layer.SIDE == 0
+        and layer.weight.requires_grad
+    ]
+    linear = [child for child in module.modules() if isinstance(child, nn.Linear)]
+    trainable = [layer for layer in linear if layer.weight.requires_grad]
+    # Those of a part that has been set up before, or of a copy of a model that is, are changed already.
+    if trainable and not any(isinstance(layer, Float8Linear) for layer in linear):
         raise FabricValueError(
             f"No layer of {type(module).__name__} can multiply in float8.",
-            given=f"{len(others)} trainable linear layers",
+            given=f"{len(trainable)} trainable linear layers",
             fix="nn.Linear below the model, both sides a multiple of 16; or precision='bf16-mixed'",
         )
-    return exchanged
-
-
-def _is_taken(_: str, layer: nn.Linear) -> bool:
-    return layer.in_features % _SIDE == 0 and layer.out_features % _SIDE == 0 and layer.weight.requires_grad
+    return changed

@@ -1,16 +1,16 @@
-"""Exchanging the linear layers of a model for others, which packages have that are extras."""
+"""Changing the linear layers of a model, in place, into others, which packages have that are extras."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from fabric_lite.errors import FabricImportError
 
-__all__ = ["Exchanged", "check_installed", "check_torchao", "exchange_linear_layers"]
+__all__ = ["Changed", "change_layer", "check_installed", "check_torchao", "linear_layers"]
 
 
 def check_installed(package: str, given: str, fix: str) -> None:
@@ -26,51 +26,74 @@ def check_torchao(given: str) -> None:
     check_installed("torchao", given, "pip install 'fabric-lite[torchao]'")
 
 
-class Exchanged(NamedTuple):
-    """A layer that another stands for, at one of its places."""
+def linear_layers(module: nn.Module) -> Iterator[tuple[set[str], nn.Linear]]:
+    """Each linear layer below ``module`` that can be changed, with all its full names.
 
-    parent: nn.Module
-    name: str
-    layer: nn.Linear
+    ``nn.Linear`` itself with a weight of its own and torch's ``forward``: not a subclass, not one whose weight is made
+    from others before each forward (``weight_norm``, pruning), and not ``module`` itself.
+    """
+    names: dict[nn.Module, set[str]] = {}
+    for name, child in module.named_modules(remove_duplicate=False):
+        if child is not module:
+            names.setdefault(child, set()).add(name)
+    for child, its_names in names.items():
+        is_plain = nn.Linear in (type(child), *_sharded_bases(type(child)))
+        if is_plain and child._parameters.get("weight") is not None and "forward" not in child.__dict__:
+            assert isinstance(child, nn.Linear)
+            yield its_names, child
+
+
+class Changed(NamedTuple):
+    """A linear layer that is of another class for now."""
+
+    layer: nn.Module
+    kind: type[nn.Module]
+    added: frozenset[str]  # its attributes that the class has put there
 
     def remove(self) -> None:
-        """Let the layer take its place again, with the parameters that the other one has then."""
-        current = self.parent._modules[self.name]
-        assert current is not None
-        self.layer._parameters.update(current._parameters)  # sharding makes new ones
-        self.layer.train(current.training)
-        setattr(self.parent, self.name, self.layer)
+        """Let the layer be ``nn.Linear`` again."""
+        if self.kind in (type(self.layer), *_sharded_bases(type(self.layer))):
+            self.layer.__class__ = _rebased(type(self.layer), nn.Linear)
+            for key in self.added:
+                self.layer.__dict__.pop(key, None)
 
 
-def exchange_linear_layers(
-    module: nn.Module, is_taken: Callable[[str, nn.Linear], bool], make: Callable[[nn.Linear], nn.Module]
-) -> list[Exchanged]:
-    """Put another layer in the place of linear layers below ``module``, which is changed in place.
+def change_layer(layer: nn.Linear, kind: type[nn.Module], *args: Any, **kwargs: Any) -> Changed:
+    """Make ``layer`` a ``kind``, as ``fully_shard`` does: by its class.
+
+    Whoever refers to the layer has the changed one, in whatever way: another name, a list, another model, FSDP's
+    state. Its parameters, hooks and attributes are untouched; ``kind`` must have parameters of the same names.
 
     Args:
-        module: The model; a model that is a linear layer itself is not exchanged.
-        is_taken: Whether a layer, ``nn.Linear`` itself, is exchanged; given its full name and the layer.
-        make: Makes the new layer.
-
-    Returns:
-        The layers that were there; ``remove()`` undoes it, where the new layer has parameters of the same names.
+        layer: Changed in place.
+        kind: Its class from now on.
+        args: Of ``kind``, as for a new one; so are ``kwargs``.
     """
-    exchanged: list[Exchanged] = []
-    new: dict[nn.Module, nn.Module] = {}  # a layer may have two names
-    for prefix, parent in list(module.named_modules()):
-        for name, child in list(parent.named_children()):
-            full_name = f"{prefix}.{name}" if prefix else name
-            if child not in new and type(child) is nn.Linear and is_taken(full_name, child):
-                new[child] = _carried_over(child, make(child))
-            if type(child) is nn.Linear and child in new:
-                setattr(parent, name, new[child])
-                exchanged.append(Exchanged(parent, name, child))
-    return exchanged
+    before = dict(layer.__dict__)
+    former: type[nn.Module] = type(layer)
+    layer.__class__ = _rebased(former, kind)  # type: ignore[assignment]
+    try:
+        kind.__init__(layer, *args, **kwargs)
+    except BaseException:
+        layer.__class__ = former  # type: ignore[assignment]
+        layer.__dict__.clear()
+        layer.__dict__.update(before)
+        raise
+    added = frozenset(layer.__dict__) - frozenset(before)
+    layer.__dict__.update(before)
+    return Changed(layer, kind, added)
 
 
-def _carried_over(layer: nn.Linear, new: nn.Module) -> nn.Module:
-    """``new`` with the hooks of ``layer``, in the same dictionaries, and with what the user has put onto it."""
-    for key, value in layer.__dict__.items():
-        if "hook" in key or key not in new.__dict__:
-            new.__dict__[key] = value
-    return new.train(layer.training)
+def _rebased(former: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    """``kind``, or for a layer that is sharded by itself the class that ``fully_shard`` would make of ``kind``."""
+    if not _sharded_bases(former):
+        return kind
+    namespace = {key: value for key, value in vars(former).items() if key not in ("__dict__", "__weakref__")}
+    namespace["__qualname__"] = kind.__qualname__
+    return type(kind.__name__, (former.__bases__[0], kind), namespace)
+
+
+def _sharded_bases(kind: type) -> tuple[type, ...]:
+    """The class that ``fully_shard`` has extended; empty for others. FSDP is not imported for it."""
+    is_sharded = kind.__bases__[0].__name__ == "FSDPModule" and kind.__bases__[0].__module__.startswith("torch.")
+    return kind.__bases__[1:] if is_sharded else ()

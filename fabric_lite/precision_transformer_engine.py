@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fabric_lite.errors import FabricValueError
-from fabric_lite.precision_layers import Exchanged, check_installed, exchange_linear_layers
+from fabric_lite.precision_layers import Changed, change_layer, check_installed, linear_layers
 
 __all__ = ["check_transformer_engine", "in_transformer_engine", "to_transformer_engine"]
 
@@ -28,46 +28,41 @@ def in_transformer_engine() -> contextlib.AbstractContextManager[Any]:
     return transformer_engine.pytorch.autocast(enabled=True)
 
 
-def to_transformer_engine(module: nn.Module) -> list[Exchanged]:
-    """Exchange the linear layers of ``module``, in place, for those of Transformer Engine.
+def to_transformer_engine(module: nn.Module) -> list[Changed]:
+    """Change the linear layers of ``module``, in place, into those of Transformer Engine.
 
-    Parameters stay the same objects, in their own dtype, under the same names. Taken are ``nn.Linear`` itself with both
-    sides a multiple of 16; a model that is such a layer itself is not.
+    Layers and parameters stay the same objects, in their own dtype, under the same names. Taken are those of
+    :func:`linear_layers` with both sides a multiple of 16.
 
     Returns:
-        Handles whose ``remove()`` puts the layers back, with the parameters that are there then.
+        Handles whose ``remove()`` undoes it.
 
     Raises:
         FabricImportError: Transformer Engine is not installed.
         FabricValueError: There are linear layers, but none such.
     """
     check_transformer_engine("precision='transformer-engine'")
-    exchanged = exchange_linear_layers(module, _is_taken, _made_from)
+    import transformer_engine.pytorch
+
+    kind = transformer_engine.pytorch.Linear
+    changed = [
+        change_layer(
+            layer,
+            kind,
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            params_dtype=layer.weight.dtype,
+            device=layer.weight.device,
+        )
+        for _, layer in linear_layers(module)
+        if layer.in_features % _SIDE == 0 and layer.out_features % _SIDE == 0
+    ]
     others = [child for child in module.modules() if isinstance(child, nn.Linear)]
-    if others and not exchanged:
+    if others and not any(isinstance(child, kind) for child in module.modules()):
         raise FabricValueError(
             f"No layer of {type(module).__name__} can be one of Transformer Engine.",
             given=f"{len(others)} linear layers",
             fix="nn.Linear below the model, both sides a multiple of 16; or precision='bf16-mixed'",
         )
-    return exchanged
-
-
-def _is_taken(_: str, layer: nn.Linear) -> bool:
-    return layer.in_features % _SIDE == 0 and layer.out_features % _SIDE == 0
-
-
-def _made_from(layer: nn.Linear) -> nn.Module:
-    import transformer_engine.pytorch
-
-    new: nn.Module = transformer_engine.pytorch.Linear(
-        layer.in_features,
-        layer.out_features,
-        bias=layer.bias is not None,
-        params_dtype=layer.weight.dtype,
-        device=layer.weight.device,
-    )
-    new.weight = layer.weight
-    if layer.bias is not None:
-        new.bias = layer.bias
-    return new
+    return changed

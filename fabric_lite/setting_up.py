@@ -66,15 +66,20 @@ class Setup:
         # A sharded model comes to its device in wrap, block by block: it need not fit there as a whole.
         moves = move_to_device and not strategy.is_sharded
         # First, so that a weight of few bits need not fit on the device as a whole.
-        converted = () if precision.convert is None else precision.convert(module)
+        converted = () if precision.convert is None else precision.convert(module) or ()
         named = list(module.named_parameters(remove_duplicate=False))
         place(module, placement.device if moves else None, precision.param_dtype)
         extension = ModuleExtension(self.owner, placement.device.type, precision)
         # A compiled module is a shell: the hooks that shard belong on the module inside.
         inside = (compiled_from(module) if strategy.is_sharded else None) or module
-        if strategy.is_sharded:
-            check_exchangeable(named)
-        engine = strategy.wrap(inside, optimizers, extension.run, placement)
+        try:
+            if strategy.is_sharded:
+                check_exchangeable(named)
+            engine = strategy.wrap(inside, optimizers, extension.run, placement)
+        except BaseException:
+            for handle in converted:  # a later setup, in another precision, would go on with changed layers
+                handle.remove()
+            raise
         if strategy.is_sharded and fill is not None:
             strategy.materialize(module, placement, fill)
         extension.engine, extension.hooked, extension.reset = engine.module, engine.hooked, engine.reset

@@ -14,7 +14,7 @@ import fabric_lite
 PACKAGE = Path(fabric_lite.__file__).parent
 LAYERS = [
     {"errors", "accelerator_names", "trees", "attribute_dict", "process_end", "whole_file", "progress_bar", "machine"},
-    {"policy", "precision_layers"},
+    {"policy", "precision_layers", "precision_float8_layer"},
     {"precision_float8", "precision_low_bits", "precision_transformer_engine"},
     {"precision", "topology", "run_config", "deferred", "parameters", "activation_checkpointing"},
     {"call_site", "movement", "side_store", "device", "meeting", "listening"},

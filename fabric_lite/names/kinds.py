@@ -20,7 +20,7 @@ from fabric_lite.extension import ModuleExtension
 from fabric_lite.optim import OptimizerExtension
 from fabric_lite.precision import PRECISIONS, Precision, parse_precision
 from fabric_lite.precision_layers import check_torchao
-from fabric_lite.precision_low_bits import LowBits
+from fabric_lite.precision_low_bits import LowBits, names_of
 
 __all__ = [
     "BitsandbytesPrecision",
@@ -115,11 +115,12 @@ class BitsandbytesPrecision(metaclass=_Kind):
     Args:
         mode: ``"nf4"`` or ``"nf4-dq"``, which are one here: the scales are always in 8 bits. ``"int8"``.
         dtype: Of everything else, and of the computation. None is bfloat16.
-        ignore_modules: Names of modules; they, and what is below them, keep their weights.
+        ignore_modules: Full names of modules; they, and what is below them, keep their weights.
 
     Raises:
         FabricImportError: torchao is not installed.
         FabricValueError: The mode is unknown here, or the dtype is not one to compute in.
+        FabricTypeError: ``ignore_modules`` is one text instead of several.
     """
 
     def __new__(  # type: ignore[misc]
@@ -136,7 +137,7 @@ class BitsandbytesPrecision(metaclass=_Kind):
                 fix=f"mode: {', '.join(kept)}; dtype: {', '.join(map(str, names))}",
             )
         check_torchao(given)
-        convert = LowBits(kept[mode], frozenset(ignore_modules or ()))
+        convert = LowBits(kept[mode], names_of(ignore_modules))
         return dataclasses.replace(PRECISIONS[base], name=f"{kept[mode]}-weights, {base}", convert=convert)
 
     @staticmethod

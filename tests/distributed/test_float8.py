@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from fabric_lite import Fabric
-from fabric_lite.errors import FabricImportError, FabricValueError
+from fabric_lite.errors import FabricImportError, FabricValueError, StrategyError
 from fabric_lite.strategies import FSDPStrategy
 from fabric_lite.testing import RankPool
 from tests.distributed.layouts import GPT, loss_of, make_gpt, token_batches
@@ -32,7 +34,7 @@ def in_float8(model: nn.Module) -> set[str]:
 
 
 @needs_torchao
-def test_layers_are_exchanged_at_setup_and_put_back_at_release() -> None:
+def test_layers_are_changed_at_setup_and_back_at_release() -> None:
     fabric = Fabric(accelerator="cpu", devices=1, precision="fp8-mixed")
     model: Any = make_gpt()
     model.odd, model.frozen, model.twice = nn.Linear(16, 3), nn.Linear(16, 16), model.layers[0].up
@@ -57,7 +59,7 @@ def test_layers_are_exchanged_at_setup_and_put_back_at_release() -> None:
 
 
 @needs_torchao
-def test_what_hangs_on_a_layer_hangs_on_the_one_in_its_place() -> None:
+def test_what_hangs_on_a_layer_hangs_on_the_changed_one() -> None:
     fabric = Fabric(accelerator="cpu", devices=1, precision="fp8-mixed")
     model: Any = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     seen: list[Any] = []
@@ -71,6 +73,128 @@ def test_what_hangs_on_a_layer_hangs_on_the_one_in_its_place() -> None:
     model(torch.ones(2, 16))
     assert len(seen) == 1
     fabric.close()
+
+
+@needs_torchao
+def test_a_failed_setup_leaves_the_layers_as_they_were() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, strategy="fsdp", precision="fp8-mixed")
+    model = nn.Sequential(nn.Linear(16, 16))
+    model[0].weight.grad = torch.ones(16, 16)
+    with pytest.raises(StrategyError, match="Gradients from before setup"):
+        fabric.setup(model)
+    assert type(model[0]) is nn.Linear
+    assert "config" not in model[0].__dict__
+    fabric.close()
+
+
+@needs_torchao
+def test_what_the_user_has_put_in_the_place_of_a_layer_stays_at_release() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, precision="fp8-mixed")
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
+    fabric.setup(model)
+    mine, last = nn.Identity(), model[3]
+    model[1] = mine
+    del model[2]
+    fabric.release(model)
+    assert (len(model), model[1], model[2]) == (3, mine, last)
+    assert in_float8(model) == set()
+    fabric.close()
+
+
+@needs_torchao
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_layers_whose_weight_is_made_from_others_stay() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, precision="fp8-mixed")
+    own: Any = nn.Linear(16, 16)
+    own.forward = lambda batch: batch
+    normed, pruned = nn.utils.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 16)
+    prune.l1_unstructured(pruned, "weight", 0.5)
+    parametrized = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))
+    model = nn.Sequential(normed, pruned, parametrized, own, nn.Linear(16, 16))
+    fabric.setup(model)
+    assert in_float8(model) == {"4"}
+    fabric.backward(model(torch.randn(16, 16)).sum())
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if name[0] != "3")
+    fabric.close()
+
+
+@needs_torchao
+def test_copies_and_parts_that_multiply_in_float8_already_are_set_up() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, precision="fp8-mixed")
+    part = nn.Sequential(nn.Linear(16, 16))
+    fabric.setup(part)
+    batch = torch.randn(16, 16)
+    for other in (copy.deepcopy(part), pickle.loads(pickle.dumps(part)), nn.Sequential(part)):
+        fabric.setup(other)
+        assert torch.equal(other(batch), part(batch))
+    fabric.close()
+
+
+@needs_torchao
+@pytest.mark.parametrize("rows", [(3,), (), (0,), (2, 5), (16,)], ids=str)
+def test_any_number_of_rows_multiplies_in_float8_and_in_inference_mode(rows: tuple[int, ...]) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, precision="fp8-mixed")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32))
+    plain = copy.deepcopy(model)
+    fabric.setup(model)
+    batch = torch.randn(*rows, 16)
+    output = model(batch)
+    fabric.backward(output.sum())
+    plain(batch).sum().backward()
+    assert output.shape == (*rows, 32)
+    pairs = [
+        (output, plain(batch)),
+        *((model[0].get_parameter(name).grad, its.grad) for name, its in plain[0].named_parameters()),
+    ]
+    # A number of float8 has 4 bits.
+    assert all((mine - its).norm() <= 0.06 * its.norm() for mine, its in pairs)
+    with torch.inference_mode():
+        assert torch.equal(model(batch), output)
+    assert torch.equal(model(batch), output)
+    fabric.close()
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = batch + self.two(self.one(batch).relu())
+        return result
+
+
+def set_up_again(policy: Any, is_released: bool) -> tuple[set[str], list[float]]:
+    """The layers in float8, and losses of two steps and, with a release and a setup between, of two more."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=FSDPStrategy(auto_wrap_policy=policy), precision="fp8-mixed")
+    fabric.setup(model, optimizer)
+    losses = []
+    for step in range(4):
+        if step == 2 and is_released:
+            fabric.release(model, optimizer)
+            assert in_float8(model) == set()
+            model(torch.ones(16, 16))
+            fabric.setup(model, optimizer)
+        loss = model(torch.full((16, 16), 1.0 + step)).square().mean()
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    found = in_float8(model)
+    fabric.close()
+    return found, losses
+
+
+@needs_torchao
+@pytest.mark.parametrize("policy", [{Block}, {nn.Linear}], ids=["blocks", "layers"])
+def test_a_sharded_model_that_was_released_and_set_up_again_goes_on(ranks: RankPool, policy: Any) -> None:
+    expected = ranks.run(set_up_again, policy, False)
+    assert ranks.run(set_up_again, policy, True) == expected
+    assert expected[0][0] == {"0.one", "0.two", "1.one", "1.two"}
 
 
 def train(strategy: Any, devices: int) -> tuple[set[str], list[torch.Tensor]]:
