@@ -36,7 +36,7 @@ class Precision:
         output_dtype: Dtype that float outputs of ``forward`` are cast to. None: they stay as they are.
         loss_scale: Whether the loss is scaled against underflow of float16 gradients.
         convert: Changes layers of a model in place, at ``setup``, and returns handles whose ``remove()`` undoes it at
-            release. None: layers stay.
+            release, or None where nothing is to be undone. None: layers stay.
         context: Makes a context that ``forward`` runs in, inside autocast; made for each call. None: there is none.
         device_type: The one kind of device that has it: ``"cuda"``. None: all do.
     """
@@ -47,9 +47,19 @@ class Precision:
     reduce_dtype: torch.dtype | None = None
     output_dtype: torch.dtype | None = None
     loss_scale: bool = False
-    convert: Callable[[nn.Module], Sequence[Any]] | None = None
+    convert: Callable[[nn.Module], Sequence[Any] | None] | None = None
     context: Callable[[], AbstractContextManager[Any]] | None = None
     device_type: str | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("convert", "context"):
+            given = getattr(self, option)
+            if given is not None and not callable(given):
+                raise FabricTypeError(
+                    f"{option} of a Precision is a function.",
+                    given=f"Precision({self.name!r}, {option}={given!r:.80})",
+                    fix="convert=lambda model: [...] or context=lambda: torch.no_grad(), each called when it is needed",
+                )
 
     @property
     def is_mixed(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fabric_lite import Fabric, Precision
-from fabric_lite.errors import FabricImportError, FabricValueError
+from fabric_lite.errors import FabricImportError, FabricTypeError, FabricValueError
 from fabric_lite.precision_transformer_engine import in_transformer_engine, to_transformer_engine
 
 # What is used of the package, with its arguments; the real one begins with loading CUDA's libraries.
@@ -59,7 +59,7 @@ def test_it_is_refused_where_there_is_no_cuda(stand_in: Any) -> None:
     assert stand_in.entered == []
 
 
-def test_layers_are_exchanged_with_their_parameters_and_put_back(stand_in: Any) -> None:
+def test_layers_are_changed_with_their_parameters_and_back(stand_in: Any) -> None:
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 3), nn.Linear(32, 16, bias=False, dtype=torch.bfloat16))
     layers, parameters = list(model), dict(model.named_parameters())
     handles = to_transformer_engine(model)
@@ -100,4 +100,21 @@ def test_forward_runs_in_the_context_of_its_precision(compute_dtype: torch.dtype
     with fabric.autocast():
         inside.append(f"autocast {torch.is_autocast_enabled('cpu')}")
     assert inside == in_forward * 2
+    fabric.close()
+
+
+def test_what_changes_layers_or_makes_a_context_is_a_function_and_may_return_nothing_to_undo() -> None:
+    for given in ({"convert": 3}, {"context": contextlib.nullcontext()}):
+        with pytest.raises(FabricTypeError, match=f"{next(iter(given))} of a Precision is a function"):
+            Precision("own", **given)  # type: ignore[arg-type]
+
+    def halve(model: nn.Module) -> None:
+        with torch.no_grad():
+            model.get_parameter("weight").mul_(0.5)
+
+    fabric = Fabric(accelerator="cpu", devices=1, precision=Precision("own", convert=halve))
+    model = nn.Linear(1, 1, bias=False)
+    weight = model.weight.item()
+    fabric.release(fabric.setup(model))
+    assert model.weight.item() == weight / 2
     fabric.close()
