@@ -17,7 +17,7 @@ class Float8Linear(float8_linear.Float8Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             # There autocast asks torchao's tensor for an operation (aten.to) that it does not have.
             with torch.inference_mode(False), torch.no_grad():
                 return self._multiplied(input)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from fabric_lite.errors import FabricTypeError, FabricValueError
 from fabric_lite.precision_layers import check_torchao, linear_layers
 
-__all__ = ["LOW_BITS", "LowBits", "names_of"]
+__all__ = ["LOW_BITS", "LowBitLinear", "LowBits", "names_of"]
 
 # Sizes of torchao's own: values that share a scale, and scales that share one.
 _NF4_BLOCK, _NF4_SCALES = 64, 256
@@ -208,17 +208,25 @@ class LowBitLinear(nn.Module):
         super()._apply(moved, recurse)
         return self
 
+    def others_among(self, keys: Iterable[str], prefix: str) -> list[str]:
+        """Those ``keys`` of a checkpoint that are of this layer's weight, but plain or in another mode.
+
+        Args:
+            keys: Of the whole model.
+            prefix: The layer's name in it, with a dot.
+        """
+        found = {key for key in keys if key == f"{prefix}weight" or key.startswith(f"{prefix}weight_")}
+        return sorted(found - {f"{prefix}weight_{name}" for name in self._parts})
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As torch's, but that weights which are not of this mode are an error without ``strict`` too.
 
         They would be left out silently, and the layer would go on with what it was made with.
         """
-        found = {key for key in state_dict if key == f"{prefix}weight" or key.startswith(f"{prefix}weight_")}
-        mine = {f"{prefix}weight_{name}" for name in self._parts}
-        if found - mine:
+        if others := self.others_among(state_dict, prefix):
             errors: list[str] = args[-1]
             errors.append(
-                f"{prefix[:-1]} has a weight in {self.mode}, but the checkpoint has {', '.join(sorted(found - mine))}. "
+                f"{prefix[:-1]} has a weight in {self.mode}, but the checkpoint has {', '.join(others)}. "
                 f"Load a plain checkpoint before setup, and one of few bits under the same precision."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)

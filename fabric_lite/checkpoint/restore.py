@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fabric_lite.checkpoint.saving import uncompiled
 from fabric_lite.checkpoint.stored import StoredTensor, is_tensor, materialized
 from fabric_lite.collectives import rank
 from fabric_lite.errors import CheckpointError, FabricError, FabricKeyError, FabricValueError
+from fabric_lite.precision_low_bits import LowBitLinear
 
 __all__ = ["LAST", "Restore", "prepare"]
 
@@ -161,7 +162,7 @@ def _loads_in_its_own_way(module: torch.nn.Module) -> bool:
             map(_is_of_fsdp, [*part._load_state_dict_pre_hooks.values(), *part._load_state_dict_post_hooks.values()])
         )
         or type(part).set_extra_state is not torch.nn.Module.set_extra_state
-        or not type(part)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
+        or not type(part)._load_from_state_dict.__module__.startswith(("torch.nn.modules.", LowBitLinear.__module__))
         for part in module.modules()
     )
 
@@ -193,11 +194,25 @@ def _fitting(
         )
     if strict and other_shape:
         raise FabricValueError(f"{shapes}.", fix="the model that was saved, or strict=False to pass over these")
+    _check_bits(place, module, unexpected)
     if other_shape and rank() == 0:
         warnings.warn(f"Not loaded: {shapes}.", stacklevel=2)
     for key in unexpected + other_shape:
         del state[key]
     return state
+
+
+def _check_bits(place: Place, module: torch.nn.Module, unexpected: Collection[str]) -> None:
+    """Raise where a frozen weight of few bits would be passed over, since in the file it is plain or of other bits."""
+    if not unexpected:
+        return
+    for name, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, LowBitLinear) and (others := part.others_among(unexpected, f"{name}.")):
+            raise FabricValueError(
+                f"{place}: {name} has a weight in {part.mode}, but the file has {', '.join(others)}.",
+                given=f"a file without the weight of {name} in {part.mode}",
+                fix="load a plain checkpoint before setup, and one of few bits under the same precision",
+            )
 
 
 def _came_later(key: str, state: Any) -> bool:

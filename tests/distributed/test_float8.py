@@ -155,6 +155,18 @@ def test_any_number_of_rows_multiplies_in_float8_and_in_inference_mode(rows: tup
     fabric.close()
 
 
+@needs_torchao
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # inside torch.compile
+def test_a_compiled_model_multiplies_as_it_does_otherwise() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, precision="fp8-mixed")
+    model = fabric.setup(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)))
+    batch = torch.randn(16, 16)
+    expected = model(batch)
+    model.compile(backend="aot_eager", fullgraph=True)
+    assert torch.equal(model(batch), expected)
+    fabric.close()
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()

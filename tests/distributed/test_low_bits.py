@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fabric_lite import Fabric
-from fabric_lite.errors import FabricImportError, FabricTypeError, FabricValueError
+from fabric_lite.errors import FabricImportError, FabricKeyError, FabricTypeError, FabricValueError
 from fabric_lite.plugins import BitsandbytesPrecision
 from fabric_lite.testing import RankPool
 from tests.models import full
@@ -293,22 +293,40 @@ def test_layers_of_odd_sizes_are_in_8_bits_or_stay(rows: int, columns: int, is_t
 
 
 @needs_torchao
+@pytest.mark.parametrize("strategy", ["single_device", "fsdp"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_checkpoint_without_these_bits_is_an_error_also_if_not_strict(mode: str, tmp_path: Path) -> None:
-    fabric = Fabric(accelerator="cpu", devices=1, plugins=BitsandbytesPrecision(mode, dtype=torch.float32))
+def test_a_checkpoint_without_these_bits_is_an_error_also_if_not_strict(
+    mode: str, strategy: str, tmp_path: Path
+) -> None:
+    def of(mode: str) -> Fabric:
+        precision = BitsandbytesPrecision(mode, dtype=torch.float32)
+        return Fabric(accelerator="cpu", devices=1, strategy=strategy, plugins=precision)
+
+    fabric = of(mode)
     (other,) = {*MODES} - {mode}
-    model, plain, others = frozen(64, 64), frozen(64, 64), frozen(64, 64)
+    model, plain, others = (nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(3))
+    for one in (model, plain, others):
+        one[0].requires_grad_(False)
+    states = {r"0\.weight\b": copy.deepcopy(plain.state_dict())}
     fabric.setup(model)
-    Fabric(accelerator="cpu", devices=1, plugins=BitsandbytesPrecision(other)).setup(others)
-    weight = model[0].weight
-    for source, name in ((plain, r"0\.weight\."), (others, r"0\.weight_")):
-        with pytest.raises(RuntimeError, match=rf"0 has a weight in {mode}, but the checkpoint has {name}"):
-            model.load_state_dict(source.state_dict(), strict=False)
-        fabric.save(tmp_path / "other", {"model": source})
-        with pytest.raises(RuntimeError, match=rf"0 has a weight in {mode}"):
+    its = of(other)
+    states[r"0\.weight_"] = its.setup(others).state_dict()
+    weight, trained = model[0].weight, full(model[1].weight).clone()
+    for name, state in states.items():
+        its.save(tmp_path / "other", {"model": state})
+        with pytest.raises(FabricValueError, match=rf"0 has a weight in {mode}, but the file has {name}"):
             fabric.load(tmp_path / "other", {"model": model}, strict=False)
-    model.load_state_dict({"0.bias": torch.ones(64)}, strict=False)  # of the layers that train alone
+        with pytest.raises(FabricKeyError, match=r"the file lacks 0\.weight_.* and has 0\.weight.* besides"):
+            fabric.load(tmp_path / "other", {"model": model})
+        assert torch.equal(model[0].weight, weight)
+        assert torch.equal(full(model[1].weight), trained)
+    if strategy == "single_device":
+        for name, state in states.items():
+            with pytest.raises(RuntimeError, match=rf"0 has a weight in {mode}, but the checkpoint has {name}"):
+                model.load_state_dict(state, strict=False)
+        model.load_state_dict({"1.bias": torch.ones(64)}, strict=False)  # of the layers that train alone
     assert torch.equal(model[0].weight, weight)
+    its.close()
     fabric.close()
 
 
