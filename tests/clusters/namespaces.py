@@ -31,11 +31,11 @@ class Hosts:
         variables = [f"GLOO_SOCKET_IFNAME={self._interface(host)}"]
         return ["ip", "netns", "exec", self.names[host], "env", *variables, *(str(word) for word in command)]
 
-    def name(self, host: int, name: str, address: str) -> None:
-        """Give the host an /etc/hosts of its own, with this name in it too."""
+    def name(self, host: int, *lines: str) -> None:
+        """Give the host an /etc/hosts of its own, with these lines in it too: an address and a name."""
         folder = Path("/etc/netns") / self.names[host]
         folder.mkdir(parents=True)
-        (folder / "hosts").write_text(f"{Path('/etc/hosts').read_text()}\n{address} {name}\n")
+        (folder / "hosts").write_text("\n".join([Path("/etc/hosts").read_text(), *lines, ""]))
 
     def on_named(self, host: int, *command: object) -> list[str]:
         """The same; the host also has a name of its own, ``host0`` or ``host1``, of which nobody knows the address."""

@@ -165,11 +165,14 @@ def test_check_shows_how_slow_a_cable_is(tmp_path: Path, hosts: Hosts) -> None:
     assert float(speed) <= 0.02
 
 
+@pytest.mark.parametrize("has_address", [False, True], ids=["alone", "and its address"])
 @pytest.mark.parametrize("way", ["fabric-run", "RANK"])
-def test_a_host_whose_own_name_means_loopback_is_reached(tmp_path: Path, hosts: Hosts, way: str) -> None:
-    """As Debian writes it into /etc/hosts."""
-    hosts.name(0, "node0", "127.0.1.1")
-    hosts.name(1, "node0", hosts.address(0))
+def test_a_host_whose_own_name_means_loopback_is_reached(
+    tmp_path: Path, hosts: Hosts, way: str, has_address: bool
+) -> None:
+    """As Debian writes it into /etc/hosts, where one list of all hosts may have been added."""
+    hosts.name(0, "127.0.1.1 node0", *([f"{hosts.address(0)} node0"] if has_address else []))
+    hosts.name(1, f"{hosts.address(0)} node0")
     both: list[list[object]] = [
         [*FABRIC_RUN, "--accelerator=cpu", "--num-nodes=2", "--main-address=node0", "--node-rank", node]
         if way == "fabric-run"

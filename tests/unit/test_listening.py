@@ -47,11 +47,13 @@ def test_a_port_that_there_is_none_of_is_an_error_that_names_it() -> None:
         connect(rank_0("127.0.0.1", 99999), timeout_seconds=0.2)
 
 
-def test_node_0_waits_for_its_own_name() -> None:
+def test_node_0_waits_for_its_own_name_and_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
     node_0 = Rendezvous(2, "static", 0, "nobody.invalid:29500", "job", timeout_seconds=1.2)
     with pytest.raises(LaunchError, match=r"Node 0 cannot listen.*\n.*nobody.invalid") as raised:
         rendezvous_handler(node_0).next_rendezvous()
     assert isinstance(raised.value.__cause__, socket.gaierror)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fabric_lite: waiting up to 1.2 s for an address of 'nobody.invalid'")
 
 
 def is_loopback_by_name() -> bool:
