@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import importlib.util
 import itertools
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,23 @@ def test_a_layer_that_a_step_leaves_out_is_not_stepped_on_again(ranks: RankPool,
         assert was_kept
         for mine, other in zip(result, expected, strict=True):
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
+
+
+def without_local_rank(name: str) -> tuple[list[torch.Tensor], bool]:
+    """What comes of some steps, and whether the variable is there afterwards."""
+    told = os.environ.pop("LOCAL_RANK")
+    try:
+        return under(name, "a schedule made before setup"), "LOCAL_RANK" in os.environ
+    finally:
+        os.environ["LOCAL_RANK"] = told
+
+
+@pytest.mark.parametrize("name", ["stage 1", "stage 3", "stage 3 offload"])
+def test_ranks_of_a_launcher_that_sets_no_local_rank_train_too(ranks: RankPool, name: str) -> None:
+    expected = ranks.run(under, name, "a schedule made before setup")[0]
+    for result, is_left in ranks.run(without_local_rank, name):
+        assert all(torch.equal(mine, other) for mine, other in zip(result, expected, strict=True))
+        assert not is_left
 
 
 def frozen_later(name: str) -> list[torch.Tensor]:

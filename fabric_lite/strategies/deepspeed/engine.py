@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -59,14 +61,15 @@ def make_handle(
     # A cast to bfloat16 would lose what they are in float32, which the step begins with.
     with keep_values(trained if "bf16" in config else ()) as values:
         index = placement.device.index or 0
-        engine = ZeroEngine(
-            args=types.SimpleNamespace(local_rank=index, device_rank=index),
-            model=shell,
-            optimizer=inner,
-            dist_init_required=False,
-            config=config,
-            config_class=DeepSpeedConfig(config),
-        )
+        with _told_by_local_rank(index):
+            engine = ZeroEngine(
+                args=types.SimpleNamespace(local_rank=index, device_rank=index),
+                model=shell,
+                optimizer=inner,
+                dist_init_required=False,
+                config=config,
+                config_class=DeepSpeedConfig(config),
+            )
         engine.partitions = partitions_of(engine.optimizer, stage)
         parameters = list(module.parameters()) if stage == 3 else trained
         handle = Handle(
@@ -85,6 +88,26 @@ def make_handle(
     return handle
 
 
+@contextlib.contextmanager
+def _told_by_local_rank(index: int) -> Iterator[None]:
+    """Let LOCAL_RANK be the number of the device, for which stage 3 takes it.
+
+    Neither Slurm nor mpirun sets it, and of ``--devices 2,3`` it would name others.
+    """
+    before = os.environ.get("LOCAL_RANK")
+    if before == str(index):
+        yield
+        return
+    os.environ["LOCAL_RANK"] = str(index)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
+
+
 class ZeroEngine(DeepSpeedEngine):
     """An engine whose windows end with a step, and whose gradients can be seen between backward and step.
 
@@ -101,6 +124,11 @@ class ZeroEngine(DeepSpeedEngine):
 
     def _configure_with_arguments(self, args: Any, mpu: Any) -> None:
         self.local_rank = args.local_rank
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's own; stage 3 compares the order of the layers of all ranks in its first ones."""
+        with _told_by_local_rank(self.local_rank):
+            return super().forward(*args, **kwargs)
 
     def settle(self) -> None:
         """Make the gradients of all backwards since the last step final; every rank calls."""
