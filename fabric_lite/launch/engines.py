@@ -86,9 +86,17 @@ def _tasks(environ: Mapping[str, str]) -> Topology | None:
         raise LaunchError(
             f"{topology.source} has started fabric-run {topology.local_world_size} times on this node.",
             given=f"{topology.world_size} times on {topology.num_nodes} nodes, and each would start ranks of its own",
-            fix="srun python script.py; or fabric-run once on each node: srun --ntasks-per-node=1 fabric-run script.py",
+            fix=f"{_once_on_each_node(topology).split()[0]} python script.py; or fabric-run once on each node: "
+            f"{_once_on_each_node(topology)} fabric-run script.py",
         )
     return topology if topology.num_nodes > 1 else None
+
+
+def _once_on_each_node(topology: Topology) -> str:
+    commands = {"Open MPI": "mpirun --map-by ppr:1:node", "PMI": "mpirun -ppn 1", "LSF": "jsrun --rs_per_host 1"}
+    return next(
+        (command for name, command in commands.items() if topology.source.startswith(name)), "srun --ntasks-per-node=1"
+    )
 
 
 def _of_tasks(topology: Topology) -> dict[str, Any]:

@@ -103,9 +103,30 @@ def test_a_number_that_is_none_is_an_error_that_names_the_variable() -> None:
         taken({**KUBEFLOW, "PET_NODE_RANK": "worker"})
 
 
-def test_several_fabric_run_of_one_launcher_on_a_node_are_an_error() -> None:
-    with pytest.raises(LaunchError, match=r"Open MPI .* has started fabric-run 2 times on this node"):
-        taken({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+MPICH = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"}
+JSRUN = {"JSM_NAMESPACE_RANK": "0", "JSM_NAMESPACE_SIZE": "2"}
+JSRUN |= {"JSM_NAMESPACE_LOCAL_RANK": "0", "JSM_NAMESPACE_LOCAL_SIZE": "2"}
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "who", "ranks", "once_on_each_node"),
+    [
+        (OPEN_MPI, "Open MPI", "mpirun python", "mpirun --map-by ppr:1:node"),
+        (MPICH, "PMI", "mpirun python", "mpirun -ppn 1"),
+        (JSRUN, "LSF", "jsrun python", "jsrun --rs_per_host 1"),
+        (SRUN, "Slurm", "srun python", "srun --ntasks-per-node=1"),
+    ],
+)
+def test_several_fabric_run_of_one_launcher_on_a_node_are_an_error_with_its_own_commands(
+    environ: dict[str, str], who: str, ranks: str, once_on_each_node: str
+) -> None:
+    with pytest.raises(LaunchError, match=rf"{who} .* has started fabric-run 2 times on this node") as raised:
+        taken(environ)
+    assert f"Try: {ranks} script.py; or fabric-run once on each node: {once_on_each_node} fabric-run" in str(
+        raised.value
+    )
 
 
 SCRIPT = """
