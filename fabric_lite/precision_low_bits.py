@@ -268,7 +268,7 @@ class _Multiplied(torch.autograd.Function):
         input_dtype, bias_dtype = ctx.dtypes
         return (
             (gradient @ ctx.layer.weight.to(gradient.dtype)).to(input_dtype) if of_input else None,
-            gradient.reshape(-1, gradient.shape[-1]).sum(0).to(bias_dtype) if of_bias else None,
+            gradient.sum_to_size(gradient.shape[-1]).to(bias_dtype) if of_bias else None,
             None,
         )
 

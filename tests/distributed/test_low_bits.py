@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,24 @@ def test_frozen_layers_are_changed_at_setup_for_good(name: str, bits: float) -> 
     assert torch.equal(model(torch.arange(5)), before)
     fabric.setup(model)
     assert model.back.weight.shape == (64, 96)
+    fabric.close()
+
+
+@needs_torchao
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (2, 3, 64)], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_inputs_of_any_shape_have_the_gradients_of_a_layer(mode: str, shape: tuple[int, ...]) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=BitsandbytesPrecision(mode, dtype=torch.float32))
+    model: Any = nn.Sequential(nn.Linear(64, 8))
+    model[0].weight.requires_grad_(False)
+    fabric.setup(model)
+    plain = nn.Linear(64, 8)
+    plain.weight.data, plain.bias.data = model[0].weight, model[0].bias.detach().clone()
+    mine, other = (torch.linspace(-1, 1, math.prod(shape)).view(shape).requires_grad_() for _ in range(2))
+    model(mine).square().sum().backward()
+    plain(other).square().sum().backward()
+    torch.testing.assert_close(mine.grad, other.grad)
+    torch.testing.assert_close(model[0].bias.grad, plain.bias.grad)
     fabric.close()
 
 
