@@ -588,6 +588,9 @@ def refusals() -> list[str]:
     refused(fabric.setup, model, sgd(model.first.parameters()), sgd(model.second.parameters()))
     refused(fabric.setup, model, sgd([*model.parameters(), *other.parameters()]))
     refused(fabric.setup, model, torch.optim.LBFGS(model.parameters()))
+    model.first.requires_grad_(False)
+    refused(fabric.setup, model, sgd(model.first.parameters()))
+    model.first.requires_grad_(True)
     refused(fabric.setup, other.double(), sgd(other.parameters()))
     optimizer = sgd(model.parameters())
     fabric.setup(model, optimizer)
@@ -607,6 +610,7 @@ def test_what_deepspeed_cannot_do_is_refused_at_setup(ranks: RankPool) -> None:
         one_optimizer,
         "The optimizer holds parameters of other models too, and DeepSpeed steps on those of one.",
         "LBFGS cannot step on parts of parameters, flat and side by side, as DeepSpeed lays them out.",
+        "The optimizer trains nothing, and DeepSpeed lays out what is trained at setup.",
         "DeepSpeed takes parameters of one dtype, float32 or bfloat16.",
     ]
 

@@ -88,6 +88,13 @@ def test_what_the_script_says_has_no_place_in_the_configuration(config: dict[str
         read_config(config)
 
 
+def test_what_a_configuration_leaves_to_the_script_is_not_there() -> None:
+    own = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
+    assert read_config({**own, "gradient_accumulation_steps": "auto", "wall_clock_breakdown": True}) == {
+        "wall_clock_breakdown": True
+    }
+
+
 def check(own: dict[str, Any], **options: Any) -> None:
     given: dict[str, Any] = {"stage": 3, "offload_optimizer": False, "offload_parameters": False, **options}
     check_offloading(read_config({"zero_optimization": own}), **given)

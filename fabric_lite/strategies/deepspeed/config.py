@@ -59,6 +59,8 @@ def read_config(config: Any) -> dict[str, Any]:
             given=f"config={config!r:.80}",
             fix='config={"zero_optimization": {"reduce_bucket_size": 50_000_000}}',
         )
+    # With it a configuration for Transformers' Trainer leaves a value to the script; in its parts DeepSpeed drops it.
+    found = {key: value for key, value in found.items() if value != "auto"}
     for key, elsewhere in _SAID_ELSEWHERE.items():
         if key in found:
             raise FabricValueError(

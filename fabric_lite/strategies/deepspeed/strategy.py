@@ -155,6 +155,12 @@ class DeepSpeedStrategy(Strategy):
                 given=f"{strange} parameters that are not in {type(module).__name__}",
                 fix="an optimizer for each model",
             )
+        if not any(parameter.requires_grad for group in optimizers[0].param_groups for parameter in group["params"]):
+            raise StrategyError(
+                "The optimizer trains nothing, and DeepSpeed lays out what is trained at setup.",
+                given=f"{type(module).__name__} with trainable parameters, none of them in the optimizer",
+                fix="an optimizer over them; or freeze the whole model before setup, which then needs no optimizer",
+            )
         dtypes = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
         if dtypes - {torch.float32, torch.bfloat16} or len(dtypes) > 1:
             raise StrategyError(
