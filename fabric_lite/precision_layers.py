@@ -10,7 +10,10 @@ from torch import nn
 
 from fabric_lite.errors import FabricImportError
 
-__all__ = ["Changed", "change_layer", "check_installed", "check_torchao", "linear_layers"]
+__all__ = ["Changed", "change_layer", "check_installed", "check_torchao", "linear_layers", "named_parts"]
+
+# The name of what was compiled, in what torch.compile() returns for it.
+_COMPILED = "_orig_mod"
 
 
 def check_installed(package: str, given: str, fix: str) -> None:
@@ -26,6 +29,12 @@ def check_torchao(given: str) -> None:
     check_installed("torchao", given, "pip install 'fabric-lite[torchao]'")
 
 
+def named_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``module.named_modules()`` with all names of each, which are those from before ``torch.compile(module)``."""
+    for name, child in module.named_modules(remove_duplicate=False):
+        yield ".".join(part for part in name.split(".") if part != _COMPILED), child
+
+
 def linear_layers(module: nn.Module) -> Iterator[tuple[set[str], nn.Linear]]:
     """Each linear layer below ``module`` that can be changed, with all its full names.
 
@@ -33,8 +42,8 @@ def linear_layers(module: nn.Module) -> Iterator[tuple[set[str], nn.Linear]]:
     from others before each forward (``weight_norm``, pruning), and not ``module`` itself.
     """
     names: dict[nn.Module, set[str]] = {}
-    for name, child in module.named_modules(remove_duplicate=False):
-        if child is not module:
+    for name, child in named_parts(module):
+        if name:
             names.setdefault(child, set()).add(name)
     for child, its_names in names.items():
         is_plain = nn.Linear in (type(child), *_sharded_bases(type(child)))

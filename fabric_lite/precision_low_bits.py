@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fabric_lite.errors import FabricTypeError, FabricValueError
-from fabric_lite.precision_layers import check_torchao, linear_layers
+from fabric_lite.precision_layers import check_torchao, linear_layers, named_parts
 
 __all__ = ["LOW_BITS", "LowBitLinear", "LowBits", "names_of"]
 
@@ -129,7 +129,7 @@ class LowBits:
 
     def _check(self, module: nn.Module) -> None:
         """Raise where what is asked for can't be of this model."""
-        layers = dict(module.named_modules(remove_duplicate=False))
+        layers = dict(named_parts(module))
         names = sorted(name for name in layers if name)
         # One Fabric may set up models of which each has some of the names.
         if self.ignored and not self.ignored & layers.keys():

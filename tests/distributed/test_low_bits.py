@@ -350,6 +350,23 @@ def test_a_checkpoint_without_these_bits_is_an_error_also_if_not_strict(
 
 
 @needs_torchao
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # inside torch.compile
+def test_a_compiled_model_has_the_names_that_it_had_before() -> None:
+    precision = BitsandbytesPrecision("nf4", torch.float32, ignore_modules={"0"})
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=precision)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))).requires_grad_(False)
+    model[2] = torch.compile(model[2], backend="eager")
+    compiled = fabric.setup(torch.compile(model, backend="eager"))
+    assert in_few_bits(model) == {"1", "2._orig_mod"}
+    batch = torch.randn(2, 64)
+    expected = batch
+    for layer in model:
+        expected = nn.functional.linear(expected, layer.weight, layer.bias)
+    torch.testing.assert_close(compiled(batch), expected, rtol=0, atol=1e-5)
+    fabric.close()
+
+
+@needs_torchao
 def test_what_cannot_be_in_few_bits_is_an_error() -> None:
     fabric = Fabric(accelerator="cpu", devices=1, precision="nf4-weights")
     with pytest.raises(FabricValueError, match=r"2 linear layers; 0: not frozen; 1: not[\s\S]*requires_grad_\(False\)"):
