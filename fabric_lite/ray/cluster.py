@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,11 +33,12 @@ def connected(address: str | None) -> Iterator[None]:
         yield
         return
     try:
+        _knock(address or os.environ.get("RAY_ADDRESS", ""))
         ray.init(address=address)
     except (ConnectionError, ValueError) as error:
         raise LaunchError(
             "There is no Ray cluster at this address.",
-            given=f"address={address!r}: {error}",
+            given=f"address={address or os.environ.get('RAY_ADDRESS')!r}: {error}",
             fix="ray start --head there, or leave the address out for a cluster of this machine alone",
         ) from error
     try:
@@ -44,6 +47,18 @@ def connected(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def _knock(address: str) -> None:
+    """Raise ConnectionError where nobody listens at ``[ray://]HOST:PORT``: Ray would try that for five minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(str(error)) from error
+
+
+_KNOCK_SECONDS = 5.0
 _INSTALL = "pip install 'fabric-lite[ray]'"
 
 

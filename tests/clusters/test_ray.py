@@ -14,6 +14,7 @@ import pickle
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -298,6 +299,23 @@ def test_a_rank_that_exits_is_an_error_with_its_code(cluster: Cluster) -> None:
 
     assert isinstance(answer["error"], LaunchError)
     assert "Rank 1 exited with code 5." in str(answer["error"])
+
+
+@pytest.mark.skipif(not HAS_RAY, reason="needs Ray (pip install 'fabric-lite[ray]')")
+@pytest.mark.timeout(60)  # Ray itself tries for more than five minutes
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.parametrize("is_variable", [False, True])
+def test_an_address_where_nobody_listens_is_an_error_at_once(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, is_variable: bool
+) -> None:
+    monkeypatch.setenv("RAY_CLIENT_MODE", "0")  # which Ray sets when it is imported
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
+        if is_variable:
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(LaunchError, match=rf"no Ray cluster at this address.*\n.*{address}.*refused"):
+            launch(ray_programs.places, ranks=1, address=None if is_variable else address)
 
 
 @needs_ray
