@@ -30,7 +30,7 @@ def with_defaults(options: argparse.Namespace, environ: Mapping[str, str]) -> tu
     engine, told = _told(environ, options.accelerator)
     given = vars(options)
     taken = {option: value for option, value in told.items() if given[option] is None}
-    is_one_node = (given["num_nodes"] or taken.get("num_nodes", "1")) == "1"
+    is_one_node = (given["num_nodes"] or taken.get("num_nodes", "1")).rpartition(":")[2] == "1"
     if is_one_node:
         taken = {option: value for option, value in taken.items() if option == "devices"}
     elif given["rdzv_endpoint"] is not None:

@@ -93,6 +93,7 @@ def test_what_is_given_wins() -> None:
     assert taken(SKYPILOT, num_nodes="3", main_address="other") == {"node_rank": 1, "devices": "8"}
     assert taken(KUBEFLOW, main_port=1, devices="2", node_rank=0) == {"num_nodes": "2", "main_address": "10.0.0.1"}
     assert taken(SKYPILOT, num_nodes="1") == {"devices": "8"}
+    assert taken(SKYPILOT, num_nodes="1:1") == {"devices": "8"}
     assert taken(SKYPILOT, accelerator="cpu") == MEETING  # the engine counts GPUs
     assert taken(SKYPILOT, rdzv_endpoint="host:1", devices="1") == {"num_nodes": "2"}
     assert taken({"JOB_COMPLETION_INDEX": "1"}, num_nodes="2", main_address="job-0") == {"node_rank": 1}
