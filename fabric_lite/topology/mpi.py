@@ -98,8 +98,10 @@ def is_pmi(environ: Mapping[str, str]) -> bool:
 
 
 def read_pmi(environ: Mapping[str, str]) -> Topology:
-    """The place of a rank of MPICH's or Intel MPI's mpirun."""
-    world_size, local_world_size = number(environ, "PMI_SIZE", least=1), number(environ, "MPI_LOCALNRANKS", 1, least=1)
+    """The place of a rank of MPICH's, Intel MPI's or HPE Cray's mpirun."""
+    world_size = number(environ, "PMI_SIZE", least=1)
+    # The second of each is of HPE Cray's mpiexec (PALS).
+    local_world_size = number(environ, "MPI_LOCALNRANKS", number(environ, "PMI_LOCAL_SIZE", 1, least=1), least=1)
     is_one_node = local_world_size == world_size
     # MPICH gives a job no name of its own.
     job = environ.get("PMI_JOBID") or environ.get("PMI_PORT") or (_proxy() if is_one_node else _job(environ))
@@ -107,7 +109,7 @@ def read_pmi(environ: Mapping[str, str]) -> Topology:
         environ,
         rank=number(environ, "PMI_RANK"),
         world_size=world_size,
-        local_rank=number(environ, "MPI_LOCALRANKID", 0),
+        local_rank=number(environ, "MPI_LOCALRANKID", number(environ, "PMI_LOCAL_RANK", 0)),
         local_world_size=local_world_size,
         job=job,
         source=_PMI,

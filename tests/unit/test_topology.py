@@ -82,6 +82,7 @@ MPIRUN_IN_SLURM = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
+PALS = {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4", "MASTER_ADDR": "x3001"}
 HYDRA_IN_SLURM = {**DAEMON, "PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 
 
@@ -116,6 +117,7 @@ def test_process_alone(environ: dict[str, str]) -> None:
         (MPICH, (1, 2, 1, 2, 0, 1), "127.0.0.1", "PMI"),
         (JSRUN, (5, 8, 1, 4, 1, 2), "c1", "LSF"),
         (MPIRUN_IN_SLURM, (3, 4, 1, 2, 1, 2), "n1", "Open MPI"),
+        (PALS, (5, 8, 1, 4, 1, 2), "x3001", "PMI"),
         (HYDRA_IN_SLURM, (3, 4, 1, 2, 1, 2), "n1", "PMI"),
         ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2, 0, 1, 1, 2), "127.0.0.1", "torchelastic"),
         ({**SRUN, **TORCHRUN}, (5, 8, 1, 4, 1, 2), "node0", "torchelastic"),
