@@ -181,6 +181,7 @@ def _script(options: argparse.Namespace) -> ScriptCall:
 def _rendezvous(options: argparse.Namespace, least: int, most: int) -> Rendezvous | None:
     backend = options.rdzv_backend or ("c10d" if options.rdzv_endpoint or least < most else "static")
     if most == 1 and options.rdzv_backend is None and options.rdzv_endpoint is None:
+        _check_node_rank(options.node_rank or 0, 1)  # without --num-nodes each node would train by itself
         return None
     if backend == "static" and least < most:
         raise LaunchError(
@@ -210,11 +211,15 @@ def _check_static(options: argparse.Namespace, num_nodes: int) -> None:
             given=f"--num-nodes {num_nodes}, --main-address {options.main_address}, --node-rank {options.node_rank}",
             fix="--main-address HOST_OF_NODE_0 --node-rank 0 there, 1, 2, ... on the others",
         )
-    if not 0 <= options.node_rank < num_nodes:
+    _check_node_rank(options.node_rank, num_nodes)
+
+
+def _check_node_rank(node_rank: int, num_nodes: int) -> None:
+    if not 0 <= node_rank < num_nodes:
         raise LaunchError(
             "The node's number does not fit the number of nodes.",
-            given=f"--node-rank {options.node_rank} --num-nodes {num_nodes}",
-            fix=f"0 to {num_nodes - 1}",
+            given=f"--node-rank {node_rank} --num-nodes {num_nodes}",
+            fix=f"0 to {num_nodes - 1}" if num_nodes > 1 else "--num-nodes, the number of all, on each of them",
         )
 
 

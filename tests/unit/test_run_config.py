@@ -114,6 +114,12 @@ def test_several_nodes_need_to_know_each_other() -> None:
             parse_arguments([*words, SCRIPT])
 
 
+def test_the_number_of_a_second_node_needs_the_number_of_nodes() -> None:
+    assert parse_arguments(["--node-rank", "0", "--main-address", "host", SCRIPT]).rendezvous is None
+    with pytest.raises(LaunchError, match="--node-rank 1 --num-nodes 1\n  Try: --num-nodes, the number of all"):
+        parse_arguments(["--node-rank", "1", "--main-address", "host", SCRIPT])
+
+
 def test_the_number_of_nodes_may_be_a_range() -> None:
     plan = parse_arguments(["--num-nodes", "1:4", "--rdzv-endpoint", "host:29400", SCRIPT])
     assert plan.rendezvous is not None
