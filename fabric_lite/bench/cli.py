@@ -77,13 +77,19 @@ def _conclude(options: argparse.Namespace, results: Results) -> int:
         compared, fails_bar = fail_below(results, options.stored, options.fail_below)
         sentences, fails = [*sentences, *compared], fails or fails_bar
     print(table(results, shown, sentences))
-    errors = [_written(path, results, shown, sentences, verdict.command) for path in options.output]
+    # A word that is misspelled costs nobody the results of the run before.
+    paths = options.output or ([Path(name) for name in _OUTPUT] if _has_figures(results) else [])
+    errors = [_written(path, results, shown, sentences, verdict.command) for path in paths]
     if not results.is_complete:
         by = f" by {results.stopped_by}" * bool(results.stopped_by)
         print(f"fabric-bench: stopped early{by}; these are the rounds that were done.", file=sys.stderr)
     if any(errors):
         raise next(filter(None, errors))
     return int(fails) if results.is_complete else _STOPPED
+
+
+def _has_figures(results: Results) -> bool:
+    return any(row.failure is None for row in results.rows)
 
 
 def _written(
@@ -152,9 +158,8 @@ def _check(options: argparse.Namespace) -> None:
         raise FabricValueError(
             "A bar is a number above 0.", given=f"--fail-below {options.fail_below}", fix="--fail-below 0.98"
         )
-    options.output = options.output or [Path(name) for name in _OUTPUT]
     options.stored = None if options.against is None else read_json(options.against)
-    for path in options.output:
+    for path in options.output or [Path(name) for name in _OUTPUT]:
         check_output(path)
 
 

@@ -73,12 +73,15 @@ def _table(of: Sequence[Column], shown: Sequence[Shown], name_size: int, width: 
         *([title.capitalize(), *heads] if of else []),
         _GAP.join("-" * size for size in [name_size, *sizes]),
     ]
+    said: dict[str, str] = {}  # by cause, the first row that failed of it
     for one in shown:
         names = _name_lines(one.name, name_size)
         if one.row.failure is None:
             lines += [marked(one, line(names[0], [column.cell(one) or "-" for column in of])), *names[1:]]
         elif is_first:
-            causes = _wrapped(f"failed: {one.row.failure}", max(width - name_size - len(_GAP), 40)).split("\n")
+            first = said.setdefault(one.row.failure, one.name)
+            words = f"failed: {one.row.failure if one.name == first else f'as {first}'}"
+            causes = _wrapped(words, max(width - name_size - len(_GAP), 40)).split("\n")
             pairs = itertools.zip_longest(names, causes, fillvalue="")
             lines += [f"{name.ljust(name_size)}{_GAP}{cause}".rstrip() for name, cause in pairs]
     return lines

@@ -230,6 +230,19 @@ def test_the_command_prints_a_table_writes_its_files_and_compares_with_stored_on
     assert (tmp_path / "now.csv").read_text().count("\n") == 3
 
 
+def test_a_strategy_that_is_misspelled_costs_nobody_the_results_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fabric_bench.json").write_text("of before")
+    misspelled = ["--devices", "1", "--precision", "32-true", "--strategy", "fdsp", SCRIPT]
+    assert main(misspelled) == 1
+    assert "written" not in capfd.readouterr().out
+    assert (tmp_path / "fabric_bench.json").read_text() == "of before"
+    assert main(["--output", "named.json", *misspelled]) == 1
+    assert json.loads((tmp_path / "named.json").read_text())["rows"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

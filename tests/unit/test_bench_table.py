@@ -71,6 +71,13 @@ def test_a_failed_row_says_its_cause_once_and_whole() -> None:
     assert " ".join(text.split()).count("failed: OutOfMemoryError on rank 1: tried to allocate 2.50 GiB") == 1
 
 
+def test_a_cause_that_several_rows_share_is_said_once() -> None:
+    shown = [*several(), dataclasses.replace(several()[-1], name="hsdp, bf16-mixed, 2 devices")]
+    words = " ".join(table(results_of(shown), shown, []).split())
+    assert words.count("OutOfMemoryError") == 1
+    assert "hsdp, bf16-mixed, 2 devices failed: as hsdp, 32-true, 2 devices" in words
+
+
 def test_columns_without_any_value_are_left_out() -> None:
     shown = [ran("single_device", 1, comparison=None)]
     text = table(results_of(shown), shown, [])
