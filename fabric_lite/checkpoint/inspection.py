@@ -21,6 +21,7 @@ from fabric_lite.checkpoint.stored import is_tensor
 __all__ = ["Description", "about", "described", "kind_of", "lines", "printable"]
 
 _FACTS = ("format", "fabric_lite", "torch", "world_size", "strategy", "precision")
+_VALUE_SIZE = 80  # characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,8 @@ def about(path: Path, checkpoint: StoredCheckpoint) -> dict[str, Any]:
 def _entry(value: Any) -> dict[str, Any]:
     tensors = [_tensor(place, tensor) for place, tensor in values_where(is_tensor, value, Place())]
     if not tensors:
-        return {"value": f"{value!r:.80}"}
+        text = repr(value)
+        return {"value": text if len(text) <= _VALUE_SIZE else f"{text[: _VALUE_SIZE - 3]}..."}
     return {
         "tensors": len(tensors),
         "elements": sum(math.prod(tensor["shape"]) for tensor in tensors),

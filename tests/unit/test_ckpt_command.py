@@ -91,6 +91,16 @@ def test_inspect_says_what_a_checkpoint_is_and_what_is_in_it(
     assert "  model.0.weight  float32  (4, 3)  48 bytes\n" in capsys.readouterr().out
 
 
+def test_inspect_shows_that_a_long_value_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "file.ckpt", {"long": list(range(100)), "short": "a" * 78})
+    assert main(["inspect", str(tmp_path / "file.ckpt")]) == 0
+    long, short = capsys.readouterr().out.splitlines()[-2:]
+    assert long.startswith("  long: [0, 1, 2, ")
+    assert long.endswith("...")
+    assert len(long) == len("  long: ") + 80
+    assert short == f"  short: {'a' * 78!r}"
+
+
 def test_inspect_as_json_has_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path, "folder")
     assert main(["inspect", str(path), "--json"]) == 0
