@@ -52,11 +52,12 @@ class Fabric(Stepping, Communication, Checkpointing, Reporting):
     """Your loop on any hardware: devices, processes, precision, data and checkpoints behind a few calls.
 
     Args:
-        accelerator: ``auto cpu cuda gpu mps xpu``; auto takes the best one present.
+        accelerator: ``auto cpu cuda gpu mps tpu xpu``; auto takes the best one present.
         strategy: ``auto single_device ddp ...`` or a strategy object.
         devices: Per node: a count, a list of indices, ``"0,2"``, ``-1`` or ``"auto"``. On CPU a count of processes.
         num_nodes: Number of nodes; under a launcher it is the launcher's.
-        precision: ``64-true 32-true 16-true bf16-true 16-mixed bf16-mixed``, or a ``Precision``. None is 32-true.
+        precision: ``64-true 32-true 16-true bf16-true 16-mixed bf16-mixed``, by extras ``fp8-mixed nf4-weights
+            int8-weights transformer-engine``, or a ``Precision``. None is 32-true.
         callbacks: Objects whose methods :meth:`call` calls by name.
         loggers: Those of :mod:`fabric_lite.loggers`, or objects with ``log_metrics(metrics, step)``.
         plugins: A ``Precision``, instead of ``precision``.

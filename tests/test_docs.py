@@ -73,6 +73,18 @@ def test_the_page_of_faults_is_made_of_the_recorded_figures(tmp_path: Path, monk
     assert (tmp_path / "faults.md").read_text() == (DOCS / "faults.md").read_text()
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_every_block_names_its_language(page: Path) -> None:
+    fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert all(fences[::2]), "it would be colored as Python"
+    assert not any(fences[1::2])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_every_table_has_a_heading(page: Path) -> None:
+    assert not re.search(r"^\|[| ]*\|\n\|[-:| ]+\|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE))
@@ -84,11 +96,16 @@ def test_every_public_class_and_function_is_in_the_reference() -> None:
     import fabric_lite
     import fabric_lite.callbacks
     import fabric_lite.loggers
+    import fabric_lite.strategies
     import fabric_lite.trainer
 
     errors = {name for name in fabric_lite.__all__ if name.endswith("Error")}
     names = {f"fabric_lite.{name}" for name in set(fabric_lite.__all__) - errors - {"EXIT_PREEMPTED"}}
     names |= {f"fabric_lite.callbacks.{name}" for name in fabric_lite.callbacks.__all__ if not name.endswith("Error")}
     names |= {f"fabric_lite.loggers.{name}" for name in fabric_lite.loggers.__all__ if name != "rank_zero_experiment"}
+    strategies = {
+        f"fabric_lite.strategies.{name}" for name in fabric_lite.strategies.__all__ if name.endswith("Strategy")
+    }
+    names |= {name for name in strategies if name.replace(".strategies", "") not in names}
     names |= {"fabric_lite.trainer.Trainer", "fabric_lite.trainer.LightningModule", "fabric_lite.errors"}
     assert names - set(re.findall(r"^::: (\S+)$", reference, re.MULTILINE)) == set()
