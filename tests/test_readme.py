@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,14 @@ STARTED = [command for command in commands(README) if re.match(r"(python|fabric-
 
 
 def run_block(source: str, folder: str) -> None:
-    """On a rank: run a block of Python in ``folder``."""
+    """On a rank: run a block of Python in ``folder``; a warning to the user fails it."""
     before = os.getcwd()
     os.chdir(folder)
     variables: dict[str, Any] = {"__name__": "__main__"}
     try:
-        exec(compile(source, "README.md", "exec"), variables)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            exec(compile(source, "README.md", "exec"), variables)
     finally:
         os.chdir(before)
     if "fabric" in variables:
