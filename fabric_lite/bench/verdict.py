@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from fabric_lite.bench import statistics
 from fabric_lite.bench.limits import Limit, limit_of
 from fabric_lite.bench.results import About, Results, Row
+from fabric_lite.bench.shown import figure
 
 __all__ = ["Verdict", "fail_below", "judge"]
 
@@ -133,9 +134,9 @@ def _said_of_failed(failed: Sequence[Row]) -> list[str]:
 def _said_of_first(row: Row, results: Results, noise: statistics.Noise | None) -> str:
     speed = statistics.throughput(row)
     unit = "steps/s" if row.samples_per_step is None else "samples/s"
-    figures = f"{speed.value:.4g} {unit}"
+    figures = f"{figure(speed.value, 4)} {unit}"
     if _says_something(speed):
-        figures += f" (95 %: {speed.low:.4g} to {speed.high:.4g})"
+        figures += f" (95 %: {figure(speed.low, 4)} to {figure(speed.high, 4)})"
     fastest = f"{row.combination.name} is the fastest{' in the only round' * (len(row.step_seconds) == 1)}"
     baseline = next((r for r in results.rows if r.combination.name == results.baseline and r.failure is None), None)
     if baseline is None or baseline is row:

@@ -45,13 +45,19 @@ def test_the_winner_is_named_with_its_figures_and_its_command_line() -> None:
     assert verdict.winners == ["ddp, 32-true, 2 devices"]
     assert verdict.wrong == []
     # 16 samples in 0.125 s are 128 a second, 1.6 times the 80 of a single device, so 0.8 of two.
-    assert verdict.sentences[0].startswith("ddp, 32-true, 2 devices is the fastest: 128 samples/s (95 %: ")
+    assert verdict.sentences[0].startswith("ddp, 32-true, 2 devices is the fastest: 128.0 samples/s (95 %: ")
     assert "1.600 (99 %: " in verdict.sentences[0]
     assert "times the baseline, single_device, 32-true, 1 device" in verdict.sentences[0]
     assert verdict.sentences[1] == "It keeps 80% of the throughput of 2 single devices."
     assert verdict.command == "fabric-run --devices 2 --strategy ddp --precision 32-true train.py --lr 0.1"
     assert verdict.sentences[-1] == f"Run it: {verdict.command}"
     assert str(verdict).splitlines() == list(verdict.sentences)
+
+
+def test_figures_of_a_fast_script_are_written_as_in_the_table() -> None:
+    [said, *_] = judge(results_of(row(SINGLE, 0.0001))).sentences
+    assert "the fastest: 80,000 samples/s (95 %: 79," in said
+    assert "e+" not in said
 
 
 def test_a_baseline_that_wins_is_not_compared_with_itself() -> None:
@@ -155,7 +161,7 @@ def test_a_repeat_that_was_told_apart_is_a_warning() -> None:
 
 def test_steps_of_different_devices_without_samples_are_a_warning() -> None:
     rows = [row(SINGLE, 0.1, samples_per_step=None), row(DDP, 0.2, samples_per_step=None)]
-    assert "10 steps/s" in str(judge(results_of(*rows)))
+    assert "10.00 steps/s" in str(judge(results_of(*rows)))
     assert "Beware: no batch shows how many samples it has" in str(judge(results_of(*rows)))
     assert "Beware" not in str(judge(results_of(rows[0])))
 
