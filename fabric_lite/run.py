@@ -264,11 +264,15 @@ def _check_devices(arguments: Arguments, asked: int, nodes: int, topology: Topol
         return
     raise LaunchError(
         "The number of devices asked for is not the number of processes started on this node, or on another.",
-        given=f"devices={arguments.devices!r} on {nodes} nodes, so {asked * nodes} processes, and "
-        f"{topology.world_size} started by {topology.source} on {topology.num_nodes} nodes, "
+        given=f"devices={arguments.devices!r} on {_counted(nodes, 'node')}, so {_counted(asked * nodes, 'process')}, "
+        f"and {topology.world_size} started by {topology.source} on {_counted(topology.num_nodes, 'node')}, "
         f"{topology.local_world_size} of them here",
         fix=f"{_command(topology, asked, nodes)}, or devices='auto' in the script",
     )
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}{'es' if word.endswith('s') else 's'}"
 
 
 def _command(topology: Topology, devices: int, nodes: int) -> str:

@@ -160,7 +160,7 @@ def test_check_shows_how_slow_a_cable_is(tmp_path: Path, hosts: Hosts) -> None:
         nodes = [stack.enter_context(started(*words, cwd=tmp_path)) for words in on_both(hosts, "--check")]
         outputs = [node.communicate(timeout=LIMIT_SECONDS) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    (speed,) = re.findall(r"the slowest way is between rank 0 and 1: \d+ us, (\S+) GB/s", outputs[0][0])
+    (speed,) = re.findall(r"the slowest way for 4 MB is between rank 0 and 1: \d+ us, (\S+) GB/s", outputs[0][0])
     # Half of the way at 10 MB/s.
     assert float(speed) <= 0.02
 

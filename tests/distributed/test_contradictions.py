@@ -157,10 +157,10 @@ CASES = {
     ),
     # Open MPI. Its node rank is the local rank.
     "Open MPI, more devices than ranks": Case(
-        open_mpi(1), {"devices": 4}, ("so 4 processes, and 2 started by Open MPI", "on 1 nodes", "mpirun -n 4")
+        open_mpi(1), {"devices": 4}, ("so 4 processes, and 2 started by Open MPI", "on 1 node,", "mpirun -n 4")
     ),
     "Open MPI, fewer devices than ranks": Case(
-        open_mpi(1), {"devices": 1}, ("so 1 processes, and 2 started by Open MPI",)
+        open_mpi(1), {"devices": 1}, ("so 1 process, and 2 started by Open MPI",)
     ),
     "Open MPI, more nodes than there are": Case(open_mpi(1), {"num_nodes": 2}, ("num_nodes=2 and 1 by Open MPI",)),
     "Open MPI, nodes of unequal ranks, on the full one": Case(
@@ -180,7 +180,7 @@ CASES = {
     "PMI, more devices than ranks": Case(
         mpich(1), {"devices": 4}, ("so 4 processes, and 2 started by PMI", "mpirun -n 4")
     ),
-    "PMI, fewer devices than ranks": Case(mpich(), {"devices": 1}, ("so 1 processes, and 2 started by PMI",)),
+    "PMI, fewer devices than ranks": Case(mpich(), {"devices": 1}, ("so 1 process, and 2 started by PMI",)),
     "PMI, more nodes than there are": Case(mpich(), {"num_nodes": 2}, ("num_nodes=2 and 1 by PMI",)),
     "PMI, several nodes and no address": Case(mpich(0, 4, 2), {}, ("4 processes, 2 on this node", "-genv MASTER_ADDR")),
     "PMI, a rank beyond the last": Case(mpich(PMI_RANK="2"), {}, ("rank 2 of 2",)),
@@ -195,7 +195,7 @@ CASES = {
         torchrun(1), {"devices": 4}, ("so 4 processes, and 2 started by torchelastic", "fabric-run --devices 4")
     ),
     "torchrun, fewer devices than ranks": Case(
-        torchrun(), {"devices": 1}, ("so 1 processes, and 2 started by torchelastic",)
+        torchrun(), {"devices": 1}, ("so 1 process, and 2 started by torchelastic",)
     ),
     "torchrun, more nodes than there are": Case(torchrun(), {"num_nodes": 2}, ("num_nodes=2 and 1 by torchelastic",)),
     "torchrun, fewer nodes than there are": Case(

@@ -47,7 +47,7 @@ def test_all_ranks_and_each_way_are_shown(tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines[:3]] == ["0", "1", "2"]
     assert [line.split() for line in (lines[4], lines[8])] == [["rank", "1", "rank", "2"]] * 2
     assert [len(line.split()) for line in (lines[5], lines[6], lines[9], lines[10])] == [4, 3, 4, 3]
-    assert lines[-1].startswith("fabric-run --check: all is well; the slowest way is between rank")
+    assert lines[-1].startswith("fabric-run --check: all is well; the slowest way for 4 MB is between rank")
     assert_nothing_left(tmp_path)
 
 
