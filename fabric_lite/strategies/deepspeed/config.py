@@ -111,7 +111,7 @@ def is_offloaded(config: Mapping[str, Any], key: str) -> bool:
 
 
 def check_offloading(own: Mapping[str, Any], *, stage: int, offload_optimizer: bool, offload_parameters: bool) -> None:
-    """Raise FabricValueError unless options and configuration agree on what is offloaded, and the stage can do it.
+    """Raise FabricValueError unless options and configuration agree on what is offloaded, and it can be.
 
     Args:
         own: The user's configuration.
@@ -122,6 +122,12 @@ def check_offloading(own: Mapping[str, Any], *, stage: int, offload_optimizer: b
     options = {"offload_optimizer": offload_optimizer, "offload_parameters": offload_parameters}
     for option, key in _OFFLOADING.items():
         device = _part(_part(own, _ZERO), key).get("device")
+        if device not in (None, "none", "cpu"):
+            raise FabricValueError(
+                "What is offloaded goes into the host's memory; its way onto disks is not in the checkpoints.",
+                given=f"{key}={{'device': {device!r}}} in the configuration",
+                fix=f"{option}=True, or device: 'cpu'",
+            )
         if options[option] and device == "none":
             raise FabricValueError(
                 "One says that it is offloaded, the other that it is not.",
