@@ -75,6 +75,8 @@ class ModelCheckpoint:
                 "A ModelCheckpoint has a folder of its own.", given="none", fix='ModelCheckpoint("runs/a/checkpoints")'
             )
         check_mode(mode)
+        if not isinstance(save_last, bool):
+            raise FabricValueError("The newest is kept, or it is not.", given=f"{save_last=}", fix="save_last=True")
         if save_top_k < -1 or (save_top_k == 0 and not save_last):
             raise FabricValueError(
                 "A ModelCheckpoint keeps at least one checkpoint.",

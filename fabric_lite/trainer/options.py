@@ -30,7 +30,16 @@ _INSTEAD = {
     "profiler": "fabric_lite.profile(trainer.fabric)",
     "num_sanity_val_steps": "leave it out, there are none",
     "enable_model_summary": "leave it out, there is none",
+    "min_epochs": "a larger patience of EarlyStopping",
+    "min_steps": "a larger patience of EarlyStopping",
+    "max_time": "a callback that sets trainer.should_stop, on all ranks alike",
+    "overfit_batches": "limit_train_batches=, and a loader that does not shuffle",
+    "reload_dataloaders_every_n_epochs": "one loader whose sampler or data has set_epoch",
+    "inference_mode": "leave it out, evaluation is under torch.no_grad()",
+    "detect_anomaly": "torch.autograd.set_detect_anomaly(True)",
+    "sync_batchnorm": "torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)",
 }
+_SWITCHES = ("enable_checkpointing", "enable_progress_bar", "use_distributed_sampler")
 _LIMITS = tuple(f"limit_{stage}_batches" for stage in ("train", "val", "test", "predict"))
 
 
@@ -54,6 +63,7 @@ def check_options(given: Mapping[str, Any], fabric_options: Mapping[str, Any]) -
     }
     parts = "a whole number of batches, or a part from 0.0 to 1.0"
     wrong |= {name: parts for name in (*_LIMITS, "val_check_interval") if _is_wrong(given[name], 0, most=1.0)}
+    wrong |= {name: "True or False" for name in _SWITCHES if type(given[name]) is not bool}
     if given["val_check_interval"] == 0:
         wrong["val_check_interval"] = "a number above 0"
     if not isinstance(given["gradient_clip_val"] or 0, (int, float)) or (given["gradient_clip_val"] or 0) < 0:

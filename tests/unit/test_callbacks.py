@@ -129,6 +129,7 @@ def test_a_value_that_is_not_there_is_named() -> None:
         (lambda: ModelCheckpoint("a", mode="best"), "mode='best'"),
         (lambda: ModelCheckpoint("a", save_top_k=-2), "save_top_k=-2"),
         (lambda: ModelCheckpoint("a", save_top_k=0, save_last=False), "save_top_k=0"),
+        (lambda: ModelCheckpoint("a", save_last="link"), "save_last='link'"),
         (lambda: SpikeDetection(mode="best"), "mode='best'"),
         (lambda: SpikeDetection(window=0), "window=0"),
         (lambda: LearningRateMonitor(every_n_steps=0), "every_n_steps=0"),

@@ -222,6 +222,8 @@ def test_a_scheduler_that_takes_no_metric_is_not_given_one(tmp_path: Path) -> No
         ({"max_steps": -2}, "max_steps=-2"),
         ({"gradient_clip_val": -1.0}, r"gradient_clip_val=-1\.0"),
         ({"gradient_clip_algorithm": "sum"}, "gradient_clip_algorithm='sum'"),
+        ({"enable_checkpointing": None}, "enable_checkpointing=None"),
+        ({"enable_progress_bar": None}, "enable_progress_bar=None"),
     ],
 )
 def test_an_argument_that_means_nothing_is_refused(tmp_path: Path, options: dict[str, Any], named: str) -> None:
@@ -235,6 +237,10 @@ def test_an_argument_that_there_is_not_is_named(tmp_path: Path) -> None:
         ("max_epoch", "max_epoch: max_epochs"),
         ("gpus", 'gpus: accelerator="gpu", devices='),
         ("zzz", "zzz: there is none like it"),
+        ("min_epochs", "min_epochs: a larger patience"),
+        ("max_time", "max_time: a callback that sets trainer.should_stop"),
+        ("overfit_batches", "overfit_batches: limit_train_batches=, and a loader that does not shuffle"),
+        ("reload_dataloaders_every_n_epochs", "reload_dataloaders_every_n_epochs: one loader"),
     ):
         with pytest.raises(FabricTypeError, match=f"{name}[\\s\\S]*{said}"):
             trainer(tmp_path, **{name: 1})
