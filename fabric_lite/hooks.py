@@ -22,11 +22,13 @@ def has_hook(callbacks: Sequence[Any], name: str) -> bool:
     return any(callable(getattr(callback, name, None)) for callback in callbacks)
 
 
-def call_hook(callbacks: Sequence[Any], name: str, *args: Any, **kwargs: Any) -> None:
+def call_hook(callbacks: Sequence[Any], name: str, *args: Any, **kwargs: Any) -> list[Any]:
     """Call ``callback.name(*args, **kwargs)`` on each callback that has it, less the arguments that it does not take.
 
     One that takes fewer by position gets the first of ``args``. What came by position does not come by name again.
+    Returns what the methods return.
     """
+    answers = []
     for callback in callbacks:
         method = getattr(callback, name, None)
         if not callable(method):
@@ -42,7 +44,8 @@ def call_hook(callbacks: Sequence[Any], name: str, *args: Any, **kwargs: Any) ->
             for key, value in kwargs.items()
             if (accepted.any_name or key in accepted.by_name) and key not in filled
         }
-        method(*taken, **own)
+        answers.append(method(*taken, **own))
+    return answers
 
 
 class _Accepted(NamedTuple):

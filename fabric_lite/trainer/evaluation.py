@@ -33,7 +33,7 @@ def evaluate(
     modes = {part: part.training for part in model.modules()}
     model.eval()
     try:
-        return _evaluate(trainer, stage, step_of(model, f"{stage}_step"), loaders)
+        return _evaluate(trainer, stage, step_of(model, f"{stage}_step", 3 if len(loaders) > 1 else 2), loaders)
     finally:
         trainer.metrics.suffix = ""
         for part, mode in modes.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fabric_lite import FabricValueError
 from fabric_lite.hooks import call_hook
 from fabric_lite.trainer.module import LightningModule
 
@@ -44,9 +45,24 @@ class Hooks:
         self.call_model(name, *args)
         self.call_callbacks(name, *args, **named)
 
-    def call_model(self, name: str, *args: Any) -> None:
-        """The model's, with as many of ``args`` as it takes."""
-        call_hook([self._trainer.lightning_module], name, *args)
+    def begin_batch(self, batch: Any, number: int) -> None:
+        """``on_train_batch_start``.
+
+        Raises:
+            FabricValueError: The model's answers -1, with which Lightning leaves the epoch.
+        """
+        answers = self.call_model("on_train_batch_start", batch, number)
+        if any(type(answer) is int and answer == -1 for answer in answers):
+            raise FabricValueError(
+                "This Trainer does not leave an epoch because a hook says so.",
+                given="-1 from on_train_batch_start",
+                fix="None from training_step, which passes over the batch; or trainer.should_stop, on all ranks alike",
+            )
+        self.call_callbacks("on_train_batch_start", batch, number)
+
+    def call_model(self, name: str, *args: Any) -> list[Any]:
+        """The model's, with as many of ``args`` as it takes; returns what it answers."""
+        return call_hook([self._trainer.lightning_module], name, *args)
 
     def call_callbacks(self, name: str, *args: Any, **named: Any) -> None:
         """The callbacks', with ``(trainer, pl_module, *args)`` and what else they name."""

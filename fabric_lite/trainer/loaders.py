@@ -36,7 +36,7 @@ class Loaders:
 
         Args:
             model: The ``LightningModule``.
-            loaders: One, several, or None.
+            loaders: One, several (in a dict too, by its order), or None.
             method: The model's, which makes them where none are given.
             pad: False: to evaluate on, with each sample once, where that can be had. None: as Fabric does.
             is_needed: Whether there has to be one.
@@ -48,6 +48,7 @@ class Loaders:
         loaders = make() if loaders is None and callable(make) else loaders
         if loaders is None and is_needed:
             raise FabricValueError("There is no data.", given="no loader", fix=f"a loader, or {method}() of the model")
+        loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
         loaders = [] if loaders is None else loaders if isinstance(loaders, (list, tuple)) else [loaders]
         return [one if self._fabric.has_set_up(one) else self._set_up(one, pad) for one in loaders]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fabric_lite import FabricKeyError, FabricRuntimeError, FabricTypeError
+from fabric_lite.callbacks.monitoring import monitored
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.trainer.evaluation import evaluate
 from fabric_lite.trainer.module import LightningModule, step_of
@@ -136,7 +137,7 @@ class FitLoop:
             FabricRuntimeError: There are fewer than the loader said, and gradients wait that no rank has sent.
         """
         trainer, progress, metrics = self._trainer, self._progress, self._metrics
-        step, total = step_of(self._model, "training_step", 2), self._begin_batches()
+        step, total = step_of(self._model, "training_step"), self._begin_batches()
         if progress.batches != total:
             self._validate_if_due()
         latest = self._fabric.steps
@@ -148,7 +149,7 @@ class FitLoop:
             if progress.closed_at == number:
                 metrics.window = number
             if "on_train_batch_start" in self._hooks.of_batches:
-                self._hooks.call("on_train_batch_start", batch, number)
+                self._hooks.begin_batch(batch, number)
             outputs = self._train_batch(step, batch, number, total)
             progress.batches += 1
             is_between = progress.closed_at == progress.batches  # windows of accumulation
@@ -161,6 +162,7 @@ class FitLoop:
             if "on_train_batch_end" in self._hooks.of_batches:
                 outputs = map_leaves(_detached, outputs)
                 named = {"metrics": metrics.of_step, "loss": _loss_of(outputs), "batch_idx": number}
+                outputs = {"loss": outputs} if isinstance(outputs, torch.Tensor) else outputs  # as Lightning has it
                 self._send = metrics.send if has_stepped else None
                 self._hooks.call("on_train_batch_end", outputs, batch, number, state=trainer.state, **named)
                 self.send_late()
@@ -229,7 +231,7 @@ class FitLoop:
 
     def _backward(self, outputs: Any) -> Any:
         loss = _loss_of(outputs)
-        if loss is None and outputs is not None:
+        if not isinstance(loss, torch.Tensor) and outputs is not None:
             raise FabricTypeError(
                 "training_step returned no loss.", given=f"{outputs!r:.80}", fix='a tensor, a dict with "loss", or None'
             )
@@ -251,10 +253,10 @@ class FitLoop:
         self._has_gradients = False
         trainer = self._trainer
         for optimizer in trainer.optimizers:
+            if "on_before_optimizer_step" in self._hooks.of_batches:
+                self._hooks.call("on_before_optimizer_step", optimizer)  # as in Lightning, before gradients are clipped
             if self._clip:
                 self._fabric.clip_gradients(self._model, optimizer, **self._clip)  # type: ignore[arg-type]
-            if "on_before_optimizer_step" in self._hooks.of_batches:
-                self._hooks.call("on_before_optimizer_step", optimizer)
             optimizer.step()
             if "on_before_zero_grad" in self._hooks.of_batches:
                 self._hooks.call("on_before_zero_grad", optimizer)
@@ -275,9 +277,17 @@ class FitLoop:
         for place, one in enumerate(trainer.schedulers):
             if place not in stepped and one.step(interval, count, metrics) and interval == "epoch":
                 stepped.append(place)
-            waits = metrics is trainer.callback_metrics and interval == one.interval == "epoch" and place not in stepped
-            if waits and one.strict and one.monitor is not None and count % one.frequency == 0:
-                raise FabricKeyError("A scheduler waits for a value that nobody logs.", given=f"{one.monitor=}")
+            is_over = interval == "epoch" and metrics is trainer.callback_metrics
+            if not is_over or one.monitor is None or not one.strict:
+                continue
+            if one.interval == "step":
+                monitored(trainer.callback_metrics, one.monitor)  # raises where an epoch has not brought it
+            elif place not in stepped and count % one.frequency == 0:
+                raise FabricKeyError(
+                    "A scheduler waits for a value that nobody logs.",
+                    given=f"monitor={one.monitor!r}, metrics {', '.join(trainer.callback_metrics) or 'none'}",
+                    fix="the name of one that is, or strict=False, with which it does not step",
+                )
 
     def _validate_if_due(self, is_over: bool = False) -> None:
         """Validate, if it is time to and was not done after this batch."""
@@ -295,6 +305,9 @@ class FitLoop:
             return
         batch, self._metrics.batch = self._metrics.batch, None
         results = evaluate(trainer, "validation", self._model, self._validation)[0]
+        if self._model.automatic_optimization:
+            for optimizer in trainer.optimizers:
+                optimizer.zero_grad()  # a validation may go backward, for a penalty or a map: no part of the next step
         if is_over and not self.is_cut:
             found = {name: value for result in results for name, value in result.items()}
             self._step_schedulers("epoch", trainer.current_epoch + 1, found)

@@ -102,9 +102,14 @@ class Metrics:
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value.detach()
         elif not isinstance(value, numbers.Real):
-            raise FabricTypeError("A number is logged.", given=f"log({name!r}, {value!r:.60})", fix="value.mean()")
+            fix = "value.compute(), and value.reset() after the epoch" if hasattr(value, "compute") else "value.mean()"
+            raise FabricTypeError("A number is logged.", given=f"log({name!r}, {value!r:.60})", fix=fix)
         on_step = is_step if on_step is None else on_step
         on_epoch = not is_step if on_epoch is None else on_epoch
+        if not on_step and not on_epoch:
+            raise FabricValueError(
+                "This value would go nowhere.", given=f"log({name!r}, {on_step=}, {on_epoch=})", fix="on_epoch=True"
+            )
         name += self.suffix
         if on_epoch:
             totals, own = self._totals.setdefault(self.stage, {}), f"{name}_epoch" if on_step else name

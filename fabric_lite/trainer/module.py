@@ -122,7 +122,7 @@ class LightningModule(nn.Module):
             value: On every rank, if ``sync_dist``.
             prog_bar: Whether to show it beside the bar.
             logger: Whether to send it to the loggers.
-            on_step: Whether to log each value; None: in training steps.
+            on_step: Whether to log each value; None: in training steps. Those of other steps are not sent to loggers.
             on_epoch: Whether to log what the values of an epoch come to; None: in all other steps.
             reduce_fx: What they come to: ``mean`` (by batch size), ``sum``, ``min`` or ``max``.
             sync_dist: Whether over all ranks; else it is rank 0's.
@@ -239,8 +239,8 @@ _CALLS = {
 }
 
 
-def step_of(module: LightningModule, name: str, most: int = 3) -> Callable[..., Any]:
-    """A step that is called with as many of ``(batch, batch_idx, dataloader_idx)`` as it takes, at most so many."""
+def step_of(module: LightningModule, name: str, most: int = 2) -> Callable[..., Any]:
+    """A step that gets of ``(batch, batch_idx, dataloader_idx)`` as many as it needs, and of others at most so many."""
     method = getattr(module, name, None)
     if method is None:
         raise FabricRuntimeError(
@@ -249,8 +249,8 @@ def step_of(module: LightningModule, name: str, most: int = 3) -> Callable[..., 
             fix=f"def {name}(self, batch, batch_idx)",
         )
     parameters = inspect.signature(method).parameters.values()
-    count = sum(one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in parameters)
-    takes_all = any(one.kind is one.VAR_POSITIONAL for one in parameters)
-    if takes_all or count >= most:
-        return method
+    own = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    takes = most if any(one.kind is one.VAR_POSITIONAL for one in parameters) else min(most, len(own))
+    # What comes after has a meaning and a default of its own: validation_step(self, batch, batch_idx, name="val").
+    count = max(takes, sum(one.default is one.empty for one in own))
     return lambda *args: method(*args[:count])

@@ -62,9 +62,10 @@ def parse_optimizers(configured: Any) -> tuple[list[Optimizer], list[Scheduled]]
         return [], []
     if isinstance(configured, (Optimizer, Mapping)):
         configured = [configured]
-    if isinstance(configured, Sequence) and all(isinstance(one, Optimizer) for one in configured):
+    configured = configured if isinstance(configured, Sequence) else [configured]
+    if all(isinstance(one, Optimizer) for one in configured):
         return list(configured), []
-    if isinstance(configured, Sequence) and all(isinstance(one, Mapping) and "optimizer" in one for one in configured):
+    if all(isinstance(one, Mapping) and "optimizer" in one for one in configured):
         schedulers = [one for one in configured if one.get("lr_scheduler") is not None]
         # Lightning takes the metric beside the scheduler too.
         return [one["optimizer"] for one in configured], [

@@ -34,6 +34,8 @@ _NOT_CALLED = (
     "on_after_batch_transfer",
     "configure_callbacks",
     "configure_model",
+    "configure_sharded_model",
+    *(f"on_{stage}_model_{mode}" for stage in ("validation", "test", "predict") for mode in ("eval", "train")),
 )
 _NOT_CALLED_IN_FIT = (
     "optimizer_step",
@@ -202,7 +204,13 @@ class Trainer:
         released, self.optimizers = self.optimizers, []
         self.fabric.release(*released)
         del released  # else monitors would count them
-        loader = self.loaders.set_up(model, train_dataloaders, "train_dataloader", pad=None)[0]
+        loader, *others = self.loaders.set_up(model, train_dataloaders, "train_dataloader", pad=None)
+        if others:
+            raise FabricValueError(
+                "A Trainer trains on one loader.",
+                given=f"{1 + len(others)} loaders",
+                fix="one whose batches have the parts of all, or torch.utils.data.ConcatDataset",
+            )
         validation = self.loaders.set_up(model, val_dataloaders, "val_dataloader", is_needed=False)
         validation = [one for one in validation if self.loaders.count(one, "validation") != 0]
         self.num_training_batches = self.loaders.count(loader, "train")
@@ -355,6 +363,21 @@ class Trainer:
                 given=f"{len(optimizers)} optimizers and automatic_optimization=True",
                 fix="self.automatic_optimization = False, self.optimizers() and self.manual_backward(loss)",
             )
+        if not model.automatic_optimization and (self.accumulate_grad_batches > 1 or self.gradient_clip_val):
+            raise FabricValueError(
+                "A model that steps by itself accumulates and clips gradients itself too.",
+                given=f"accumulate_grad_batches={self.accumulate_grad_batches}, "
+                f"gradient_clip_val={self.gradient_clip_val}, automatic_optimization=False",
+                fix="leave them out, and count batches or call self.fabric.clip_gradients in training_step",
+            )
+        owners = {type(one.scheduler).__name__: getattr(one.scheduler, "optimizer", None) for one in self.schedulers}
+        foreign = [name for name, owner in owners.items() if owner is not None and owner not in optimizers]
+        if foreign and model.automatic_optimization:
+            raise FabricValueError(
+                "This scheduler is of an optimizer that configure_optimizers does not return, so it would do nothing.",
+                given=", ".join(foreign),
+                fix="the optimizer that was given to the scheduler",
+            )
         interval, batches = self.val_check_interval, self.num_training_batches
         is_unreachable = isinstance(interval, int) and batches is not None and interval > batches
         if has_validation and (is_unreachable or (interval != 1.0 and isinstance(interval, float) and batches is None)):
@@ -379,11 +402,11 @@ class Trainer:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the run, its totals, what ``model.on_save_checkpoint(checkpoint)`` adds; every rank calls."""
+        """The place in the run, its totals, what ``on_save_checkpoint(checkpoint)`` adds; every rank calls."""
         assert self._loop is not None
         self._loop.send_late()
         extra: dict[str, Any] = {}
-        self.hooks.call_model("on_save_checkpoint", extra)
+        self.hooks.call("on_save_checkpoint", extra)
         return {**self._loop.state_dict(), "metrics": self.metrics.state_dict(), "extra": extra}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -391,7 +414,7 @@ class Trainer:
         assert self._loop is not None
         self._loop.load_state_dict(state)
         self.metrics.load_state_dict(state["metrics"])
-        self.hooks.call_model("on_load_checkpoint", dict(state["extra"]))
+        self.hooks.call("on_load_checkpoint", dict(state["extra"]))
 
 
 class _LastCheckpoint:

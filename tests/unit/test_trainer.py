@@ -126,8 +126,9 @@ def test_optimizers_come_in_all_usual_forms(tmp_path: Path, kind: str, rate: flo
         ("adam", FabricTypeError),
         ({"optimizer": 1, "lr_scheduler": {"schedule": 1}}, FabricValueError),
         ([[1], [{"scheduler": 1, "interval": "batch"}]], FabricValueError),
+        (torch.optim.lr_scheduler.LRScheduler.__new__(torch.optim.lr_scheduler.StepLR), FabricTypeError),
     ],
-    ids=["text", "an unknown key", "an unknown interval"],
+    ids=["text", "an unknown key", "an unknown interval", "a scheduler alone"],
 )
 def test_other_forms_are_refused(tmp_path: Path, value: Any, error: type[Exception]) -> None:
     class Configured(LitModel):
@@ -205,7 +206,7 @@ def test_hooks_of_model_and_callbacks_are_called_in_order(tmp_path: Path) -> Non
 def test_a_callback_takes_what_it_names(tmp_path: Path) -> None:
     class Mixed:
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            seen.append((trainer, pl_module, float(outputs), len(batch), batch_idx))
+            seen.append((trainer, pl_module, float(outputs["loss"]), len(batch), batch_idx))
 
         def on_train_epoch_end(self, *, fabric: Any, metrics: Any) -> None:
             seen.append((fabric, sorted(metrics)))

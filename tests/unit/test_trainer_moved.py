@@ -1,0 +1,189 @@
+"""Models and callbacks that were written for Lightning: they run as there, or are told what differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+
+import fabric_lite.trainer as pl
+from fabric_lite import FabricKeyError, FabricTypeError, FabricValueError
+from tests.lit_models import LitModel, digest, loader
+from tests.unit.test_trainer_edges import fitted, seeded, trainer
+
+
+def test_a_step_keeps_its_own_defaults_where_there_is_one_loader(tmp_path: Path) -> None:
+    class Named(LitModel):
+        def validation_step(self, batch: Any, batch_idx: int, name: str = "val") -> None:
+            self.log(f"{name}_loss", 1.0)
+
+        def test_step(self, *args: Any) -> None:
+            self.log("arguments", float(len(args)))
+
+    own = trainer(tmp_path)
+    model = fitted(own, seeded(Named), loader(8))
+    assert own.callback_metrics["val_loss"] == 1.0
+    assert own.test(model, loader(8)) == [{"arguments": 2.0}]
+    assert [list(one.values()) for one in own.test(model, [loader(8)] * 2)] == [[3.0], [3.0]]
+
+
+def test_loaders_to_validate_on_come_in_a_dict_and_one_loader_trains(tmp_path: Path) -> None:
+    own = trainer(tmp_path)
+    fitted(own, validation={"a": loader(8), "b": loader(12)})
+    assert {"val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"} <= own.callback_metrics.keys()
+    for several in ([loader(8), loader(12)], {"a": loader(8), "b": loader(12)}):
+        with pytest.raises(FabricValueError, match=r"trains on one loader[\s\S]*2 loaders"):
+            fitted(trainer(tmp_path), batches=several)
+
+
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}])
+def test_a_model_that_steps_by_itself_does_not_get_windows_and_clipping(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    class ByHand(LitModel):
+        automatic_optimization = False
+
+    with pytest.raises(FabricValueError, match=f"{next(iter(options))}=[\\s\\S]*clip_gradients in training_step"):
+        fitted(trainer(tmp_path, **options), seeded(ByHand))
+
+
+def test_a_value_that_goes_nowhere_and_a_metric_object_are_refused(tmp_path: Path) -> None:
+    class Metric(nn.Module):
+        def compute(self) -> float:
+            return 1.0
+
+    class Nowhere(LitModel):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.log("lost", 1.0, on_step=False)
+            return super().training_step(batch, batch_idx)
+
+    class Object(LitModel):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.log("accuracy", Metric())
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(FabricValueError, match=r"'lost', on_step=False, on_epoch=False"):
+        fitted(trainer(tmp_path), seeded(Nowhere))
+    with pytest.raises(FabricTypeError, match=r"value\.compute\(\)"):
+        fitted(trainer(tmp_path), seeded(Object))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("loss", [(torch.tensor(1.0), 1), 0.5, "loss"])
+def test_a_loss_that_is_no_tensor_is_refused(tmp_path: Path, loss: Any, accumulate: int) -> None:
+    class NoTensor(LitModel):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return loss
+
+    with pytest.raises(FabricTypeError, match="training_step returned no loss"):
+        fitted(trainer(tmp_path, accumulate_grad_batches=accumulate), seeded(NoTensor))
+
+
+def test_callbacks_get_the_loss_by_its_name_whatever_the_step_returns(tmp_path: Path) -> None:
+    class Dict(LitModel):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"loss": super().training_step(batch, batch_idx), "size": len(batch)}
+
+    class Losses(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(float(outputs["loss"]))
+
+    seen: list[float] = []
+    for kind in (LitModel, Dict):
+        fitted(trainer(tmp_path, callbacks=Losses()), seeded(kind))
+    assert len(seen) == 48
+    assert seen[:24] == seen[24:]
+
+
+def test_what_callbacks_add_to_a_checkpoint_comes_back(tmp_path: Path) -> None:
+    class Adds(pl.Callback):
+        found: int | None = None
+
+        def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            checkpoint["steps"] = trainer.global_step
+
+        def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            self.found = checkpoint["steps"]
+
+    own = trainer(tmp_path, callbacks=Adds(), max_epochs=1)
+    fitted(own)
+    own.save_checkpoint(tmp_path / "a.ckpt")
+    again = Adds()
+    trainer(tmp_path, callbacks=again).fit(LitModel(), loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert again.found == 12
+
+
+def test_methods_that_say_how_to_evaluate_are_refused(tmp_path: Path) -> None:
+    class Stays(LitModel):
+        def on_validation_model_eval(self) -> None:
+            pass
+
+    with pytest.raises(FabricValueError, match="on_validation_model_eval"):
+        fitted(trainer(tmp_path), seeded(Stays), loader(8))
+
+
+def test_a_hook_that_would_leave_the_epoch_is_refused(tmp_path: Path) -> None:
+    class Leaves(LitModel):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 3 else None
+
+    with pytest.raises(FabricValueError, match="-1 from on_train_batch_start"):
+        fitted(trainer(tmp_path), seeded(Leaves))
+
+
+def test_a_scheduler_by_steps_whose_value_never_comes_is_an_error_after_the_epoch(tmp_path: Path) -> None:
+    class Waits(LitModel):
+        strict = True
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            options = {"interval": "step", "monitor": "vla_loss", "strict": self.strict}
+            return [optimizer], [{"scheduler": ReduceLROnPlateau(optimizer), **options}]
+
+    class DoesNotMind(Waits):
+        strict = False
+
+    with pytest.raises(FabricKeyError, match="vla_loss"):
+        fitted(trainer(tmp_path), seeded(Waits), loader(8))
+    fitted(trainer(tmp_path), seeded(DoesNotMind), loader(8))
+
+
+def test_a_scheduler_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    class Other(LitModel):
+        def configure_optimizers(self) -> Any:
+            return [super().configure_optimizers()], [StepLR(super().configure_optimizers(), 1)]
+
+    with pytest.raises(FabricValueError, match="StepLR"):
+        fitted(trainer(tmp_path), seeded(Other))
+
+
+def test_a_validation_that_goes_backward_is_no_part_of_the_next_step(tmp_path: Path) -> None:
+    class Backward(LitModel):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            with torch.enable_grad():
+                self.loss(self.model(batch[0]), batch[1]).backward()
+
+    held_out = loader(8, shuffle=False)
+    with_it, without = (
+        fitted(trainer(tmp_path, val_check_interval=5), seeded(kind), held_out) for kind in (Backward, LitModel)
+    )
+    assert digest(with_it) == digest(without)
+
+
+def test_before_a_step_gradients_are_not_clipped_yet(tmp_path: Path) -> None:
+    class Gradients(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            seen.append([parameter.grad.clone() for parameter in pl_module.parameters()])
+
+    seen: list[list[torch.Tensor]] = []
+    batches = loader(shuffle=False)
+    fitted(trainer(tmp_path, callbacks=Gradients(), gradient_clip_val=1e-3, max_steps=1), batches=batches)
+    model = seeded()
+    torch.manual_seed(1)
+    x, y = next(iter(batches))
+    model.loss(model.model(x), y).backward()
+    assert [one.tolist() for one in seen[0]] == [one.grad.tolist() for one in model.parameters()]
