@@ -62,12 +62,12 @@ def _evaluate(
             if stage == "predict":
                 outputs[-1].append(output)
         metrics.batch = None
-        if index == len(loaders) - 1:
-            metrics.suffix = ""
-            hooks.call_model(f"on_{stage}_epoch_end")
         logged.append(metrics.end_epoch(trainer.global_step))
+    metrics.suffix = ""
+    hooks.call_model(f"on_{stage}_epoch_end")  # it finds in trainer.callback_metrics what the steps have logged
+    late = metrics.end_epoch(trainer.global_step)
     hooks.call_callbacks(f"on_{stage}_epoch_end", metrics=trainer.callback_metrics)
-    late = metrics.end_epoch(trainer.global_step)  # what these have logged
+    late |= metrics.end_epoch(trainer.global_step)
     if logged:
         logged[-1] |= late
     return logged, outputs

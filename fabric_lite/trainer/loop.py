@@ -99,6 +99,7 @@ class FitLoop:
         self.is_cut = False
         if not progress.is_trained:
             self._hooks.call("on_train_epoch_start")
+            self._drop_gradients()
             self.is_cut = not self._run_batches()
             if not self.is_cut:
                 self._step_schedulers("epoch", count)
@@ -107,7 +108,8 @@ class FitLoop:
         if self.is_cut:
             metrics.keep()  # a checkpoint of now goes on in the middle
             progress.cut_at = progress.batches
-        self._hooks.call_model("on_train_epoch_end")
+        metrics.end_epoch(trainer.global_step)
+        self._hooks.call_model("on_train_epoch_end")  # it finds in trainer.callback_metrics what the steps have logged
         metrics.end_epoch(trainer.global_step)
         if not self.is_cut:
             self._step_schedulers("epoch", count, trainer.callback_metrics)  # those that no validation let step
@@ -265,6 +267,12 @@ class FitLoop:
             self._step_schedulers("step", trainer.global_step)
             self._step_schedulers("step", trainer.global_step, trainer.callback_metrics)
 
+    def _drop_gradients(self) -> None:
+        """Between windows: what a validation that goes backward, or a new group of parameters, has is of no step."""
+        if self._model.automatic_optimization:
+            for optimizer in self._trainer.optimizers:
+                optimizer.zero_grad()
+
     def _step_schedulers(self, interval: str, count: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Let those step whose turn it is: without ``metrics`` those that need none, with them the others.
 
@@ -305,9 +313,7 @@ class FitLoop:
             return
         batch, self._metrics.batch = self._metrics.batch, None
         results = evaluate(trainer, "validation", self._model, self._validation)[0]
-        if self._model.automatic_optimization:
-            for optimizer in trainer.optimizers:
-                optimizer.zero_grad()  # a validation may go backward, for a penalty or a map: no part of the next step
+        self._drop_gradients()
         if is_over and not self.is_cut:
             found = {name: value for result in results for name, value in result.items()}
             self._step_schedulers("epoch", trainer.current_epoch + 1, found)

@@ -197,6 +197,8 @@ def _batch_size(batch: Any) -> int:
 
 
 def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+    if dataclasses.is_dataclass(batch):
+        batch = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
     if isinstance(batch, torch.Tensor):
         yield batch
     elif isinstance(batch, (Mapping, list, tuple)):

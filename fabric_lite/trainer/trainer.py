@@ -73,7 +73,7 @@ class Trainer:
         enable_progress_bar: Whether to draw a bar, on a terminal.
         use_distributed_sampler: Whether to deal the data out to the ranks.
         fast_dev_run: So many batches of everything, without loggers and checkpoints, to see whether it runs; True: 1.
-        default_root_dir: For logs and checkpoints.
+        default_root_dir: For logs and checkpoints; None: the current folder.
         fabric_options: As for :class:`fabric_lite.Fabric`: ``accelerator``, ``devices``, ``strategy``, ``precision``...
     """
 
@@ -98,10 +98,11 @@ class Trainer:
         enable_progress_bar: bool = True,
         use_distributed_sampler: bool = True,
         fast_dev_run: bool | int = False,
-        default_root_dir: str | os.PathLike[str] = ".",
+        default_root_dir: str | os.PathLike[str] | None = None,
         **fabric_options: Any,
     ) -> None:
         max_steps = -1 if max_steps is None else max_steps
+        default_root_dir = "." if default_root_dir is None else default_root_dir
         if max_epochs is None:
             max_epochs = 1000 if max_steps == -1 else -1
         check_options({**locals(), "fast_dev_run": int(fast_dev_run)}, fabric_options)

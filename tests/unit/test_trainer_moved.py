@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader
 
 import fabric_lite.trainer as pl
 from fabric_lite import FabricKeyError, FabricTypeError, FabricValueError
-from tests.lit_models import LitModel, digest, loader
+from tests.lit_models import LitModel, data, digest, loader
 from tests.unit.test_trainer_edges import fitted, seeded, trainer
 
 
@@ -172,6 +174,69 @@ def test_a_validation_that_goes_backward_is_no_part_of_the_next_step(tmp_path: P
         fitted(trainer(tmp_path, val_check_interval=5), seeded(kind), held_out) for kind in (Backward, LitModel)
     )
     assert digest(with_it) == digest(without)
+
+
+def test_parameters_that_join_at_an_epoch_begin_without_the_gradients_of_the_one_before(tmp_path: Path) -> None:
+    class Joins(LitModel):
+        clears = False
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.model.layers[3].parameters(), lr=0.1)
+
+        def on_train_epoch_start(self) -> None:
+            if self.clears:
+                self.zero_grad()
+            if self.current_epoch == 1:
+                self.optimizers().add_param_group({"params": list(self.model.layers[0].parameters())})
+
+    class Clears(Joins):
+        clears = True
+
+    joined, cleared = (fitted(trainer(tmp_path), seeded(kind)) for kind in (Joins, Clears))
+    assert digest(joined) == digest(cleared)
+
+
+def test_the_models_hooks_at_an_end_find_what_its_steps_have_logged(tmp_path: Path) -> None:
+    class Looks(LitModel):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.log("epoch", float(self.current_epoch), on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("validated", float(self.current_epoch))
+
+        def on_train_epoch_end(self) -> None:
+            seen.append(self.trainer.callback_metrics["epoch"])
+            self.log("twice", 2 * seen[-1])
+
+        def on_validation_epoch_end(self) -> None:
+            seen.append(self.trainer.callback_metrics["validated"])
+            self.log("thrice", 3 * seen[-1])
+
+    seen: list[float] = []
+    own = trainer(tmp_path)
+    model = fitted(own, seeded(Looks), loader(8))
+    assert seen == [0.0, 0.0, 1.0, 1.0]
+    assert (own.callback_metrics["twice"], own.callback_metrics["thrice"]) == (2.0, 3.0)
+    assert own.validate(model, loader(8)) == [{"validated": 2.0, "thrice": 6.0}]
+
+
+def test_the_mean_is_by_the_length_of_a_tensor_in_a_dataclass(tmp_path: Path) -> None:
+    @dataclasses.dataclass
+    class Batch:
+        x: torch.Tensor
+
+    class Numbers(LitModel):
+        def validation_step(self, batch: Batch, batch_idx: int) -> None:
+            self.log("number", float(batch_idx))
+
+    own = trainer(tmp_path)
+    held_out = DataLoader(data(6), batch_size=4, collate_fn=lambda samples: Batch(torch.stack([x for x, _ in samples])))
+    assert own.validate(seeded(Numbers), held_out) == [{"number": pytest.approx(2 / 6)}]
+
+
+def test_no_folder_is_the_current_one(tmp_path: Path) -> None:
+    assert trainer(tmp_path, default_root_dir=None).default_root_dir == "."
 
 
 def test_before_a_step_gradients_are_not_clipped_yet(tmp_path: Path) -> None:
