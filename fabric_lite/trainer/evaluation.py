@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,32 +13,40 @@ from fabric_lite.trainer.module import LightningModule, step_of
 if TYPE_CHECKING:
     from fabric_lite.trainer.trainer import Trainer
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "evaluating"]
 
 
-@torch.no_grad()  # not inference mode: what is made in it can't be trained with afterwards
+@contextlib.contextmanager
+def evaluating(model: LightningModule) -> Iterator[None]:
+    """Around an evaluation and the hooks at its end, which may sample from the model: ``eval()``, without gradients."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():  # not inference mode: what is made in it can't be trained with afterwards
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
 def evaluate(
     trainer: Trainer, stage: str, model: LightningModule, loaders: Sequence[Any]
 ) -> tuple[list[dict[str, float]], list[list[Any]]]:
-    """Run ``validation_step``, ``test_step`` or ``predict_step`` on all batches, without gradients; every rank calls.
+    """Run ``validation_step``, ``test_step`` or ``predict_step`` on all batches; every rank calls.
 
     Args:
         trainer: Whose metrics, hooks and limits hold.
         stage: ``validation``, ``test`` or ``predict``.
-        model: It is set to ``eval()`` and back.
+        model: :func:`evaluating`.
         loaders: Set up.
 
     Returns:
         What was logged and, of a prediction, what the steps have returned; of each loader.
     """
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
     try:
         return _evaluate(trainer, stage, step_of(model, f"{stage}_step", 3 if len(loaders) > 1 else 2), loaders)
     finally:
         trainer.metrics.suffix = ""
-        for part, mode in modes.items():
-            part.training = mode
 
 
 def _evaluate(

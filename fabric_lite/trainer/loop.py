@@ -12,7 +12,7 @@ import torch
 from fabric_lite import FabricKeyError, FabricRuntimeError, FabricTypeError
 from fabric_lite.callbacks.monitoring import monitored
 from fabric_lite.notices import rank_zero_info
-from fabric_lite.trainer.evaluation import evaluate
+from fabric_lite.trainer.evaluation import evaluate, evaluating
 from fabric_lite.trainer.module import LightningModule, step_of
 from fabric_lite.trainer.options import CLIPS
 from fabric_lite.trees import map_leaves
@@ -312,14 +312,15 @@ class FitLoop:
         if not is_due or not self._validation or (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch != 0:
             return
         batch, self._metrics.batch = self._metrics.batch, None
-        results = evaluate(trainer, "validation", self._model, self._validation)[0]
+        with evaluating(self._model):
+            results = evaluate(trainer, "validation", self._model, self._validation)[0]
+            if is_over and not self.is_cut:
+                found = {name: value for result in results for name, value in result.items()}
+                self._step_schedulers("epoch", trainer.current_epoch + 1, found)
+            progress.validated_at = progress.batches
+            self._hooks.call_model("on_validation_end")
+            self._tell("on_validation_end")
         self._drop_gradients()
-        if is_over and not self.is_cut:
-            found = {name: value for result in results for name, value in result.items()}
-            self._step_schedulers("epoch", trainer.current_epoch + 1, found)
-        progress.validated_at = progress.batches
-        self._hooks.call_model("on_validation_end")
-        self._tell("on_validation_end")
         self._metrics.stage, self._metrics.batch = "train", batch
 
     def state_dict(self) -> dict[str, Any]:

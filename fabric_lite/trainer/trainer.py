@@ -16,7 +16,7 @@ from fabric_lite import Fabric, FabricTypeError, FabricValueError
 from fabric_lite.callbacks import EarlyStopping, ModelCheckpoint
 from fabric_lite.loggers import CSVLogger
 from fabric_lite.notices import rank_zero_info
-from fabric_lite.trainer.evaluation import evaluate
+from fabric_lite.trainer.evaluation import evaluate, evaluating
 from fabric_lite.trainer.hooks import Hooks
 from fabric_lite.trainer.loaders import Loaders
 from fabric_lite.trainer.loop import FitLoop
@@ -299,8 +299,9 @@ class Trainer:
             self._begin(model, stage)
             loaders = self.loaders.set_up(model, dataloaders, method)
             self._set_up_model(model)
-            results = evaluate(self, stage, model, loaders)
-            self.hooks.call(f"on_{stage}_end", state=self.state, metrics=self.callback_metrics, is_fitting=False)
+            with evaluating(model):
+                results = evaluate(self, stage, model, loaders)
+                self.hooks.call(f"on_{stage}_end", state=self.state, metrics=self.callback_metrics, is_fitting=False)
             self.metrics.end_epoch(self.global_step)  # what these have logged
             for name, value in itertools.chain.from_iterable(result.items() for result in results[0]):
                 self.fabric.print(f"{name:30} {value:.6g}")

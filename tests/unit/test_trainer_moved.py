@@ -239,6 +239,34 @@ def test_no_folder_is_the_current_one(tmp_path: Path) -> None:
     assert trainer(tmp_path, default_root_dir=None).default_root_dir == "."
 
 
+def test_a_callback_that_samples_from_the_model_after_a_validation_changes_nothing_in_it(tmp_path: Path) -> None:
+    class Normed(LitModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+        def on_test_end(self) -> None:
+            ways.append((self.training, torch.is_grad_enabled()))
+
+    class Samples(pl.Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            ways.append((pl_module.training, torch.is_grad_enabled()))
+            pl_module(torch.ones(4, 6))
+
+    ways: list[tuple[bool, bool]] = []
+    own = trainer(tmp_path, callbacks=Samples())
+    sampled = fitted(own, seeded(Normed), loader(8))
+    plain = fitted(trainer(tmp_path), seeded(Normed), loader(8))
+    own.test(sampled, loader(8))
+    assert ways == [(False, False)] * 3
+    assert sampled.training
+    assert [one.tolist() for one in sampled.buffers()] == [one.tolist() for one in plain.buffers()]
+    assert digest(sampled) == digest(plain)
+
+
 def test_before_a_step_gradients_are_not_clipped_yet(tmp_path: Path) -> None:
     class Gradients(pl.Callback):
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
