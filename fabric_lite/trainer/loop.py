@@ -53,8 +53,6 @@ class FitLoop:
         self._loader, self._validation = loader, validation
         self._hooks, self._metrics = trainer.hooks, trainer.metrics
         self._accumulate, self._early = trainer.accumulate_grad_batches, trainer.early_stopping_callbacks
-        limit = trainer.gradient_clip_val
-        self._clip = {CLIPS[trainer.gradient_clip_algorithm]: limit} if limit else {}
         self._has_gradients = False
         self._progress = _Progress(world_size=trainer.world_size)
         self._send: Callable[[int], Any] | None = None  # what hooks log now belongs to what has just ended
@@ -190,6 +188,7 @@ class FitLoop:
         """Prepare for an epoch, or what is left of it; returns how many batches it has, where that is known."""
         trainer, progress, world_size = self._trainer, self._progress, self._fabric.world_size
         self._set_epoch(trainer.current_epoch)  # an earlier fit may have left the loader in the middle
+        self._accumulate = trainer.accumulate_grad_batches  # a callback may have changed it for this epoch
         if progress.world_size != world_size:  # it was begun by more ranks, or fewer
             progress.is_length_known = progress.batches == 0 or not trainer.loaders.takes_all("train")
             progress.batches = progress.closed_at = progress.batches * progress.world_size // world_size
@@ -254,11 +253,13 @@ class FitLoop:
             return
         self._has_gradients = False
         trainer = self._trainer
+        limit = trainer.gradient_clip_val
+        clip = {CLIPS[trainer.gradient_clip_algorithm]: limit} if limit else {}
         for optimizer in trainer.optimizers:
             if "on_before_optimizer_step" in self._hooks.of_batches:
                 self._hooks.call("on_before_optimizer_step", optimizer)  # as in Lightning, before gradients are clipped
-            if self._clip:
-                self._fabric.clip_gradients(self._model, optimizer, **self._clip)  # type: ignore[arg-type]
+            if clip:
+                self._fabric.clip_gradients(self._model, optimizer, **clip)  # type: ignore[arg-type]
             optimizer.step()
             if "on_before_zero_grad" in self._hooks.of_batches:
                 self._hooks.call("on_before_zero_grad", optimizer)

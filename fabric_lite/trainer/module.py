@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fabric_lite import AttributeDict, Fabric, FabricKeyError, FabricRuntimeError, checkpoint
+from fabric_lite.errors import unknown_arguments
 from fabric_lite.loggers.logger import as_mapping
 from fabric_lite.notices import rank_zero_info
 
@@ -204,8 +205,12 @@ class LightningModule(nn.Module):
             strict: Whether the names of the parameters have to be the same.
             values: Arguments of ``__init__``, instead of those that were saved.
         """
+        parameters = inspect.signature(cls.__init__).parameters
+        if "hparams_file" in values and "hparams_file" not in parameters:
+            instead = {"hparams_file": "what is in it, by name"}
+            raise unknown_arguments("load_from_checkpoint", ["hparams_file"], parameters, instead)
         saved = checkpoint.load(checkpoint_path)
-        wanted, parameters = {**saved.get("hyper_parameters", {}), **values}, inspect.signature(cls.__init__).parameters
+        wanted = {**saved.get("hyper_parameters", {}), **values}
         if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
             wanted = {name: value for name, value in wanted.items() if name in parameters}
         model = cls(**wanted)

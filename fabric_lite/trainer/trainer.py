@@ -61,9 +61,10 @@ class Trainer:
         max_steps: How many steps the first optimizer makes at most, over all fits; -1: as many as the epochs have.
         callbacks: One or several. The first fit resumes from the folder of a ``ModelCheckpoint``.
         logger: One or several; None, True: a ``CSVLogger`` in ``default_root_dir``; False: none.
-        gradient_clip_val: To which norm, or value, gradients are clipped; None, 0: they are not.
+        gradient_clip_val: To which norm, or value, gradients are clipped; None, 0: they are not. A callback may change
+            it, as an attribute of the Trainer.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
-        accumulate_grad_batches: How many batches a step is made of.
+        accumulate_grad_batches: How many batches a step is made of. ``on_train_epoch_start`` may change it.
         limit_train_batches: Of each epoch, how many batches, or as a float which part of them; so do
             ``limit_val_batches``, ``limit_test_batches`` and ``limit_predict_batches``.
         val_check_interval: After how many batches, or which part of an epoch, to validate.

@@ -267,6 +267,23 @@ def test_a_callback_that_samples_from_the_model_after_a_validation_changes_nothi
     assert digest(sampled) == digest(plain)
 
 
+def test_a_callback_may_change_windows_and_clipping(tmp_path: Path) -> None:
+    class Changes(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.accumulate_grad_batches, trainer.gradient_clip_val = 3, 0.1
+
+    own = trainer(tmp_path, callbacks=Changes())
+    changed = fitted(own)
+    constant = fitted(trainer(tmp_path, accumulate_grad_batches=3, gradient_clip_val=0.1))
+    assert own.global_step == 8
+    assert digest(changed) == digest(constant)
+
+
+def test_a_file_of_hyperparameters_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FabricTypeError, match=r"hparams_file: what is in it, by name"):
+        LitModel.load_from_checkpoint(tmp_path / "a.ckpt", hparams_file=tmp_path / "hparams.yaml")
+
+
 def test_before_a_step_gradients_are_not_clipped_yet(tmp_path: Path) -> None:
     class Gradients(pl.Callback):
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
