@@ -257,6 +257,8 @@ class FitLoop:
         clip = {CLIPS[trainer.gradient_clip_algorithm]: limit} if limit else {}
         for optimizer in trainer.optimizers:
             if "on_before_optimizer_step" in self._hooks.of_batches:
+                if self._fabric.precision.loss_scale:  # clips nothing, and takes the scale of the loss off
+                    self._fabric.clip_gradients(self._model, optimizer, clip_val=math.inf)
                 self._hooks.call("on_before_optimizer_step", optimizer)  # as in Lightning, before gradients are clipped
             if clip:
                 self._fabric.clip_gradients(self._model, optimizer, **clip)  # type: ignore[arg-type]

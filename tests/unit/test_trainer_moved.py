@@ -297,3 +297,17 @@ def test_before_a_step_gradients_are_not_clipped_yet(tmp_path: Path) -> None:
     x, y = next(iter(batches))
     model.loss(model.model(x), y).backward()
     assert [one.tolist() for one in seen[0]] == [one.grad.tolist() for one in model.parameters()]
+
+
+def test_before_a_step_gradients_are_without_the_scale_of_the_loss(tmp_path: Path) -> None:
+    class Norms(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            seen.append(float(pl_module.model.layers[3].weight.grad.norm()))
+
+    seen: list[float] = []
+    options = {"max_epochs": 1, "gradient_clip_val": 0.1}
+    for precision in ("32-true", "16-mixed"):
+        watched = fitted(trainer(tmp_path, callbacks=Norms(), precision=precision, **options))
+    plain = fitted(trainer(tmp_path, precision="16-mixed", **options))
+    assert seen[12:] == pytest.approx(seen[:12], rel=0.05)  # float16 has 11 bits
+    assert digest(watched) == digest(plain)
