@@ -254,14 +254,14 @@ class FitLoop:
         self._has_gradients = False
         trainer = self._trainer
         limit = trainer.gradient_clip_val
-        clip = {CLIPS[trainer.gradient_clip_algorithm]: limit} if limit else {}
         for optimizer in trainer.optimizers:
             if "on_before_optimizer_step" in self._hooks.of_batches:
                 if self._fabric.precision.loss_scale:  # clips nothing, and takes the scale of the loss off
                     self._fabric.clip_gradients(self._model, optimizer, clip_val=math.inf)
                 self._hooks.call("on_before_optimizer_step", optimizer)  # as in Lightning, before gradients are clipped
-            if clip:
-                self._fabric.clip_gradients(self._model, optimizer, **clip)  # type: ignore[arg-type]
+            if limit:
+                clip: dict[str, Any] = {CLIPS[trainer.gradient_clip_algorithm]: limit}
+                self._fabric.clip_gradients(self._model, optimizer, **clip)
             optimizer.step()
             if "on_before_zero_grad" in self._hooks.of_batches:
                 self._hooks.call("on_before_zero_grad", optimizer)
