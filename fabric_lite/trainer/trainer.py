@@ -12,38 +12,22 @@ from typing import Any
 
 import torch
 
-from fabric_lite import Fabric, FabricTypeError, FabricValueError
+from fabric_lite import Fabric, FabricValueError
 from fabric_lite.callbacks import EarlyStopping, ModelCheckpoint
 from fabric_lite.loggers import CSVLogger
 from fabric_lite.notices import rank_zero_info
+from fabric_lite.trainer.checks import check_model, check_optimization, check_validation
 from fabric_lite.trainer.evaluation import evaluate, evaluating
 from fabric_lite.trainer.hooks import Hooks
 from fabric_lite.trainer.loaders import Loaders
 from fabric_lite.trainer.loop import FitLoop
 from fabric_lite.trainer.metrics import Metrics
 from fabric_lite.trainer.module import LightningModule, savable
-from fabric_lite.trainer.optimization import Scheduled, needs_closure, parse_optimizers
+from fabric_lite.trainer.optimization import Scheduled, parse_optimizers
 from fabric_lite.trainer.options import check_options
 
 __all__ = ["Trainer"]
 
-# Of Lightning's models, methods without which a run would be another one.
-_NOT_CALLED = (
-    "transfer_batch_to_device",
-    "on_before_batch_transfer",
-    "on_after_batch_transfer",
-    "configure_callbacks",
-    "configure_model",
-    "configure_sharded_model",
-    *(f"on_{stage}_model_{mode}" for stage in ("validation", "test", "predict") for mode in ("eval", "train")),
-)
-_NOT_CALLED_IN_FIT = (
-    "optimizer_step",
-    "optimizer_zero_grad",
-    "backward",
-    "configure_gradient_clipping",
-    "lr_scheduler_step",
-)
 _PLAIN_NAMES = {"validation": "validate"}  # what setup() and teardown() are told
 
 
@@ -108,7 +92,7 @@ class Trainer:
             max_epochs = 1000 if max_steps == -1 else -1
         check_options({**locals(), "fast_dev_run": int(fast_dev_run)}, fabric_options)
         limits = [limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches]
-        own = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
+        own = list(callbacks) if isinstance(callbacks, (list, tuple)) else [] if callbacks is None else [callbacks]
         if fast_dev_run:
             limits, max_epochs, logger, enable_checkpointing = [int(fast_dev_run)] * 4, 1, False, False
             val_check_interval, check_val_every_n_epoch = 1.0, 1
@@ -217,7 +201,8 @@ class Trainer:
         validation = [one for one in validation if self.loaders.count(one, "validation") != 0]
         self.num_training_batches = self.loaders.count(loader, "train")
         optimizers, self.schedulers = parse_optimizers(model.configure_optimizers())
-        self._check(model, optimizers, has_validation=bool(validation))
+        check_optimization(self, model, optimizers)
+        check_validation(self, has_validation=bool(validation))
         if not optimizers:
             rank_zero_info("configure_optimizers returned no optimizer: steps by hand alone can train this model")
         self._set_up_model(model, optimizers)
@@ -310,19 +295,7 @@ class Trainer:
         return results
 
     def _begin(self, model: LightningModule, stage: str) -> None:
-        if not isinstance(model, LightningModule):
-            raise FabricTypeError(
-                "A Trainer runs a LightningModule, which says what a step is.",
-                given=type(model).__name__,
-                fix="class LitModel(pl.LightningModule), with your model as self.model; or a loop of your own",
-            )
-        unused = (*_NOT_CALLED, *(_NOT_CALLED_IN_FIT if stage == "fit" else ()))
-        if unused := tuple(name for name in unused if callable(getattr(model, name, None))):
-            raise FabricValueError(
-                "This Trainer does not call some methods of the model.",
-                given=", ".join(unused),
-                fix="self.automatic_optimization = False, and the step written in training_step; or a loop of your own",
-            )
+        check_model(model, stage)
         self.fabric.launch()
         model._trainer, self.lightning_module = self, model
         self.hooks.begin(model)
@@ -358,51 +331,6 @@ class Trainer:
         for name in steps:
             if hasattr(model, name):
                 model.mark_forward_method(name)  # type: ignore[operator]
-
-    def _check(self, model: LightningModule, optimizers: Sequence[torch.optim.Optimizer], has_validation: bool) -> None:
-        if len(optimizers) > 1 and model.automatic_optimization:
-            raise FabricValueError(
-                "With several optimizers, which of them steps when is for the model to say.",
-                given=f"{len(optimizers)} optimizers and automatic_optimization=True",
-                fix="self.automatic_optimization = False, self.optimizers() and self.manual_backward(loss)",
-            )
-        if not model.automatic_optimization and (self.accumulate_grad_batches > 1 or self.gradient_clip_val):
-            raise FabricValueError(
-                "A model that steps by itself accumulates and clips gradients itself too.",
-                given=f"accumulate_grad_batches={self.accumulate_grad_batches}, "
-                f"gradient_clip_val={self.gradient_clip_val}, automatic_optimization=False",
-                fix="leave them out, and count batches or call self.fabric.clip_gradients in training_step",
-            )
-        owners = {type(one.scheduler).__name__: getattr(one.scheduler, "optimizer", None) for one in self.schedulers}
-        foreign = [name for name, owner in owners.items() if owner is not None and owner not in optimizers]
-        if foreign and model.automatic_optimization:
-            raise FabricValueError(
-                "This scheduler is of an optimizer that configure_optimizers does not return, so it would do nothing.",
-                given=", ".join(foreign),
-                fix="the optimizer that was given to the scheduler",
-            )
-        interval, batches = self.val_check_interval, self.num_training_batches
-        is_unreachable = isinstance(interval, int) and batches is not None and interval > batches
-        if has_validation and (is_unreachable or (interval != 1.0 and isinstance(interval, float) and batches is None)):
-            raise FabricValueError(
-                "There would be no validation: batches are counted within an epoch.",
-                given=f"val_check_interval={interval!r}, {batches or 'an unknown number of'} batches in an epoch",
-                fix="a smaller number of batches, or check_val_every_n_epoch",
-            )
-        closing = [type(one).__name__ for one in optimizers if needs_closure(one)]
-        if closing and model.automatic_optimization:
-            raise FabricValueError(
-                "This optimizer steps on a function that runs forward and backward itself.",
-                given=", ".join(closing),
-                fix="self.automatic_optimization = False, and self.optimizers().step(closure) in training_step",
-            )
-        waiting = [one for one in self.callbacks if getattr(one, "waits_for_validation", False)]
-        if waiting and not has_validation:
-            raise FabricValueError(
-                "A callback waits for the end of a validation, and there is none.",
-                given=f"{type(waiting[0]).__name__}(monitor={waiting[0].monitor!r}) and no val_dataloaders",
-                fix="val_dataloaders, or check_on_train_epoch_end=True",
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the run, its totals, what ``on_save_checkpoint(checkpoint)`` adds; every rank calls."""

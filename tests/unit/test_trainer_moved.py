@@ -157,7 +157,8 @@ def test_a_scheduler_by_steps_whose_value_never_comes_is_an_error_after_the_epoc
 def test_a_scheduler_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     class Other(LitModel):
         def configure_optimizers(self) -> Any:
-            return [super().configure_optimizers()], [StepLR(super().configure_optimizers(), 1)]
+            optimizer = super().configure_optimizers()
+            return [optimizer], [StepLR(super().configure_optimizers(), 1), StepLR(optimizer, 1)]
 
     with pytest.raises(FabricValueError, match="StepLR"):
         fitted(trainer(tmp_path), seeded(Other))
