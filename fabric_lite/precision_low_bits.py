@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -163,10 +163,9 @@ class LowBitLinear(nn.Module):
     out_features: int
     bias: torch.Tensor | None
     mode: str
-    # What torchao's tensor is made of again: its class, its parts and those without dimensions, its other arguments.
+    # What torchao's tensor is made of again: its class, its parts and their shapes, its other arguments.
     _kind: Any
-    _parts: tuple[str, ...]
-    _scalars: frozenset[str]
+    _parts: dict[str, torch.Size]
     _context: Any
     _dtype: torch.dtype
 
@@ -178,7 +177,7 @@ class LowBitLinear(nn.Module):
         """
         parts = {name: getattr(self, f"weight_{name}") for name in self._parts}
         parts = {name: part.full_tensor() if hasattr(part, "full_tensor") else part for name, part in parts.items()}
-        parts |= {name: parts[name].reshape(()) for name in self._scalars}
+        parts = {name: part.reshape(self._parts[name]) for name, part in parts.items()}
         size = torch.Size((self.out_features, self.in_features))
         quantized = self._kind.__tensor_unflatten__(parts, self._context, size, (self.in_features, 1))
         with torch.no_grad():
@@ -239,18 +238,24 @@ def _to_low_bits(layer: nn.Linear, mode: str) -> None:
     quantized = LOW_BITS[mode].quantize(weight.float())
     names, context = quantized.__tensor_flatten__()
     parts = {name: getattr(quantized, name) for name in names}
-    scalars = frozenset(name for name, part in parts.items() if part.dim() == 0)
     others = {name: layer._parameters.pop(name) for name in list(layer._parameters)}
     emptied = others.pop("weight")
     assert emptied is not None
     layer.__class__ = LowBitLinear  # type: ignore[assignment]
-    layer.__dict__.update(mode=mode, _kind=type(quantized), _parts=tuple(names), _context=context)
-    layer.__dict__.update(_scalars=scalars, _dtype=weight.dtype)
+    layer.__dict__.update(mode=mode, _kind=type(quantized), _context=context, _dtype=weight.dtype)
+    layer.__dict__["_parts"] = {name: part.shape for name, part in parts.items()}
     for name, part in parts.items():
-        # Sharding needs a dimension.
-        layer.register_parameter(f"weight_{name}", nn.Parameter(part.reshape(part.shape or (1,)), False))
+        stored = part.reshape(_stored_shape(part, *weight.shape))
+        layer.register_parameter(f"weight_{name}", nn.Parameter(stored, False))
     layer._parameters.update(others)
     emptied.data = weight.new_empty(0)
+
+
+def _stored_shape(part: torch.Tensor, rows: int, columns: int) -> Sequence[int]:
+    """Of a part of a weight: with its rows, where two values are in a byte, so that no other weight's is loaded."""
+    if part.numel() * 2 == rows * columns and part.numel() % rows == 0:
+        return rows, part.numel() // rows
+    return part.shape or (1,)  # sharding needs a dimension
 
 
 class _Multiplied(torch.autograd.Function):

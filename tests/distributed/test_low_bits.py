@@ -350,6 +350,17 @@ def test_a_checkpoint_without_these_bits_is_an_error_also_if_not_strict(
 
 
 @needs_torchao
+@pytest.mark.parametrize("mode", MODES)
+def test_the_bits_of_a_layer_of_another_shape_are_not_loaded(mode: str) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=BitsandbytesPrecision(mode, torch.float32))
+    wide, tall = (nn.Sequential(nn.Linear(*sizes, bias=False)).requires_grad_(False) for sizes in ((64, 96), (96, 64)))
+    states = [fabric.setup(model).state_dict() for model in (wide, tall)]
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight_"):
+        tall.load_state_dict(states[0])
+    fabric.close()
+
+
+@needs_torchao
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # inside torch.compile
 def test_a_compiled_model_has_the_names_that_it_had_before() -> None:
     precision = BitsandbytesPrecision("nf4", torch.float32, ignore_modules={"0"})
