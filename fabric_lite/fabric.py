@@ -25,7 +25,7 @@ from fabric_lite.communication import Communication
 from fabric_lite.data import Window, check_loaders, extend_loader, move_to_device
 from fabric_lite.device import Accelerator
 from fabric_lite.errors import FabricValueError
-from fabric_lite.hooks import call_hook, made_by_name
+from fabric_lite.hooks import as_callbacks, call_hook, made_by_name
 from fabric_lite.init import tensors_on
 from fabric_lite.loggers.sending import Sender
 from fabric_lite.loss_scaling import LossScaler
@@ -90,9 +90,7 @@ class Fabric(Stepping, Communication, Checkpointing, Reporting):
         self._started = datetime.datetime.now(datetime.timezone.utc)
         self._arguments |= {"check_collectives": check_collectives, "hang_timeout": hang_timeout}
         self._run = resolve(arguments, plugins, run_config.current(), os.environ)
-        self._callbacks = (
-            tuple(callbacks) if isinstance(callbacks, (list, tuple)) else () if callbacks is None else (callbacks,)
-        )
+        self._callbacks = as_callbacks(callbacks)
         config = self._run.config
         if config.callback is not None:
             self._callbacks += (made_by_name(config.callback, config.callback_options),)

@@ -8,7 +8,25 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["call_hook", "has_hook", "made_by_name"]
+from fabric_lite.errors import FabricTypeError
+
+__all__ = ["as_callbacks", "call_hook", "has_hook", "made_by_name"]
+
+
+def as_callbacks(given: Any) -> tuple[Any, ...]:
+    """One callback, several in a list, or None, as a tuple.
+
+    Raises:
+        FabricTypeError: One is None or a text, on which no hook would ever be called.
+    """
+    callbacks = tuple(given) if isinstance(given, (list, tuple)) else () if given is None else (given,)
+    if wrong := [one for one in callbacks if one is None or isinstance(one, str)]:
+        raise FabricTypeError(
+            "A callback is an object with methods such as on_train_epoch_end.",
+            given=f"callbacks={wrong[0]!r}",
+            fix="callbacks=[EarlyStopping(monitor='val_loss')], from fabric_lite.callbacks, or an object of your own",
+        )
+    return callbacks
 
 
 def made_by_name(name: str, options: Mapping[str, Any]) -> Any:

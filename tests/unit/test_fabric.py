@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fabric_lite import AttributeDict, DDPStrategy, Fabric, Precision, SingleDeviceStrategy, Strategy, seed_everything
+from fabric_lite.errors import FabricTypeError
 from fabric_lite.precision import PRECISIONS
 from fabric_lite.run import Arguments, resolve
 from fabric_lite.run_config import RUN_ID_PREFIX, RunConfig
@@ -89,6 +90,12 @@ class Recorder:
         self.calls.append(("epoch", {"epoch": epoch, **rest}))
 
     on_nothing = "not a function"
+
+
+@pytest.mark.parametrize("callbacks", ["early_stopping", [object(), None]], ids=["text", "none"])
+def test_what_has_no_hooks_by_nature_is_no_callback(callbacks: Any) -> None:
+    with pytest.raises(FabricTypeError, match=r"callbacks=('early_stopping'|None)[\s\S]*EarlyStopping\("):
+        cpu(callbacks=callbacks)
 
 
 def test_callbacks_get_the_arguments_that_they_take() -> None:
