@@ -53,10 +53,12 @@ def test_combinations_take_turns_where_nothing_forbids_it(
 ) -> None:
     if what == "no room":
         monkeypatch.setattr(measuring, "available_memory", lambda: 1 << 20)
+    # A thread that works beside may get no processor within few steps, on a machine that others use too.
+    count = 200 if what == "computes beside" else STEPS
     said: list[str] = []
-    results = benchmark(what, said)
+    results = benchmark(what, said, steps=count)
     assert [row.failure for row in results.rows] == [None, None]
-    assert [[len(steps) for steps in row.step_seconds] for row in results.rows] == [[STEPS] * ROUNDS] * 2
+    assert [[len(steps) for steps in row.step_seconds] for row in results.rows] == [[count] * ROUNDS] * 2
     assert results.in_turns == in_turns
     assert sum("in turns" in words for words in said) == rounds_in_turns
 
