@@ -91,11 +91,10 @@ def resolve(arguments: Arguments, plugins: Any, config: RunConfig | None, enviro
     strategy = parse_strategy("xla" if is_tpu else arguments.strategy, topology.world_size)
     _check_fits(strategy, accelerator)
     if strategy.precision is not None:
-        strategy = strategy.with_precision(parse_precision(strategy.precision))
-        assert strategy.precision is not None
-        if arguments.precision is not None and strategy.precision != precision:
-            raise _precision_twice(f"precision={precision.name!r} and {strategy.precision.name!r} in the strategy")
-        precision = strategy.precision
+        own = parse_precision(strategy.precision)
+        if arguments.precision is not None and own != precision:
+            raise _precision_twice(f"precision={precision.name!r} and {own.name!r} in the strategy")
+        precision = own
     device = accelerator.device(indices[topology.local_rank])
     check_device(device, precision, topology.world_size, strategy.is_sharded)
     return Run(

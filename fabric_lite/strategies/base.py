@@ -77,7 +77,7 @@ class Strategy:
             otherwise.
     """
 
-    precision: Precision | None = dataclasses.field(default=None, kw_only=True, compare=False)
+    precision: Precision | str | None = dataclasses.field(default=None, kw_only=True, compare=False)
 
     def with_precision(self, precision: Precision) -> Strategy:
         """Return the same strategy in that precision."""

@@ -243,6 +243,7 @@ def test_attribute_dict_reads_like_an_object() -> None:
 def test_the_precision_may_stand_in_the_strategy_but_not_twice() -> None:
     own = DDPStrategy(precision=PRECISIONS["bf16-mixed"])
     assert cpu(strategy=own).precision.name == "bf16-mixed"
+    assert cpu(strategy=DDPStrategy(precision="bf16-mixed")).precision is cpu(strategy=own).precision
     assert cpu(strategy=own, precision="bf16-mixed").precision.name == "bf16-mixed"
     with pytest.raises(ValueError, match="choose one"):
         cpu(strategy=own, precision="64-true")
