@@ -27,6 +27,12 @@ class PlainWords(griffe.Extension):
             text = _LITERAL.sub(lambda found: "" if found.group()[0].isspace() else ":", text)
             obj.docstring.value = _TREE.sub(_in_code, text)
 
+    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Called for each class: one that is made by ``__new__`` alone shows that one's parameters."""
+        made = cls.members.get("__new__")
+        if "__init__" not in cls.members and isinstance(made, griffe.Function):
+            cls.set_member("__init__", griffe.Function("__init__", parameters=made.parameters, returns=made.returns))
+
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         """Called for each function: private parameters are left out, and named defaults are shown as their values."""
         for parameter in list(func.parameters):

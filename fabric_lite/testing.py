@@ -58,6 +58,13 @@ class RankPool:
     def run(self, function: Callable[..., Any], *args: Any, ranks: int = 2, **kwargs: Any) -> list[Any]:
         """Call ``function(*args, **kwargs)`` on each of ``ranks`` ranks; return their values, by rank.
 
+        Args:
+            function: Of a module, neither a lambda nor one from within another function: it travels by its name, and
+                all else, its value too, is pickled.
+            args: What it is called with.
+            ranks: How many; those of an earlier call with as many are used again.
+            kwargs: What it is called with by name.
+
         Raises:
             RankError: A rank raised, died or took too long; of several, the one that did so first.
         """

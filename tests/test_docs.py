@@ -94,10 +94,12 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_every_public_class_and_function_is_in_the_reference() -> None:
     reference = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").iterdir())
     import fabric_lite
+    import fabric_lite.bench
     import fabric_lite.callbacks
     import fabric_lite.loggers
     import fabric_lite.strategies
     import fabric_lite.trainer
+    import fabric_lite.utilities
 
     errors = {name for name in fabric_lite.__all__ if name.endswith("Error")}
     names = {f"fabric_lite.{name}" for name in set(fabric_lite.__all__) - errors - {"EXIT_PREEMPTED"}}
@@ -107,5 +109,9 @@ def test_every_public_class_and_function_is_in_the_reference() -> None:
         f"fabric_lite.strategies.{name}" for name in fabric_lite.strategies.__all__ if name.endswith("Strategy")
     }
     names |= {name for name in strategies if name.replace(".strategies", "") not in names}
-    names |= {"fabric_lite.trainer.Trainer", "fabric_lite.trainer.LightningModule", "fabric_lite.errors"}
+    names |= {f"fabric_lite.bench.{name}" for name in fabric_lite.bench.__all__}
+    names |= {f"fabric_lite.utilities.{name}" for name in set(fabric_lite.utilities.__all__) - set(fabric_lite.__all__)}
+    names |= {f"fabric_lite.trainer.{name}" for name in ("Trainer", "LightningModule", "Callback")}
+    names |= {"fabric_lite.strategies.STRATEGY_REGISTRY", "fabric_lite.errors"}
+    names |= {"fabric_lite.plugins.BitsandbytesPrecision", "fabric_lite.accelerators.Accelerator"}
     assert names - set(re.findall(r"^::: (\S+)$", reference, re.MULTILINE)) == set()

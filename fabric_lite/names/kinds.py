@@ -110,10 +110,12 @@ class DoublePrecision(metaclass=_Kind):
 
 
 class BitsandbytesPrecision(metaclass=_Kind):
-    """Frozen linear layers with weights of 4 or 8 bits, by torchao instead of bitsandbytes.
+    """A :class:`Precision` for ``Fabric(plugins=)``: frozen linear layers get weights of 4 or 8 bits, by torchao.
+
+    Torchao does here what bitsandbytes does under Lightning.
 
     Args:
-        mode: ``"nf4"`` or ``"nf4-dq"``, which are one here: the scales are always in 8 bits. ``"int8"``.
+        mode: ``"nf4"`` or ``"nf4-dq"``, which are one here, since the scales are always in 8 bits; or ``"int8"``.
         dtype: Of everything else, and of the computation. None is bfloat16.
         ignore_modules: Full names of modules; they, and what is below them, keep their weights.
 

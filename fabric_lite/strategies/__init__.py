@@ -27,7 +27,6 @@ __all__ = [
     "parse_strategy",
 ]
 
-# Add a name here to make an own strategy known by it.
 STRATEGY_REGISTRY: dict[str, Callable[[], Strategy]] = {
     "single_device": SingleDeviceStrategy,
     "ddp": DDPStrategy,
@@ -48,6 +47,7 @@ STRATEGY_REGISTRY: dict[str, Callable[[], Strategy]] = {
     "xla": XLAStrategy,
     "xla_spmd": lambda: XLAStrategy(spmd=True),
 }
+"""What each name of a strategy makes; add a name to have an own strategy known by it."""
 
 
 def parse_strategy(strategy: str | Strategy, world_size: int) -> Strategy:
