@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -244,6 +244,7 @@ def test_the_precision_may_stand_in_the_strategy_but_not_twice() -> None:
     own = DDPStrategy(precision=PRECISIONS["bf16-mixed"])
     assert cpu(strategy=own).precision.name == "bf16-mixed"
     assert cpu(strategy=DDPStrategy(precision="bf16-mixed")).precision is cpu(strategy=own).precision
+    assert str in get_args(get_type_hints(Strategy)["precision"])  # a type checker lets a name pass
     assert cpu(strategy=own, precision="bf16-mixed").precision.name == "bf16-mixed"
     with pytest.raises(ValueError, match="choose one"):
         cpu(strategy=own, precision="64-true")
