@@ -207,10 +207,11 @@ def _check_bits(place: Place, module: torch.nn.Module, unexpected: Collection[st
     if not unexpected:
         return
     for name, part in module.named_modules(remove_duplicate=False):
-        if isinstance(part, LowBitLinear) and (others := part.others_among(unexpected, f"{name}.")):
+        prefix = f"{name}." if name else ""
+        if isinstance(part, LowBitLinear) and (others := part.others_among(unexpected, prefix)):
             raise FabricValueError(
-                f"{place}: {name} has a weight in {part.mode}, but the file has {', '.join(others)}.",
-                given=f"a file without the weight of {name} in {part.mode}",
+                f"{place}: {name or 'the layer'} has a weight in {part.mode}, but the file has {', '.join(others)}.",
+                given=f"a file without the weight of {name or 'the layer'} in {part.mode}",
                 fix="load a plain checkpoint before setup, and one of few bits under the same precision",
             )
 

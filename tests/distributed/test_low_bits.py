@@ -344,6 +344,10 @@ def test_a_checkpoint_without_these_bits_is_an_error_also_if_not_strict(
             with pytest.raises(RuntimeError, match=rf"0 has a weight in {mode}, but the checkpoint has {name}"):
                 model.load_state_dict(state, strict=False)
         model.load_state_dict({"1.bias": torch.ones(64)}, strict=False)  # of the layers that train alone
+        # The layer alone, which has no name of its own.
+        its.save(tmp_path / "layer", {"layer": plain[0]})
+        with pytest.raises(FabricValueError, match=rf"the layer has a weight in {mode}, but the file has weight\."):
+            fabric.load(tmp_path / "layer", {"layer": model[0]}, strict=False)
     assert torch.equal(model[0].weight, weight)
     its.close()
     fabric.close()
