@@ -79,8 +79,7 @@ def check_optimization(trainer: Trainer, model: LightningModule, optimizers: Seq
             fix="self.automatic_optimization = False, self.optimizers() and self.manual_backward(loss)",
         )
     schedulers = [one.scheduler for one in trainer.schedulers]
-    foreign = [type(one).__name__ for one in schedulers if getattr(one, "optimizer", None) not in (None, *optimizers)]
-    if foreign:
+    if foreign := [type(one).__name__ for one in schedulers if _is_of_another(one, optimizers)]:
         raise FabricValueError(
             "This scheduler is of an optimizer that configure_optimizers does not return, so it would do nothing.",
             given=", ".join(foreign),
@@ -93,6 +92,15 @@ def check_optimization(trainer: Trainer, model: LightningModule, optimizers: Seq
             given=", ".join(closing),
             fix="self.automatic_optimization = False, and self.optimizers().step(closure) in training_step",
         )
+
+
+def _is_of_another(scheduler: Any, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+    """Whether what it changes is of no optimizer here; one that wraps another has the other's groups (Lookahead)."""
+    its = getattr(scheduler, "optimizer", None)
+    if its is None or any(its is one for one in optimizers):
+        return False
+    groups = {id(group) for one in optimizers for group in one.param_groups}
+    return groups.isdisjoint(map(id, getattr(its, "param_groups", ())))
 
 
 def check_validation(trainer: Trainer, *, has_validation: bool) -> None:

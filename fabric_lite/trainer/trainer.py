@@ -190,13 +190,14 @@ class Trainer:
         released, self.optimizers = self.optimizers, []
         self.fabric.release(*released)
         del released  # else monitors would count them
-        loader, *others = self.loaders.set_up(model, train_dataloaders, "train_dataloader", pad=None)
-        if others:
+        loaders = self.loaders.set_up(model, train_dataloaders, "train_dataloader", pad=None)
+        if len(loaders) != 1:
             raise FabricValueError(
                 "A Trainer trains on one loader.",
-                given=f"{1 + len(others)} loaders",
+                given=f"{len(loaders)} loaders",
                 fix="one whose batches have the parts of all, or torch.utils.data.ConcatDataset",
             )
+        loader = loaders[0]
         validation = self.loaders.set_up(model, val_dataloaders, "val_dataloader", is_needed=False)
         validation = [one for one in validation if self.loaders.count(one, "validation") != 0]
         self.num_training_batches = self.loaders.count(loader, "train")

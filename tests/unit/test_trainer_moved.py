@@ -37,9 +37,9 @@ def test_loaders_to_validate_on_come_in_a_dict_and_one_loader_trains(tmp_path: P
     own = trainer(tmp_path)
     fitted(own, validation={"a": loader(8), "b": loader(12)})
     assert {"val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"} <= own.callback_metrics.keys()
-    for several in ([loader(8), loader(12)], {"a": loader(8), "b": loader(12)}):
-        with pytest.raises(FabricValueError, match=r"trains on one loader[\s\S]*2 loaders"):
-            fitted(trainer(tmp_path), batches=several)
+    for given in ([loader(8), loader(12)], {"a": loader(8), "b": loader(12)}, []):
+        with pytest.raises(FabricValueError, match=rf"trains on one loader[\s\S]*{len(given)} loaders"):
+            fitted(trainer(tmp_path), batches=given)
 
 
 @pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}])
@@ -162,6 +162,37 @@ def test_a_scheduler_of_another_optimizer_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(FabricValueError, match="StepLR"):
         fitted(trainer(tmp_path), seeded(Other))
+
+
+def test_schedulers_are_told_apart_by_the_groups_that_they_change_not_by_equality(tmp_path: Path) -> None:
+    class Alike(torch.optim.SGD):
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, torch.optim.SGD)
+
+        __hash__ = torch.optim.SGD.__hash__
+
+    class Other(LitModel):
+        def configure_optimizers(self) -> Any:
+            return [Alike(self.parameters(), 0.1)], [StepLR(Alike(self.parameters(), 0.1), 1)]
+
+    class Around(torch.optim.Optimizer):  # as Lookahead is
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            super().__init__(inner.param_groups, inner.defaults)
+            self.inner, self.param_groups = inner, inner.param_groups
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.inner.step(closure)
+
+    class OfInner(LitModel):
+        def configure_optimizers(self) -> Any:
+            inner = torch.optim.SGD(self.parameters(), 0.1)
+            return [Around(inner)], [StepLR(inner, 1, 0.5)]
+
+    with pytest.raises(FabricValueError, match="an optimizer that configure_optimizers does not return"):
+        fitted(trainer(tmp_path), seeded(Other))
+    own = trainer(tmp_path, max_epochs=1)
+    fitted(own, seeded(OfInner))
+    assert own.optimizers[0].param_groups[0]["lr"] == 0.05
 
 
 def test_a_validation_that_goes_backward_is_no_part_of_the_next_step(tmp_path: Path) -> None:
