@@ -95,7 +95,7 @@ PRECISIONS: dict[str, Precision] = {
     "16-mixed": _mixed("16-mixed", torch.float16, loss_scale=True),
     "bf16-mixed": _mixed("bf16-mixed", torch.bfloat16),
 }
-# With layers exchanged for those of packages that are extras: what raises without one, and the precision.
+# With layers changed into those of packages that are extras: what raises without one, and the precision.
 _BY_EXTRAS: dict[str, tuple[Callable[[str], None], Precision]] = {
     "fp8-mixed": (check_torchao, dataclasses.replace(PRECISIONS["bf16-mixed"], name="fp8-mixed", convert=to_float8)),
     "nf4-weights": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fabric_lite.errors import FabricValueError
-from fabric_lite.precision_layers import Changed, change_layer, check_torchao, linear_layers
+from fabric_lite.precision_layers import Changed, change_layers, check_torchao, linear_layers
 
 __all__ = ["to_float8"]
 
@@ -30,21 +30,18 @@ def to_float8(module: nn.Module) -> list[Changed]:
 
     from fabric_lite import precision_float8_layer
 
-    changed = [
-        change_layer(
-            layer,
-            precision_float8_layer.Float8Linear,
-            layer.in_features,
-            layer.out_features,
-            bias=False,
-            device="meta",
-            config=Float8LinearConfig(),
-        )
+    taken = [
+        layer
         for _, layer in linear_layers(module)
         if layer.in_features % precision_float8_layer.SIDE == 0
         and layer.out_features % precision_float8_layer.SIDE == 0
         and layer.weight.requires_grad
     ]
+    changed = change_layers(
+        taken,
+        precision_float8_layer.Float8Linear,
+        lambda _: {"bias": False, "device": "meta", "config": Float8LinearConfig()},
+    )
     linear = [child for child in module.modules() if isinstance(child, nn.Linear)]
     trainable = [layer for layer in linear if layer.weight.requires_grad]
     # Those of a part that has been set up before, or of a copy of a model that is, are changed already.

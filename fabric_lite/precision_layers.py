@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from fabric_lite.errors import FabricImportError
 
-__all__ = ["Changed", "change_layer", "check_installed", "check_torchao", "linear_layers", "named_parts"]
+__all__ = ["Changed", "change_layers", "check_installed", "check_torchao", "linear_layers", "named_parts"]
 
 # The name of what was compiled, in what torch.compile() returns for it.
 _COMPILED = "_orig_mod"
@@ -67,22 +67,36 @@ class Changed(NamedTuple):
                 self.layer.__dict__.pop(key, None)
 
 
-def change_layer(layer: nn.Linear, kind: type[nn.Module], *args: Any, **kwargs: Any) -> Changed:
-    """Make ``layer`` a ``kind``, as ``fully_shard`` does: by its class.
+def change_layers(
+    layers: Iterable[nn.Linear], kind: type[nn.Module], arguments: Callable[[nn.Linear], Mapping[str, Any]]
+) -> list[Changed]:
+    """Make each of ``layers`` a ``kind``, as ``fully_shard`` does: by its class; all of them, or none with an error.
 
-    Whoever refers to the layer has the changed one, in whatever way: another name, a list, another model, FSDP's
+    Whoever refers to a layer has the changed one, in whatever way: another name, a list, another model, FSDP's
     state. Its parameters, hooks and attributes are untouched; ``kind`` must have parameters of the same names.
 
     Args:
-        layer: Changed in place.
-        kind: Its class from now on.
-        args: Of ``kind``, as for a new one; so are ``kwargs``.
+        layers: Changed in place.
+        kind: Their class from now on.
+        arguments: Those by name of a new ``kind``, for a layer; before them it gets the layer's sizes.
     """
+    changed: list[Changed] = []
+    try:
+        for layer in layers:
+            changed.append(_changed(layer, kind, arguments(layer)))  # noqa: PERF401 - those before a failure are undone
+    except BaseException:
+        for one in changed:
+            one.remove()
+        raise
+    return changed
+
+
+def _changed(layer: nn.Linear, kind: type[nn.Module], arguments: Mapping[str, Any]) -> Changed:
     before = dict(layer.__dict__)
     former: type[nn.Module] = type(layer)
     layer.__class__ = _rebased(former, kind)  # type: ignore[assignment]
     try:
-        kind.__init__(layer, *args, **kwargs)
+        kind.__init__(layer, before["in_features"], before["out_features"], **arguments)
     except BaseException:
         layer.__class__ = former  # type: ignore[assignment]
         layer.__dict__.clear()

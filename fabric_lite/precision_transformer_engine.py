@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fabric_lite.errors import FabricValueError
-from fabric_lite.precision_layers import Changed, change_layer, check_installed, linear_layers
+from fabric_lite.precision_layers import Changed, change_layers, check_installed, linear_layers
 
 __all__ = ["check_transformer_engine", "in_transformer_engine", "to_transformer_engine"]
 
@@ -45,19 +45,20 @@ def to_transformer_engine(module: nn.Module) -> list[Changed]:
     import transformer_engine.pytorch
 
     kind = transformer_engine.pytorch.Linear
-    changed = [
-        change_layer(
-            layer,
-            kind,
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            params_dtype=layer.weight.dtype,
-            device=layer.weight.device,
-        )
+    taken = [
+        layer
         for _, layer in linear_layers(module)
         if layer.in_features % _SIDE == 0 and layer.out_features % _SIDE == 0
     ]
+    changed = change_layers(
+        taken,
+        kind,
+        lambda layer: {
+            "bias": layer.bias is not None,
+            "params_dtype": layer.weight.dtype,
+            "device": layer.weight.device,
+        },
+    )
     others = [child for child in module.modules() if isinstance(child, nn.Linear)]
     if others and not any(isinstance(child, kind) for child in module.modules()):
         raise FabricValueError(

@@ -68,11 +68,11 @@ class Setup:
         # First, so that a weight of few bits need not fit on the device as a whole.
         converted = () if precision.convert is None else precision.convert(module) or ()
         named = list(module.named_parameters(remove_duplicate=False))
-        place(module, placement.device if moves else None, precision.param_dtype)
         extension = ModuleExtension(self.owner, placement.device.type, precision)
         # A compiled module is a shell: the hooks that shard belong on the module inside.
         inside = (compiled_from(module) if strategy.is_sharded else None) or module
         try:
+            place(module, placement.device if moves else None, precision.param_dtype)
             if strategy.is_sharded:
                 check_exchangeable(named)
             engine = strategy.wrap(inside, optimizers, extension.run, placement)

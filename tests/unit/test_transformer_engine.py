@@ -1,4 +1,4 @@
-"""``transformer-engine`` without its GPUs: the exchange, by a stand-in for the package, and what forward runs in."""
+"""``transformer-engine`` without its GPUs: layers changed into a stand-in's, and what forward runs in."""
 
 from __future__ import annotations
 
@@ -69,10 +69,25 @@ def test_layers_are_changed_with_their_parameters_and_back(stand_in: Any) -> Non
     for handle in handles:
         handle.remove()
     assert list(model) == layers
+    assert {type(layer) for layer in model} == {nn.Linear}
     with pytest.raises(FabricValueError, match="1 linear layers"):
         to_transformer_engine(nn.Sequential(nn.Linear(3, 3)))
     with in_transformer_engine():
         assert stand_in.entered == [True]
+
+
+def test_where_one_layer_fails_none_is_changed(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(self: nn.Linear, in_features: int, *_: Any, **__: Any) -> None:
+        nn.Module.__init__(self)
+        if in_features == 32:
+            raise MemoryError
+
+    monkeypatch.setattr(stand_in.Linear, "__init__", init)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))
+    with pytest.raises(MemoryError):
+        to_transformer_engine(model)
+    assert [type(layer) for layer in model] == [nn.Linear] * 2
+    assert model(torch.ones(1, 16)).shape == (1, 16)
 
 
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=str)
@@ -117,4 +132,23 @@ def test_what_changes_layers_or_makes_a_context_is_a_function_and_may_return_not
     weight = model.weight.item()
     fabric.release(fabric.setup(model))
     assert model.weight.item() == weight / 2
+    fabric.close()
+
+
+def test_layers_are_changed_back_where_the_model_does_not_fit_on_the_device() -> None:
+    class TooLarge(nn.Linear):
+        def _apply(self, *args: Any, **kwargs: Any) -> Any:
+            raise torch.OutOfMemoryError
+
+    class Changed:
+        def remove(self) -> None:
+            removed.append(self)
+
+    removed: list[Changed] = []
+    changed = Changed()
+    precision = Precision("own", param_dtype=torch.bfloat16, convert=lambda _: [changed])
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    with pytest.raises(torch.OutOfMemoryError):
+        fabric.setup(TooLarge(1, 1))
+    assert removed == [changed]
     fabric.close()
