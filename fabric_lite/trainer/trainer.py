@@ -14,6 +14,7 @@ import torch
 
 from fabric_lite import Fabric, FabricValueError
 from fabric_lite.callbacks import EarlyStopping, ModelCheckpoint
+from fabric_lite.hooks import as_callbacks
 from fabric_lite.loggers import CSVLogger
 from fabric_lite.notices import rank_zero_info
 from fabric_lite.trainer.checks import check_model, check_optimization, check_validation
@@ -92,7 +93,7 @@ class Trainer:
             max_epochs = 1000 if max_steps == -1 else -1
         check_options({**locals(), "fast_dev_run": int(fast_dev_run)}, fabric_options)
         limits = [limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches]
-        own = list(callbacks) if isinstance(callbacks, (list, tuple)) else [] if callbacks is None else [callbacks]
+        own = list(as_callbacks(callbacks))
         if fast_dev_run:
             limits, max_epochs, logger, enable_checkpointing = [int(fast_dev_run)] * 4, 1, False, False
             val_check_interval, check_val_every_n_epoch = 1.0, 1

@@ -92,9 +92,13 @@ class Recorder:
     on_nothing = "not a function"
 
 
-@pytest.mark.parametrize("callbacks", ["early_stopping", [object(), None]], ids=["text", "none"])
+@pytest.mark.parametrize(
+    "callbacks",
+    ["early_stopping", [object(), None], {object()}, iter([object()])],
+    ids=["text", "none", "set", "generator"],
+)
 def test_what_has_no_hooks_by_nature_is_no_callback(callbacks: Any) -> None:
-    with pytest.raises(FabricTypeError, match=r"callbacks=('early_stopping'|None)[\s\S]*EarlyStopping\("):
+    with pytest.raises(FabricTypeError, match=r"callbacks=('early_stopping'|None|\{|<)[\s\S]*EarlyStopping\("):
         cpu(callbacks=callbacks)
 
 
