@@ -156,7 +156,9 @@ def _step_mixtures_one_by_one(optimizer: torch.optim.Optimizer) -> list[Any]:
 
 def _is_steppable_mixture(group: Mapping[str, Any]) -> bool:
     """Whether the parameters of ``group`` are of two kinds, of which torch's loop can take one after the other."""
-    if "foreach" not in group or len({mesh_of(parameter) is None for parameter in group["params"]}) < 2:
+    # Nobody steps on a frozen weight of which setup has kept few bits elsewhere: it is empty, and never laid out.
+    steppable = [parameter for parameter in group["params"] if parameter.requires_grad or parameter.numel()]
+    if "foreach" not in group or len({mesh_of(parameter) is None for parameter in steppable}) < 2:
         return False
     asked = [name for name in ("foreach", "fused") if group.get(name)]
     if asked:

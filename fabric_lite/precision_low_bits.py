@@ -225,7 +225,8 @@ class LowBitLinear(nn.Module):
         if others := self.others_among(state_dict, prefix):
             errors: list[str] = args[-1]
             errors.append(
-                f"{prefix[:-1]} has a weight in {self.mode}, but the checkpoint has {', '.join(others)}. "
+                f"{prefix[:-1] or 'the layer'} has a weight in {self.mode}, but the checkpoint has "
+                f"{', '.join(others)}. "
                 f"Load a plain checkpoint before setup, and one of few bits under the same precision."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -343,6 +343,8 @@ def test_a_checkpoint_without_these_bits_is_an_error_also_if_not_strict(
         for name, state in states.items():
             with pytest.raises(RuntimeError, match=rf"0 has a weight in {mode}, but the checkpoint has {name}"):
                 model.load_state_dict(state, strict=False)
+        with pytest.raises(RuntimeError, match=rf"the layer has a weight in {mode}, but the checkpoint has weight\."):
+            model[0].load_state_dict(plain[0].state_dict(), strict=False)
         model.load_state_dict({"1.bias": torch.ones(64)}, strict=False)  # of the layers that train alone
         # The layer alone, which has no name of its own.
         its.save(tmp_path / "layer", {"layer": plain[0]})
@@ -401,3 +403,19 @@ def test_what_cannot_be_in_few_bits_is_an_error() -> None:
     for mode, dtype in (("fp4", None), ("nf4", torch.int8)):
         with pytest.raises(FabricValueError, match=r"nf4, nf4-dq, int8[\s\S]*bfloat16"):
             BitsandbytesPrecision(mode, dtype=dtype)
+
+
+@needs_torchao
+@pytest.mark.parametrize("strategy", ["single_device", "fsdp"])
+def test_an_optimizer_of_all_parameters_at_once_has_no_part_in_weights_of_few_bits(strategy: str) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, strategy=strategy, precision="nf4-weights")
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, foreach=True)
+    fabric.setup(model, optimizer)
+    before, trained = model[0].weight, full(model[1].weight).clone()
+    fabric.backward(model(torch.ones(2, 64)).float().sum())
+    optimizer.step()
+    assert torch.equal(model[0].weight, before)
+    assert not torch.equal(full(model[1].weight), trained)
+    fabric.close()
