@@ -62,7 +62,16 @@ def check_model(model: Any, stage: str) -> None:
 
 
 def check_optimization(trainer: Trainer, model: LightningModule, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Raise FabricValueError unless the steps that the model's optimizers make are those that were asked for."""
+    """Raise FabricValueError unless the steps that the model's optimizers make are those that were asked for.
+
+    Called for each epoch too: a callback may have changed what is asked for.
+    """
+    if type(trainer.accumulate_grad_batches) is not int or trainer.accumulate_grad_batches < 1:
+        raise FabricValueError(
+            "A step is made of a whole number of batches.",
+            given=f"accumulate_grad_batches={trainer.accumulate_grad_batches!r}",
+            fix="1 or more",
+        )
     if not model.automatic_optimization:
         if trainer.accumulate_grad_batches > 1 or trainer.gradient_clip_val:
             raise FabricValueError(

@@ -12,6 +12,7 @@ import torch
 from fabric_lite import FabricKeyError, FabricRuntimeError, FabricTypeError
 from fabric_lite.callbacks.monitoring import monitored
 from fabric_lite.notices import rank_zero_info
+from fabric_lite.trainer.checks import check_optimization
 from fabric_lite.trainer.evaluation import evaluate, evaluating
 from fabric_lite.trainer.module import LightningModule, step_of
 from fabric_lite.trainer.options import CLIPS
@@ -188,6 +189,7 @@ class FitLoop:
         """Prepare for an epoch, or what is left of it; returns how many batches it has, where that is known."""
         trainer, progress, world_size = self._trainer, self._progress, self._fabric.world_size
         self._set_epoch(trainer.current_epoch)  # an earlier fit may have left the loader in the middle
+        check_optimization(trainer, self._model, trainer.optimizers)
         self._accumulate = trainer.accumulate_grad_batches  # a callback may have changed it for this epoch
         if progress.world_size != world_size:  # it was begun by more ranks, or fewer
             progress.is_length_known = progress.batches == 0 or not trainer.loaders.takes_all("train")

@@ -311,6 +311,20 @@ def test_a_callback_may_change_windows_and_clipping(tmp_path: Path) -> None:
     assert digest(changed) == digest(constant)
 
 
+@pytest.mark.parametrize(("number", "is_automatic"), [(0, True), (1.5, True), (2, False)])
+def test_a_callback_can_not_change_windows_into_what_a_trainer_refuses(
+    tmp_path: Path, number: Any, is_automatic: bool
+) -> None:
+    class Changes(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.accumulate_grad_batches = number
+
+    model = seeded(LitModel)
+    model.automatic_optimization = is_automatic
+    with pytest.raises(FabricValueError, match=f"accumulate_grad_batches={number}"):
+        fitted(trainer(tmp_path, callbacks=Changes()), model)
+
+
 def test_a_file_of_hyperparameters_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FabricTypeError, match=r"hparams_file: what is in it, by name"):
         LitModel.load_from_checkpoint(tmp_path / "a.ckpt", hparams_file=tmp_path / "hparams.yaml")
