@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fabric_lite.errors import FabricTypeError
@@ -20,7 +20,7 @@ def as_callbacks(given: Any) -> tuple[Any, ...]:
         FabricTypeError: One is None, a text, a set or a generator, on which no hook would ever be called.
     """
     callbacks = tuple(given) if isinstance(given, (list, tuple)) else () if given is None else (given,)
-    if wrong := [one for one in callbacks if one is None or isinstance(one, (str, set, frozenset, Iterator))]:
+    if wrong := [one for one in callbacks if one is None or isinstance(one, (str, set, frozenset, Generator))]:
         raise FabricTypeError(
             "A callback is an object with methods such as on_train_epoch_end.",
             given=f"callbacks={wrong[0]!r}",

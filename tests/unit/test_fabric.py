@@ -94,7 +94,7 @@ class Recorder:
 
 @pytest.mark.parametrize(
     "callbacks",
-    ["early_stopping", [object(), None], {object()}, iter([object()])],
+    ["early_stopping", [object(), None], {object()}, (object() for _ in range(1))],
     ids=["text", "none", "set", "generator"],
 )
 def test_what_has_no_hooks_by_nature_is_no_callback(callbacks: Any) -> None:
